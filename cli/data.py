@@ -115,7 +115,7 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
 
 
 def _report_masks(masks: list[Path]) -> None:
-    from ..engine.datasets.tables.image_stream import LeftOutMasks
+    from ..engine.datasets.tables.folders import LeftOutMasks
 
     if masks:
         click.echo(LeftOutMasks(len(masks), masks[0]))

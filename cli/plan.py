@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..engine.planning.plan import Plan
-    from ..engine.train.precision import Precision
+    from ..engine.train.options import Precision
     from .table import BudgetRow
 
 
@@ -104,8 +104,7 @@ def plan(
     from ..engine.planning import constants
     from ..engine.planning.preview import plan as make_plan
     from ..engine.train.mask_target import WithLoss
-    from ..engine.train.options import Loss
-    from ..engine.train.precision import AUTOCAST
+    from ..engine.train.options import AUTOCAST, Loss
     from .table import show_budgets, show_plan
 
     kind, memory = device

@@ -305,7 +305,7 @@ def _train(
     from ..engine.train.fit import Watch, fit
     from ..engine.train.folds import write_validation
     from ..engine.train.inputs import training_data
-    from ..engine.train.masks import write_overlaps
+    from ..engine.train.mask_target import write_overlaps
     from ..engine.train.option_checks import check_choices
     from .progress import ProgressView
 

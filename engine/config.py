@@ -40,41 +40,29 @@ def read_values(path: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise GigamorphError(f"{path}: cannot be read ({error}); pass a TOML, YAML or JSON file") from error
-    parse = _PARSERS.get(path.suffix.lower(), _parse_toml)
-    return parse(text, str(path))
+    return _parse(text, str(path), path.suffix.lower())
 
 
 def parse_config(text: str, cls: type[T], source: str) -> T:
     """Load a configuration from TOML text, as `load_config`; `source` names the text in messages."""
-    return _build(cls, _parse_toml(text, source), source, "")
+    return _build(cls, _parse(text, source, ".toml"), source, "")
 
 
-def _parse_toml(text: str, source: str) -> dict[str, Any]:
+def _parse(text: str, source: str, suffix: str) -> dict[str, Any]:
+    """The values in a text, as TOML has them."""
+    language, parse = _PARSERS.get(suffix, ("TOML", tomllib.loads))
     try:
-        found = tomllib.loads(text)
-    except ValueError as error:  # also for a number that is too long
-        raise GigamorphError(f"{source}: is not valid TOML: {error}") from error
-    except RecursionError:
-        raise GigamorphError(f"{source}: {_DEEP}") from None
-    _require_bounded(found, source)
-    return found
-
-
-def _parse_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        found = yaml.load(text, _Yaml)
+        found = parse(text)
     except _DuplicateKey as error:
         raise GigamorphError(f"{source}: {error}") from error
     except RecursionError:
         raise GigamorphError(f"{source}: {_DEEP}") from None
     except Exception as error:  # YAML's constructors raise many classes: for a month 13, for a number that is too long
-        raise GigamorphError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
-    if found is None:
-        return {}
+        raise GigamorphError(f"{source}: is not valid {language}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise GigamorphError(f"{source}: must be a table of keys and values")
     _require_bounded(found, source)
-    return _as_toml(found)
+    return found if language == "TOML" else _as_toml(found)
 
 
 _DEEP = "is nested too deeply; write a table of keys and values"
@@ -115,23 +103,15 @@ def _require_unique(keys: Sequence[str]) -> None:
         raise _DuplicateKey(f"duplicate key '{duplicates[0]}'; remove one of the two")
 
 
-def _parse_config_json(text: str, source: str) -> dict[str, Any]:
-    try:
-        found = parse_json(text, object_pairs_hook=_table)
-    except _DuplicateKey as error:
-        raise GigamorphError(f"{source}: {error}") from error
-    except ValueError as error:
-        raise GigamorphError(f"{source}: is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise GigamorphError(f"{source}: must be a table of keys and values")
-    _require_bounded(found, source)
-    return _as_toml(found)
+def _parse_yaml(text: str) -> Any:
+    found = yaml.load(text, _Yaml)
+    return {} if found is None else found  # an empty file
 
 
-_PARSERS: dict[str, Callable[[str, str], dict[str, Any]]] = {
-    ".yaml": _parse_yaml,
-    ".yml": _parse_yaml,
-    ".json": _parse_config_json,
+_PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    ".yaml": ("YAML", _parse_yaml),
+    ".yml": ("YAML", _parse_yaml),
+    ".json": ("JSON", lambda text: parse_json(text, object_pairs_hook=_table)),
 }
 
 
@@ -141,11 +121,8 @@ def _as_toml(value: Any) -> Any:
         return {str(key): _as_toml(own) for key, own in value.items()}
     if isinstance(value, list):
         return [_as_toml(own) for own in value]
-    return _number_or_text(value) if isinstance(value, str) else value
-
-
-def _number_or_text(text: str) -> float | str:
-    return float(text) if re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+", text) else text
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+", value)
+    return float(value) if is_number else value
 
 
 def parse_value(text: str) -> tuple[str, Any]:
@@ -179,22 +156,16 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without keys that are null in YAML or JSON."""
+def without_nulls(value: Any, omit: Sequence[str] = ()) -> Any:
+    """The value with lists instead of tuples, without keys that are null in YAML or JSON, and those in `omit`."""
     if isinstance(value, dict):
-        return {key: without_nulls(own) for key, own in value.items() if own is not None}
-    return [without_nulls(own) for own in value] if isinstance(value, list) else value
+        return {key: without_nulls(own, omit) for key, own in value.items() if own is not None and key not in omit}
+    return [without_nulls(own, omit) for own in value] if isinstance(value, list | tuple) else value
 
 
 def to_plain(config: Any, omit: Sequence[str] = ()) -> dict[str, Any]:
     """A configuration as plain containers, numbers and texts, without the keys in `omit`; inverse of `from_plain`."""
-    return _plain(asdict(config), omit)
-
-
-def _plain(value: Any, omit: Sequence[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(own, omit) for key, own in value.items() if own is not None and key not in omit}
-    return [_plain(own, omit) for own in value] if isinstance(value, list | tuple) else value
+    return without_nulls(asdict(config), omit)
 
 
 def to_toml(config: Any) -> str:
@@ -207,7 +178,7 @@ def _toml(values: Mapping[str, Any], name: str, head: str = "[{}]") -> str:
 
     # In TOML, keys after the head of a table belong to that table: tables must come last.
     tables = {key: value for key, value in values.items() if value and (isinstance(value, dict) or _has_tables(value))}
-    plain = {key: _plain(value, ()) for key, value in values.items() if key not in tables}
+    plain = {key: without_nulls(value) for key, value in values.items() if key not in tables}
     text = f"\n{head.format(name)}\n" if name else ""
     for key, value in plain.items():
         text += f"# {key} =\n" if value is None else tomli_w.dumps({key: value}) if value != {} else f"{key} = {{}}\n"
@@ -236,7 +207,7 @@ def check_plain(values: Mapping[str, Any], cls: type, source: str) -> None:
         DataError: a key is missing, or a value has another type.
     """
     try:
-        _build(cls, _known_keys(_plain(values, ()), cls), source, "")
+        _build(cls, _known_keys(without_nulls(values), cls), source, "")
     except GigamorphError as error:
         raise DataError(str(error)) from error
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import itertools
+import json
 import os
 import re
 import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import GigamorphError
 
@@ -56,6 +59,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], what: st
         unknown = None if isinstance(error, OSError) else errno.ENOSPC  # torch's zip writer does not report it
         remedy = _REMEDIES.get(number or unknown, "choose a writable folder")
         raise GigamorphError(f"{path}: the {what} cannot be written: {reason}{unchanged}; {remedy}") from error
+
+
+def write_json(path: Path, values: Any, what: str) -> None:
+    """Write indented JSON by `write_atomically`."""
+    text = json.dumps(values, indent=1) + "\n"
+    write_atomically(path, lambda part: part.write_text(text), what)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], what: str) -> None:
+    """Write a csv file with the columns of the first row by `write_atomically`."""
+
+    def write(part: Path) -> None:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write, what)
 
 
 @contextlib.contextmanager

@@ -402,7 +402,7 @@ FAULTS = (
     ),
     Fault(
         "spread-within-images",
-        "engine/train/data_statistics.py",
+        "engine/train/pixels.py",
         "np.mean(squares, 0) - mean**2, 0))\n",
         "np.mean(squares, 0) - np.mean(np.square(means), 0), 0))\n",
         "tests/cli/test_train_config.py::test_mean_and_std_of_the_training_images",

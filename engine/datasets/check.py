@@ -16,10 +16,9 @@ from ..images.levels import White, brighter_half, require_numbers
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.pixels import ImageSource
-from .dataset import ImageDataset
-from .grey import odd_range, unlike_kinds
+from .dataset import ImageDataset, with_white
+from .grey import label_by_kind_warning, odd_range, unlike_kinds
 from .index import is_dicom
-from .kinds import label_by_kind_warning
 from .splits import leaks
 from .tables.schema import Record
 
@@ -93,9 +92,8 @@ def check_images(
             raises `KeyboardInterrupt`.
     """
     facts: dict[int, _Facts | DataError] = {}
-    tasks = [_Task(record, white if record.white is None else record.white) for record in records]
     try:
-        for number, result in run_parallel(_inspect, tasks, workers=workers, chunk=4):
+        for number, result in run_parallel(_inspect, with_white(records, white), workers=workers, chunk=4):
             facts[number] = result
             if on_done is not None:
                 on_done()
@@ -137,32 +135,23 @@ def _are_frames(record: Record, info: DicomInfo) -> bool:
     return record.frame is None and info.matrix is None and info.frames > 1
 
 
-@dataclass(frozen=True)
-class _Task:
-    record: Record
-    white: White | None
-
-    def __str__(self) -> str:
-        return str(self.record.path)
-
-
-def _inspect(task: _Task) -> _Facts:
-    path, frame = task.record.path, task.record.frame
+def _inspect(record: Record) -> _Facts:
+    path, frame = record.path, record.frame
     info = read_info(path) if is_dicom(path) else None
     frames: Iterable[int | None] = [frame]
-    if info is not None and _are_frames(task.record, info):
+    if info is not None and _are_frames(record, info):
         frames = range(info.frames)
     # Stored grey values, so that the result does not depend on a window.
     parts, source = [], None
     for number in frames:  # one source at a time, because a source stores its decoded frame
-        source = open_pixels(path, voi="none", flip=False, frame=number, white=task.white)
+        source = open_pixels(path, voi="none", flip=False, frame=number, white=record.white)
         parts.append(_read_through(source))
     assert source is not None
     digests, least, most, columns = zip(*parts, strict=True)
     digest = digests[0] if len(parts) == 1 else blake2b(b"".join(digests), digest_size=32).digest()
     blank = all(low == high for low, high in zip(least, most, strict=True))
     side, grey = brighter_half(np.sum(columns, 0)), odd_range(source, max(most))
-    masks = (_mask_problem(finding.mask, source.shape) for finding in task.record.findings if finding.mask)
+    masks = (_mask_problem(finding.mask, source.shape) for finding in record.findings if finding.mask)
     return _Facts(digest, blank, side, info, grey, tuple(text for text in masks if text))
 
 

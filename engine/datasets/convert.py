@@ -21,6 +21,7 @@ from .dataset import open_record
 from .masks import open_inside
 from .tables.file_names import stem_of
 from .tables.schema import Box, Finding, Record
+from .views import MirroredSource
 
 Format = Literal["tiff", "png"]
 _SUFFIX = {"tiff": ".tif", "png": ".png"}
@@ -137,11 +138,10 @@ def _write_mask(mask: Path, target: Path, image: ImageSource, flips: tuple[bool,
     if source.shape[1:] != image.shape[1:]:
         raise DataError(f"{mask}: is {height} x {width}, but its image {image.shape[1]} x {image.shape[2]}; correct it")
 
+    mirrored = MirroredSource(source, left_right=flips[0], up_down=flips[1])
+
     def read(top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        rows = (height - bottom, height - top) if flips[1] else (top, bottom)
-        columns = (width - right, width - left) if flips[0] else (left, right)
-        values = source.read(*rows, *columns).amax(0).numpy()
-        values = values[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
+        values = mirrored.read(top, bottom, left, right).amax(0).numpy()
         return np.where(values > level, np.uint8(255), np.uint8(0))
 
     with whole_or_absent(target) as part:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch.utils.data import Dataset
 
 from ..images.levels import White
@@ -118,13 +117,3 @@ class ImageDataset(Dataset[dict[str, Any]]):
             source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index % len(self))
             source = NormalizedSource(source, self.normalize or Normalize())
         return {"image": source, "label": record.label, "index": index, "record": record}
-
-
-def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Items as a batch: image and record are lists, label and index int64 tensors (N,)."""
-    return {
-        "image": [item["image"] for item in items],
-        "label": torch.tensor([item["label"] for item in items], dtype=torch.int64),
-        "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),
-        "record": [item["record"] for item in items],
-    }

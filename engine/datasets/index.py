@@ -1,7 +1,11 @@
-"""A table of a folder of images: the header data of each image, without the patient's identity."""
+"""A table of a folder of images: the header data of each image, without the patient's identity.
+
+Patient, exam, side and view of files whose header does not state them come from their names.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +14,10 @@ from ..errors import DataError
 from ..images.header import DicomInfo, read_info
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
-from .names import NamePattern, find_pattern
+from ..images.rawfile import reading
+from .tables import values
+from .tables.file_names import masks_among
 from .tables.folders import image_files
-from .tables.mask_names import masks_among
 from .tables.schema import Record
 
 DICOM_MARK = b"DICM"
@@ -47,11 +52,11 @@ def index_folder(
     by patient without identifying anybody.
 
     Patient, side and view of files without a patient in the header (PNG, TIFF) come from the file names, if one of the
-    patterns `names.COMMON` fits all of them. Otherwise each file is a patient, with `patient_known` False.
+    patterns `COMMON` fits all of them. Otherwise each file is a patient, with `patient_known` False.
 
     Args:
         identifiers: keeps PatientID and StudyInstanceUID.
-        pattern: a pattern for the names of all files, which takes precedence over their headers; see `names`.
+        pattern: a pattern for the names of all files, which takes precedence over their headers; see `NamePattern`.
         on_start: called with the number of files.
         on_done: called after each file.
     """
@@ -108,15 +113,15 @@ def _named(record: Record, pattern: NamePattern, *, always: bool) -> Record | No
     if record.patient_known and not always:
         return record
     found = pattern.match(record.path)
-    if found is None or found.patient is None:
+    if found is None or (patient := found["patient"]) is None:
         return None
     return replace(
         record,
-        patient_id=found.patient,
+        patient_id=patient,
         patient_known=True,
-        exam_id=found.exam or found.patient,
-        laterality=found.laterality or record.laterality,
-        view=found.view or record.view,
+        exam_id=found.get("exam") or patient,
+        laterality=found.get("laterality") or record.laterality,
+        view=found.get("view") or record.view,
     )
 
 
@@ -130,13 +135,11 @@ def _read(path: Path) -> Record:
 
 def is_dicom(path: Path) -> bool:
     """Whether the file has the DICOM prefix; `DataError` if it cannot be read."""
-    try:
+    with reading(path):
         if path.exists() and not path.is_file():
             return False
         with path.open("rb") as file:
             return file.read(132)[128:] == DICOM_MARK
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _dicom_record(path: Path, info: DicomInfo) -> Record:
@@ -165,3 +168,78 @@ def _dicom_record(path: Path, info: DicomInfo) -> Record:
         exam_id=info.study_uid or info.patient_id,
         manufacturer=info.manufacturer,
     )
+
+
+_VIEWS = "CC|MLO|ML|LMO|LM|XCCL|XCCM|XCC|FB|AT|SIO|ISO"
+_FIELDS = {
+    "patient": r"[^/]+?",
+    "exam": r"[^/]+?",
+    "laterality": "L|R|LEFT|RIGHT",
+    "view": _VIEWS,
+    "any": r"[^/]*?",
+}
+_FIELD = re.compile(r"\{(\w*)\}")
+COMMON = (
+    "{patient}_{laterality}-{view}",
+    "{patient}_{laterality}_{view}",
+    "{patient}_{laterality}{view}",
+    "{patient}-{laterality}-{view}",
+    "{patient}.{laterality}_{view}",
+    "{patient}_{view}_{laterality}",
+    "{any}_{patient}_MG_{laterality}_{view}_ANON",
+    "{patient}/{laterality}-{view}",
+    "{patient}/{laterality}_{view}",
+    "{patient}/{laterality}{view}",
+    "{patient}/{view}_{laterality}",
+    "{patient}_{laterality}-{view}_{any}",
+    "{patient}_{laterality}_{view}_{any}",
+    "{patient}.{laterality}_{view}{any}",
+)
+"""Patterns that are tried if none is given; the first that fits every name is used."""
+
+
+class NamePattern:
+    """A pattern of file names, as ``{patient}_{laterality}-{view}``, without the ending of the file.
+
+    Fields are {patient}, {exam}, {laterality}, {view} and {any}, which is ignored; other text is literal and matches in
+    upper and lower case. A pattern with slashes also matches the last folders.
+
+    Raises:
+        DataError: if a field is unknown or repeated, or {patient} is missing.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        fields = _FIELD.findall(text)
+        wrong = [field for field in fields if field not in _FIELDS]
+        if wrong or "patient" not in fields or any(fields.count(field) > 1 for field in _FIELDS if field != "any"):
+            raise DataError(
+                f"pattern {text!r}: use each of {{patient}}, {{exam}}, {{laterality}} and {{view}} at most once, "
+                "and {any} for text to ignore; {patient} is required"
+            )
+        pieces = _FIELD.split(text)
+        expression = re.escape(pieces[0])
+        for field, literal in zip(pieces[1::2], pieces[2::2], strict=True):
+            group = f"(?:{_FIELDS[field]})" if field == "any" else f"(?P<{field}>{_FIELDS[field]})"
+            expression += group + re.escape(literal)
+        self._expression = re.compile(expression, re.IGNORECASE)
+        self._depth = text.count("/") + 1
+
+    def match(self, path: Path) -> dict[str, str | None] | None:
+        """The fields in a path, without those that the pattern lacks; None if it does not fit the pattern."""
+        parts = [*path.parts[:-1], path.stem][-self._depth :]
+        found = self._expression.fullmatch("/".join(parts))
+        if found is None:
+            return None
+        fields: dict[str, str | None] = found.groupdict()
+        if side := fields.get("laterality"):
+            fields["laterality"] = values.side(side)
+        if view := fields.get("view"):
+            fields["view"] = view.upper()
+        return fields
+
+
+def find_pattern(paths: Sequence[Path]) -> NamePattern | None:
+    """The first common pattern that fits all paths; None if no pattern does, or there are no paths."""
+    patterns = (NamePattern(text) for text in COMMON)
+    return next((p for p in patterns if paths and all(p.match(path) for path in paths)), None)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images.derived import DerivedSource
-from ..images.pixels import PixelSource, check_region
+from ..images.pixels import DerivedSource, PixelSource, check_region
 from .counter_random import normal
 
 _ROWS = 64  # few enough that the results of a step are still in the cache for the next one

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import DataError
 from ..files import whole_or_absent
@@ -102,13 +103,9 @@ def write_preview(source: Input, path: str | Path) -> str:
     factor = math.ceil(math.sqrt(source.shape[1] * source.shape[2] / PNG_PIXELS))
     if factor > 1:
         shown, note = DownsampledSource(source, factor), f"mean over blocks of {factor} x {factor} pixels"
-    mean, std = (
-        np.array(values, np.float64)[:, None, None] for values in source.normalize.per_channel(source.shape[0])
-    )
 
     def read(top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        grey = (shown.read(top, bottom, left, right).numpy() * std + mean).mean(0)
-        return np.rint(np.clip(grey, 0, 1) * 65535).astype(np.uint16)
+        return _levels(source, shown.read(top, bottom, left, right), 65535).astype(np.uint16)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,8 +121,11 @@ def thumbnail(source: Input, columns: int, rows: int) -> np.ndarray:
     factor = max(1, math.ceil(max(source.shape[1] / rows, source.shape[2] / columns)))
     factor = min(factor, source.shape[1], source.shape[2])
     shown = DownsampledSource(source, factor)
-    mean, std = (
-        np.array(values, np.float64)[:, None, None] for values in source.normalize.per_channel(source.shape[0])
-    )
-    grey = (shown.read(0, shown.shape[1], 0, shown.shape[2]).numpy() * std + mean).mean(0)
-    return np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    return _levels(source, shown.read(0, shown.shape[1], 0, shown.shape[2]), 255).astype(np.uint8)
+
+
+def _levels(source: Input, pixels: Tensor, white: int) -> np.ndarray:
+    """Grey levels from 0 black to `white` of normalised pixels, averaged over the channels."""
+    means, stds = source.normalize.per_channel(source.shape[0])
+    grey = (pixels.numpy() * np.array(stds)[:, None, None] + np.array(means)[:, None, None]).mean(0)
+    return np.rint(np.clip(grey, 0, 1) * white)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..images.affine import Map
-from ..images.derived import DerivedSource
 from ..images.parallel import available_cpus
-from ..images.pixels import PixelSource, check_region
+from ..images.pixels import DerivedSource, PixelSource, check_region
 
 # Side of the part that is read from the source at once, so that a file tile is decoded once; side of the block that one
 # thread samples within its cache.

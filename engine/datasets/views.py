@@ -9,8 +9,7 @@ from torch.nn.functional import avg_pool2d
 
 from ..errors import DataError, GigamorphError
 from ..images.affine import Affine
-from ..images.derived import DerivedSource
-from ..images.pixels import Normalize, PixelSource, check_region
+from ..images.pixels import DerivedSource, Normalize, PixelSource, check_region
 from .flips import FLIPS
 
 

@@ -11,7 +11,6 @@ blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -163,15 +162,6 @@ class Affine(Map):
             np.stack([boxes[..., [0, 1]], boxes[..., [2, 1]], boxes[..., [2, 3]], boxes[..., [0, 3]]])
         )
         return np.concatenate([corners.min(0), corners.max(0)], -1)
-
-    def to_list(self) -> list[float]:
-        """The six numbers in the order of the fields, for JSON; `from_list` is the inverse."""
-        return [self.xx, self.xy, self.x0, self.yx, self.yy, self.y0]
-
-    @classmethod
-    def from_list(cls, values: Sequence[float]) -> Affine:
-        """The inverse of `to_list`."""
-        return cls(*(float(v) for v in values))
 
 
 @dataclass(frozen=True)

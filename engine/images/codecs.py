@@ -16,7 +16,7 @@ import imagecodecs
 import numpy as np
 
 from ..errors import DataError
-from .rawfile import one_line
+from .rawfile import library_errors
 
 RLE = "1.2.840.10008.1.2.5"
 _JPEG, _JPEG_LS, JPEG_2000 = (
@@ -99,10 +99,8 @@ def decode(data: bytes, syntax: str, frame: Frame, name: str) -> np.ndarray:
         )
     if syntax in _JPEG and not has_end_marker(data):
         raise DataError(f"{name}: pixel data end early (no end marker); fetch the file again")
-    try:
+    with library_errors(f"{name}: damaged pixel data", "fetch the file again"):
         pixels = _decoder(syntax)(data, frame)
-    except Exception as error:  # each codec has its own exceptions
-        raise DataError(f"{name}: damaged pixel data ({one_line(error)}); fetch the file again") from error
     if pixels.shape != frame.shape:
         raise DataError(f"{name}: decodes to {pixels.shape}, but the header has {frame.shape}; it is damaged")
     # The decoder skips missing data silently; a real image of one value has almost no bytes.

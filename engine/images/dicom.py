@@ -6,30 +6,39 @@ their formats lack random access. Slides, whose frames are the tiles of an image
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.multival import MultiValue
-from pydicom.uid import UID
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from ..errors import DataError
-from . import grayscale
-from .affine import Affine
-from .dicom_file import DicomFile, StoredFrames, locate_frames, read_header, without_validation
+from . import codecs, grayscale
+from .dicom_file import DicomFile, StoredFrames, frame_of, locate_frames, read_header, without_validation
 from .dicomweb import Instance
-from .dicomweb_frames import locate_in_store
-from .header import MG_FOR_PRESENTATION, UNDECLARED, DicomInfo, describe, read_info
-from .rawfile import RawPixels, brief, one_line, warn_once
+from .header import UNDECLARED, DicomInfo, describe
+from .rawfile import RawPixels, brief, library_errors, warn_once
 from .slide import SlidePixels
+from .stored import StoredPixels, chosen_plane
 
 _SQUARE = 0.001
 """The maximum relative difference of the sides of a square pixel."""
-
-__all__ = ["MG_FOR_PRESENTATION", "DicomInfo", "DicomPixels", "open_dicom", "read_info"]
 
 
 def open_dicom(
@@ -50,7 +59,7 @@ def _open_dataset(
     ds: Dataset, path: Path, locate: Callable[[], StoredFrames], voi: str, frame: int | None, for_processing: bool
 ) -> DicomPixels | SlidePixels:
     info = describe(ds, path)
-    try:
+    with library_errors(f"{path}: malformed DICOM header", "correct it or fetch it again"):
         if info.for_processing and not for_processing:
             raise DataError(
                 f"{path}: is a For Processing image (raw detector values); use the For Presentation one, or allow "
@@ -61,10 +70,6 @@ def _open_dataset(
             return SlidePixels(ds, info, locate(), voi=voi, plane=frame)
         _check(info, int(ds.get("SamplesPerPixel", 1)), frame, path)
         return DicomPixels(ds, info, locate(), voi=voi, frame=frame or 0)
-    except DataError:
-        raise
-    except Exception as error:  # pydicom converts elements on access, and raises errors of many kinds
-        raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
 
 
 def _warn_of_contradictions(ds: Dataset, path: Path) -> None:
@@ -89,14 +94,10 @@ def _check(info: DicomInfo, samples: int, frame: int | None, path: Path) -> None
         raise DataError(f"{path}: is {brief(info.photometric)}, but must be grey: MONOCHROME1 or MONOCHROME2")
     if samples != 1:
         raise DataError(f"{path}: is {info.photometric} with {samples} samples per pixel, not 1; correct the header")
-    if frame is None and info.frames > 1:
-        choice = f"0 to {info.frames - 1}: frame=0, or the column frame of a table"
-        raise DataError(f"{path}: has {info.frames} frames; choose one, {choice}")
-    if frame is not None and not 0 <= frame < info.frames:
-        raise DataError(f"{path}: frame {frame} does not exist; the file has 0 to {info.frames - 1}")
+    chosen_plane(frame, info.frames, str(path), "frames")
 
 
-class DicomPixels:
+class DicomPixels(StoredPixels):
     """Stored pixels (`stored.StoredPixels`) of a frame of a DICOM file; created by `open_dicom`."""
 
     self_describing = True
@@ -145,11 +146,6 @@ class DicomPixels:
         bits = f"{frames.bits} of {frames.frame.bits_allocated} bits"
         which = f", frame {self.frame} of {frames.count}" if frames.count > 1 else ""
         return (f"DICOM, {name}, {bits}{which}", *self._grey().steps)
-
-    @property
-    def to_original(self) -> Affine:
-        """The identity."""
-        return Affine()
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Unsigned bit patterns (1, rows, columns), indices into `table`."""
@@ -214,3 +210,69 @@ class DicomPixels:
             return grayscale.build(
                 ds, voi=voi, frame=self.frame, for_display=for_display, name=self.name, present=present
             )
+
+
+_SOF = {0xC0: JPEGBaseline8Bit, 0xC1: JPEGExtended12Bit, 0xC3: JPEGLosslessSV1, 0xF7: JPEGLSLossless}
+
+
+@dataclass(frozen=True)
+class StoreFrames(StoredFrames):
+    """Frames of an instance in a store.
+
+    A store may send a frame as stored or uncompressed without saying which, so the syntax is detected from the frame.
+    """
+
+    @property
+    def by_region(self) -> bool:
+        return False
+
+    def _pixels(self, index: int) -> np.ndarray:
+        data, name = cast(Instance, self.path).frame(index + 1), f"{self.path}/frames/{index + 1}"
+        syntax = syntax_of(data, self.frame, name)
+        if syntax.is_encapsulated != self.compressed:
+            raise DataError(f"{name}: its store sends only some frames compressed; download the file")
+        if syntax.is_encapsulated:
+            return codecs.decode(data, syntax, self.frame, name)
+        pixels = np.frombuffer(data, self.stored_dtype, self.frame.nbytes // self.dtype.itemsize)
+        return self._shaped(pixels)
+
+
+def syntax_of(data: bytes, frame: codecs.Frame, name: str) -> UID:
+    """The transfer syntax of a frame that a store sends without one, or another syntax with the same decoder.
+
+    Raises:
+        DataError: if the syntax is unknown, or the size differs from the header.
+    """
+    size = frame.rows, frame.columns, frame.samples
+    if data[:3] == b"\xff\xd8\xff" and codecs.jpeg_size(data) == size:
+        return _SOF.get(codecs.jpeg_process(data) or 0, JPEGLossless)
+    if (data[:4] == b"\xff\x4f\xff\x51" or data[4:8] == b"jP  ") and codecs.jpeg_2000_size(data) == size:
+        return JPEG2000Lossless
+    if frame.nbytes <= len(data) <= frame.nbytes + 1:
+        return ExplicitVRLittleEndian
+    if data[:8] == struct.pack("<2I", frame.samples * frame.bits_allocated // 8, 64):
+        return RLELossless
+    raise DataError(
+        f"{name}: {len(data)} bytes from its store are not a frame of {frame.rows} x {frame.columns} pixels with "
+        f"{frame.samples} samples; download the file"
+    )
+
+
+def locate_in_store(instance: Instance) -> tuple[Dataset, StoreFrames]:
+    """The header of a multi-frame instance and its frames; downloads the first frame to detect the syntax.
+
+    Raises:
+        DataError: if the store's metadata is incomplete, or frames cannot be downloaded separately.
+    """
+    ds = instance.header
+    with without_validation(), library_errors(f"{instance}: its store's metadata lacks the size", "download the file"):
+        frame = frame_of(ds, instance)
+    first = instance.frame(1)
+    syntax = syntax_of(first, frame, f"{instance}/frames/1")
+    lossy = syntax in (JPEGBaseline8Bit, JPEGExtended12Bit)
+    if lossy and (codecs.jpeg_bits(first) < int(ds.BitsStored) or str(ds.get("LossyImageCompression", "")) == "00"):
+        raise DataError(f"{instance}: its store sends frames with additional lossy compression; download the file")
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    with library_errors(f"{instance}: its store's metadata cannot be read", "download the file"):
+        return ds, StoreFrames.of(ds, cast(Path, instance), frame, syntax)

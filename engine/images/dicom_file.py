@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from pydicom import dcmread
@@ -33,7 +33,7 @@ from pydicom.uid import (
 
 from ..errors import DataError
 from . import codecs
-from .rawfile import FileBytes, one_line, warn_once
+from .rawfile import FileBytes, library_errors, reading, warn_once
 
 # The number of bytes that are inflated for a header; headers of images have kilobytes.
 _INFLATED_HEADER = 16 * 2**20
@@ -78,12 +78,10 @@ class DicomFile(io.BufferedReader):
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise DataError(f"{path}: is not a regular file; pass an image")
         self.path = path
-        try:
+        with reading(path):
             self._bytes: Any = path.open("rb", buffering=0)
             super().__init__(self._bytes)
             self.size = self.seek(0, 2)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
         self.seek(0)
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -101,19 +99,13 @@ class DicomFile(io.BufferedReader):
 
 def read_header(file: DicomFile, path: Path) -> tuple[Dataset, io.BufferedIOBase]:
     """The data set before the pixels, and the stream positioned at the pixel data element."""
-    try:
+    with library_errors(f"{path}: damaged or truncated DICOM header", "fetch the file again"):
         stream = _inflated_header(file, path)
         ds = dcmread(stream, stop_before_pixels=True, force=stream is not file)
         if stream is not file:
             ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
         missing = [key for key in ("Rows", "Columns", "BitsAllocated", "BitsStored") if ds.get(key) is None]
         index = ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
-    except DataError:
-        raise
-    except Exception as error:  # a damaged header raises errors of all kinds
-        raise DataError(
-            f"{path}: damaged or truncated DICOM header ({one_line(error)}); fetch the file again"
-        ) from error
     if missing and index:
         raise DataError(f"{path}: is a DICOMDIR, the index of a medium, not an image; pass the folder of its images")
     if missing:
@@ -169,14 +161,29 @@ class StoredFrames:
     """BitsStored."""
     signed: bool
     """PixelRepresentation: the highest stored bit is the sign."""
-    offset: int | None
+    offset: int | None = None
     """The position of the first frame, if uncompressed: in the file, or in the inflated data."""
-    deflated: int | None
+    deflated: int | None = None
     """The start of the deflate stream in the file."""
-    swapped: bool
+    swapped: bool = False
     """Whether 8-bit pixels are in big-endian words."""
-    ranges: np.ndarray | None
+    ranges: np.ndarray | None = None
     """First byte and end of each frame's items in the file, if compressed; int64 (count, 2)."""
+
+    @classmethod
+    def of(cls, ds: Dataset, path: Path, frame: codecs.Frame, syntax: UID, **positions: Any) -> Self:
+        """The frames that a header describes (see `frame_of`), with the fields on their positions."""
+        return cls(
+            path=path,
+            syntax=str(syntax),
+            frame=frame,
+            count=int(ds.get("NumberOfFrames") or 1),
+            planar=frame.samples > 1 and not syntax.is_encapsulated and int(ds.get("PlanarConfiguration") or 0) == 1,
+            shift=_high_bit(ds) + 1 - int(ds.BitsStored),
+            bits=int(ds.BitsStored),
+            signed=bool(ds.get("PixelRepresentation", 0)),
+            **positions,
+        )
 
     @property
     def dtype(self) -> np.dtype:
@@ -272,33 +279,26 @@ class StoredFrames:
 
     def _by_pydicom(self, index: int) -> np.ndarray:
         codecs.check_size(self.frame.nbytes, self.path.stat().st_size, str(self.path))
-        try:
+        with library_errors(f"{self.path}: pixel data cannot be decoded", "convert it"):
             with DicomFile(self.path) as file:
                 ds, _ = read_header(file, self.path)
             # Keep all bits: pydicom would interpret signs and unused bits, which the table does here.
             ds.BitsStored, ds.HighBit, ds.PixelRepresentation = ds.BitsAllocated, ds.BitsAllocated - 1, 0
             ds.NumberOfFrames, ds.PixelData = 1, encapsulate([self._data(index)], has_bot=False)
             return pixel_array(ds, raw=True)
-        except DataError:
-            raise
-        except Exception as error:  # missing plugin, damaged data: pydicom raises errors of all kinds
-            raise DataError(f"{self.path}: pixel data cannot be decoded ({one_line(error)}); convert it") from error
 
 
 def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> StoredFrames:
     """Locate the frames; `stream` is at the position of `read_header`. `DataError` if the file is too short."""
-    syntax = UID(str(ds.file_meta.TransferSyntaxUID))
-    stored, allocated = int(ds.BitsStored), int(ds.BitsAllocated)
-    high, count = int(ds.get("HighBit", stored - 1)), int(ds.get("NumberOfFrames") or 1)
-    if allocated not in (8, 16) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
-        raise DataError(f"{path}: {stored} bits of {allocated}, high bit {high}, is not supported; convert the file")
-    if (ds.get("PixelRepresentation") or 0) not in (0, 1):
-        raise DataError(f"{path}: PixelRepresentation {ds.PixelRepresentation} must be 0 or 1; correct the header")
+    syntax, frame, count = (
+        UID(str(ds.file_meta.TransferSyntaxUID)),
+        frame_of(ds, path),
+        int(ds.get("NumberOfFrames") or 1),
+    )
+    high, stored = _high_bit(ds), int(ds.BitsStored)
     if high != stored - 1 and syntax.is_encapsulated and syntax != codecs.RLE:
         # A code stream has the values themselves, not words with additional bits.
         raise DataError(f"{path}: {stored} bits stored and high bit {high} contradict each other; correct the header")
-    samples, photometric = int(ds.get("SamplesPerPixel", 1)), str(ds.get("PhotometricInterpretation", ""))
-    frame = codecs.Frame(int(ds.Rows), int(ds.Columns), samples, allocated, photometric)
     big = syntax == ExplicitVRBigEndian
     start, length, vr = _pixel_element(stream, big, syntax == ImplicitVRLittleEndian, path)
     ranges = None
@@ -320,20 +320,31 @@ def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> Stor
             )
         if file.deflated is None and end > file.size:
             raise DataError(f"{path}: is truncated ({file.size} of {end} bytes); fetch the file again")
-    return StoredFrames(
-        path=path,
-        syntax=str(syntax),
-        frame=frame,
-        count=count,
-        planar=samples > 1 and not syntax.is_encapsulated and int(ds.get("PlanarConfiguration") or 0) == 1,
-        shift=high + 1 - stored,
-        bits=stored,
-        signed=bool(ds.get("PixelRepresentation", 0)),
+    return StoredFrames.of(
+        ds,
+        path,
+        frame,
+        syntax,
         offset=None if syntax.is_encapsulated else start,
         deflated=file.deflated,
-        swapped=big and allocated == 8 and vr == b"OW",
+        swapped=big and frame.bits_allocated == 8 and vr == b"OW",
         ranges=ranges,
     )
+
+
+def frame_of(ds: Dataset, path: object) -> codecs.Frame:
+    """The format of a frame by the header; `DataError` if it is not supported."""
+    stored, allocated, high = int(ds.BitsStored), int(ds.BitsAllocated), _high_bit(ds)
+    if allocated not in (8, 16) or not 1 <= stored <= allocated or not stored - 1 <= high < allocated:
+        raise DataError(f"{path}: {stored} bits of {allocated}, high bit {high}, is not supported; convert the file")
+    if (ds.get("PixelRepresentation") or 0) not in (0, 1):
+        raise DataError(f"{path}: PixelRepresentation {ds.PixelRepresentation} must be 0 or 1; correct the header")
+    samples, photometric = int(ds.get("SamplesPerPixel", 1)), str(ds.get("PhotometricInterpretation", ""))
+    return codecs.Frame(int(ds.Rows), int(ds.Columns), samples, allocated, photometric)
+
+
+def _high_bit(ds: Dataset) -> int:
+    return int(ds.get("HighBit", int(ds.BitsStored) - 1))
 
 
 def _correct_sign(ds: Dataset, stream: bytes, path: Path) -> None:

@@ -6,21 +6,20 @@ A location in a store is its URL after ``dicomweb+``, as in ``dicomweb+https://h
 
 from __future__ import annotations
 
+import functools
 import io
 import netrc
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from ..errors import DataError
-from .rawfile import brief, one_line
-from .remote import RemoteFile
+from .rawfile import brief, library_errors, one_line
+from .remote import RemoteFile, with_retries
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -34,13 +33,11 @@ _LOCATION = re.compile(
 )
 _PAGE = 500
 """The number of results per request of a search."""
-_TRIES = 3
 _TIMEOUTS = 10, 120
 """Timeouts in seconds: for connecting, and between two parts of a response."""
 _FRAMES = (("application/octet-stream", "*"),), ("application/octet-stream",), None
 """Media types to request frames in; the first one that the store supports is used."""
 _LUT_DATA = "00283006"
-_local = threading.local()
 
 
 class StoreUnreachableError(DataError):
@@ -191,7 +188,7 @@ class Instance(RemoteFile):
     def is_dir(self) -> bool:
         return False
 
-    @cached_property
+    @functools.cached_property
     def header(self) -> Dataset:
         """The store's metadata, without pixels and other long values, which it returns by reference."""
         from pydicom.dataset import Dataset
@@ -203,20 +200,13 @@ class Instance(RemoteFile):
             if tag == _LUT_DATA:
                 raise DataError(f"{self.url}: its store returns the grey scale by reference; download the file")
 
-        try:
+        with library_errors(f"{self.url}: its store's metadata cannot be read", "download the file"):
             return Dataset.from_json(own, bulk_data_uri_handler=refuse_lut)
-        except DataError:
-            raise
-        except Exception as error:  # pydicom raises errors of many kinds
-            raise DataError(f"{self.url}: its store's metadata cannot be read ({one_line(error)})") from error
 
     @property
     def frames(self) -> int:
-        header = self.header
-        try:
-            return int(header.get("NumberOfFrames") or 1)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{self.url}: its store's metadata cannot be read ({one_line(error)})") from error
+        with library_errors(f"{self.url}: its store's metadata cannot be read", "download the file"):
+            return int(self.header.get("NumberOfFrames") or 1)
 
     def frame(self, number: int) -> bytes:
         """The bytes of a frame, from 1: as stored, otherwise uncompressed, otherwise in the store's preferred form."""
@@ -255,11 +245,8 @@ class Instance(RemoteFile):
             if self._data is None:
                 found = ask_store(self.url, self.service, lambda client: client.retrieve_instance(*self._uids))
                 file = io.BytesIO()
-                try:
-                    with without_validation():
-                        found.save_as(file, enforce_file_format=True)
-                except Exception as error:  # pydicom raises errors of many kinds
-                    raise DataError(f"{self.url}: is damaged in its store ({one_line(error)})") from error
+                with library_errors(f"{self.url}: is damaged in its store", "correct it there"), without_validation():
+                    found.save_as(file, enforce_file_format=True)
                 self._data = file.getbuffer()
             return self._data
 
@@ -313,32 +300,26 @@ def ask_store(url: str, service: str, call: Callable[[Any], T]) -> T:
         StoreUnreachableError: if the store cannot be reached, is out of order or requires a login.
         DataError: if the store refuses the request.
     """
-    client = _client(service)
+    client = _client(service, os.getpid(), threading.get_ident())
+    return with_retries(url, lambda: call(client), _judge)
+
+
+def _judge(url: str, error: Exception) -> tuple[DataError, bool]:
+    """The error to raise for an error of a request, and whether another try may succeed."""
     import requests
 
-    for left in reversed(range(_TRIES)):
-        try:
-            return call(client)
-        except requests.HTTPError as error:
-            status, reason = _status(error), getattr(error.response, "reason", "") or ""
-            text = f"{url}: its store answers {status} {brief(reason)}".rstrip()
-            if status in (401, 403):
-                raise StoreUnreachableError(f"{text}; put user and password for it into ~/.netrc") from error
-            if status < 500 and status not in (408, 429):
-                raise DataError(text) from error
-            final = StoreUnreachableError(text) if status in (408, 429, 502, 503, 504) else DataError(text)
-        except requests.RequestException as error:
-            final = StoreUnreachableError(f"{url}: its store cannot be reached ({_cause(error)})")
-            if isinstance(error, requests.exceptions.InvalidURL):
-                raise final from error
-        except DataError:
-            raise
-        except Exception as error:  # errors of pydicom and json for a malformed response
-            raise DataError(f"{url}: its store's answer cannot be read ({one_line(error)})") from error
-        if not left:
-            raise final
-        time.sleep(0.2 * 4 ** (_TRIES - 1 - left))
-    raise AssertionError
+    if isinstance(error, requests.HTTPError):
+        status, reason = _status(error), getattr(error.response, "reason", "") or ""
+        text = f"{url}: its store answers {status} {brief(reason)}".rstrip()
+        if status in (401, 403):
+            return StoreUnreachableError(f"{text}; put user and password for it into ~/.netrc"), False
+        kind = StoreUnreachableError if status in (408, 429, 502, 503, 504) else DataError
+        return kind(text), status >= 500 or status in (408, 429)
+    if isinstance(error, requests.RequestException):
+        final = StoreUnreachableError(f"{url}: its store cannot be reached ({_cause(error)})")
+        return final, not isinstance(error, requests.exceptions.InvalidURL)
+    # errors of pydicom and json for a malformed response
+    return DataError(f"{url}: its store's answer cannot be read ({one_line(error)})"), False
 
 
 def _status(error: Any) -> int:
@@ -352,14 +333,10 @@ def _cause(error: BaseException) -> str:
     return getattr(error, "strerror", None) or one_line(error)  # pyright: ignore[reportArgumentType]
 
 
-def _client(service: str) -> Any:
-    """The client of a store for this thread and process."""
-    cached = getattr(_local, "clients", None)
-    if cached is None or cached[0] != os.getpid():  # forked processes must not share connections
-        cached = _local.clients = os.getpid(), {}
-    if service not in cached[1]:
-        cached[1][service] = connect(service)
-    return cached[1][service]
+@functools.cache
+def _client(service: str, process: int, thread: int) -> Any:
+    """The client of a store for a thread of a process, because forked processes must not share connections."""
+    return connect(service)
 
 
 def connect(service: str) -> Any:

@@ -1,7 +1,8 @@
-"""Image data in a DICOM header, without the pixels."""
+"""Image data in DICOM headers, without the pixels; the headers of many files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from pydicom.dataset import Dataset
 from ..errors import DataError
 from . import mammography
 from .dicom_file import DicomFile, read_header, without_validation
-from .rawfile import one_line
+from .parallel import run_parallel
+from .rawfile import library_errors
 
-MG_FOR_PRESENTATION = "1.2.840.10008.5.1.4.1.1.1.2"
 UNDECLARED = "not declared"  # the photometric interpretation of a header without one
 # Mammography, breast projections, digital X-ray.
 _FOR_PROCESSING = {"1.2.840.10008.5.1.4.1.1.1.2.1", "1.2.840.10008.5.1.4.1.1.13.1.5", "1.2.840.10008.5.1.4.1.1.1.1.1"}
@@ -31,7 +32,6 @@ class DicomInfo:
     frames: int
     bits_stored: int
     transfer_syntax: str
-    sop_class: str
     modality: str | None
     patient_id: str | None = field(repr=False)
     study_uid: str | None = field(repr=False)
@@ -71,7 +71,8 @@ def read_info(path: str | Path) -> DicomInfo:
 
 def describe(ds: Dataset, path: Path) -> DicomInfo:
     """The data of a parsed header; `DataError` for invalid elements."""
-    try:
+    # pydicom converts elements on access.
+    with library_errors(f"{path}: malformed DICOM header", "correct it or fetch it again"):
         laterality, view = mammography.side_and_view(ds)
         sop_class = str(ds.get("SOPClassUID", ""))
         matrix = ds.get("TotalPixelMatrixRows"), ds.get("TotalPixelMatrixColumns")
@@ -81,7 +82,6 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
             frames=int(ds.get("NumberOfFrames") or 1),
             bits_stored=int(ds.BitsStored),
             transfer_syntax=str(ds.file_meta.TransferSyntaxUID),
-            sop_class=sop_class,
             modality=_text(ds.get("Modality")),
             patient_id=_text(ds.get("PatientID")),
             study_uid=_text(ds.get("StudyInstanceUID")),
@@ -97,8 +97,6 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
             manufacturer=_text(ds.get("Manufacturer")),
             matrix=(int(matrix[0]), int(matrix[1])) if all(matrix) else None,  # pyright: ignore[reportArgumentType]
         )
-    except Exception as error:  # pydicom converts elements on access, and raises errors of many kinds
-        raise DataError(f"{path}: malformed DICOM header ({one_line(error)}); correct it or fetch it again") from error
     if info.rows < 1 or info.columns < 1 or info.frames < 1:
         raise DataError(f"{path}: damaged header ({info.frames} frames of {info.rows} x {info.columns} pixels)")
     return info
@@ -107,3 +105,21 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
 def _text(value: Any) -> str | None:
     """The value as text in one line; None if it is empty."""
     return " ".join(str(value).split()) or None if value is not None else None
+
+
+def read_headers(
+    paths: Sequence[Path], *, workers: int | None = None, on_done: Callable[[], object] | None = None
+) -> list[DicomInfo | DataError]:
+    """`dicom.read_info` of each file, in the order of `paths`; the error for a file that cannot be read.
+
+    Args:
+        paths: the files.
+        workers: the number of processes, as in `run_parallel`.
+        on_done: called after each file.
+    """
+    found: list[DicomInfo | DataError] = [DataError("not read")] * len(paths)
+    for index, result in run_parallel(read_info, paths, workers=workers, chunk=64):
+        found[index] = result
+        if on_done is not None:
+            on_done()
+    return found

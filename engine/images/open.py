@@ -11,12 +11,15 @@ import numpy as np
 from torch import Tensor, strided
 
 from ..errors import DataError
-from .arrays import ArrayPixels, channels_first
 from .dicomweb import Instance, remote_file
 from .levels import White
 from .pixels import ImageSource, Normalize
+from .rawfile import reading
 from .remote import RemoteFile, is_url
-from .stored import StoredPixels
+from .stored import ArrayPixels, StoredPixels, channels_first
+
+# Files that mark a folder as a zarr array or group, of version 3 and 2.
+_ZARR = ("zarr.json", ".zarray", ".zgroup")
 
 
 def open_pixels(
@@ -81,19 +84,17 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         from .dicom import open_dicom
 
         return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
-    try:  # each call fails for a folder without permission, or for a name that is too long
+    with reading(path):  # each call fails for a folder without permission, or for a name that is too long
         if path.is_dir():
-            from .zarrs import MARKS, ZarrPixels
+            if any((path / mark).is_file() for mark in _ZARR):
+                from .zarrs import ZarrPixels
 
-            if any((path / mark).is_file() for mark in MARKS):
                 return ZarrPixels(path, frame)
             os.listdir(path)  # raises the error of a folder without permission
         if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for its writer
             raise DataError(f"{path}: is not a regular file; pass an image")
         with path.open("rb") as file:
             head = file.read(132)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         from .tiff import TiffPixels
 

@@ -6,24 +6,49 @@ scan over a map makes the whole image resident, and a file that shrinks under a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import math
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ..errors import DataError
-from .affine import Affine
-from .arrays import channels_first
-from .stored import full_range
+from .stored import StoredPixels, channels_first, full_range
 
 _LONGEST = 160
 _log = logging.getLogger("gigamorph")
+
+
+@contextlib.contextmanager
+def library_errors(what: str, remedy: str) -> Iterator[None]:
+    """Context that turns a library's error into a `DataError`; damaged files raise errors of all kinds.
+
+    Args:
+        what: the file, and what is wrong with it.
+        remedy: the end of the message.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what} ({one_line(error)}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Context that turns an error of the file system into a `DataError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 @functools.cache
@@ -54,11 +79,8 @@ class FileBytes:
         self._file: BinaryIO | None = None
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
@@ -73,19 +95,16 @@ class FileBytes:
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `offset` on; `DataError` if the file is too short."""
         done = 0
-        try:
-            with self._lock:
-                if self._file is None:
-                    self._file = self.path.open("rb", buffering=0)
-                self._file.seek(offset)
-                while done < len(target):
-                    # A call may return fewer bytes than requested (at most 2 GiB on Linux).
-                    count = self._file.readinto(target[done:])  # pyright: ignore[reportAttributeAccessIssue]
-                    if not count:
-                        break
-                    done += count
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
+        with reading(self.path), self._lock:
+            if self._file is None:
+                self._file = self.path.open("rb", buffering=0)
+            self._file.seek(offset)
+            while done < len(target):
+                # A call may return fewer bytes than requested (at most 2 GiB on Linux).
+                count = self._file.readinto(target[done:])  # pyright: ignore[reportAttributeAccessIssue]
+                if not count:
+                    break
+                done += count
         if done < len(target):
             raise DataError(f"{self.path}: is truncated ({offset + len(target)} bytes expected); fetch the file again")
 
@@ -96,7 +115,7 @@ class FileBytes:
         return bytes(data)
 
 
-class RawPixels:
+class RawPixels(StoredPixels):
     """A C-ordered array at a byte offset of a file, as stored pixels (`stored.StoredPixels`).
 
     Args:
@@ -107,10 +126,6 @@ class RawPixels:
         order: the permutation to (channels, height, width) or (height, width); by default that of `channels_first`.
         full: the value of white; by default that of the dtype.
     """
-
-    table = None
-    self_describing = False
-    to_original = Affine()
 
     def __init__(
         self,
@@ -140,9 +155,6 @@ class RawPixels:
         ranges = [wanted[self.order.index(axis)] for axis in range(len(self.order))]
         box = self._read_box(ranges).transpose(self.order)
         return box if box.ndim == 3 else box[None]
-
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
 
     def _read_box(self, ranges: list[tuple[int, int]]) -> np.ndarray:
         """A box of the stored array, with one file read per contiguous run.
@@ -182,20 +194,17 @@ class RawPixels:
 
 def open_npy(path: Path) -> RawPixels:
     """The array in a `.npy` file, in a layout of `open_pixels`, C or Fortran order; never read whole."""
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            # numpy would allocate any length that the header claims; shape and dtype need about a hundred bytes.
-            width = 2 if version == (1, 0) else 4
-            claimed = int.from_bytes(file.read(width), "little")
-            if claimed > min(path.stat().st_size, 2**20):
-                raise ValueError(f"a header of {claimed} bytes")
-            file.seek(-width, 1)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = reader(file)
-            offset = file.tell()
-    except Exception as error:  # numpy raises errors of all kinds for a damaged header
-        raise DataError(f"{path}: damaged .npy header ({one_line(error)}); save it again") from error
+    with library_errors(f"{path}: damaged .npy header", "save it again"), path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        # numpy would allocate any length that the header claims; shape and dtype need about a hundred bytes.
+        width = 2 if version == (1, 0) else 4
+        claimed = int.from_bytes(file.read(width), "little")
+        if claimed > min(path.stat().st_size, 2**20):
+            raise ValueError(f"a header of {claimed} bytes")
+        file.seek(-width, 1)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(file)
+        offset = file.tell()
     if not fortran:
         return RawPixels(path, offset, shape, dtype)
     last = len(shape) - 1

@@ -7,11 +7,12 @@ import os
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+from fsspec.spec import AbstractBufferedFile
 
 from ..errors import DataError
 from .rawfile import one_line
@@ -34,8 +35,20 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
-def with_retries(url: str, call: Callable[[], T]) -> T:
+def _judge(url: str, error: Exception) -> tuple[DataError, bool]:
+    final = isinstance(error, _FINAL) and _status(error) < 500
+    return DataError(f"{url}: cannot be fetched ({describe_error(error)})"), not final
+
+
+def with_retries(
+    url: str, call: Callable[[], T], judge: Callable[[str, Exception], tuple[DataError, bool]] = _judge
+) -> T:
     """The result of a network call, after at most three tries.
+
+    Args:
+        url: for messages.
+        call: the call.
+        judge: (url, error of the call) -> the error to raise, and whether another try may succeed.
 
     Raises:
         DataError: if the file cannot be fetched, with the reason; or that of the call.
@@ -46,8 +59,9 @@ def with_retries(url: str, call: Callable[[], T]) -> T:
         except DataError:
             raise
         except Exception as error:
-            if not left or (isinstance(error, _FINAL) and _status(error) < 500):
-                raise DataError(f"{url}: cannot be fetched ({describe_error(error)})") from error
+            final, may_succeed = judge(url, error)
+            if not left or not may_succeed:
+                raise final from error
             time.sleep(0.2 * 4 ** (_TRIES - 1 - left))
     raise AssertionError
 
@@ -97,7 +111,7 @@ class RemoteFile:
         self._process = 0
         self._size: int | None = None
         self._lock = threading.Lock()
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._blocks: Any = None
 
     @classmethod
     def by_region(cls, url: str) -> RemoteFile | None:
@@ -114,11 +128,8 @@ class RemoteFile:
         file = cls(url)
         return file if file.is_dir() or file._supports_ranges() else None
 
-    def __getstate__(self) -> str:
-        return self.url
-
-    def __setstate__(self, url: str) -> None:
-        self.__init__(url)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
 
     def __str__(self) -> str:
         return self.url
@@ -163,23 +174,21 @@ class RemoteFile:
         return self.read_range(0, self.size) if self.size <= SMALL else self.fetch(0, self.size)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Cached bytes from `start` to `end`, or to the end of the block."""
+        """The bytes from `start` to `end`, or to the end of the file; blocks are cached."""
+        from fsspec.caching import BlockCache
+
         size = self.size
         end = min(end, size)
-        if start >= end:
-            return b""
         block = size if size <= SMALL else BLOCK
         if end - start >= block < size:
             return self.fetch(start, end)
-        number = start // block
         with self._lock:  # two threads must not fetch the same block
-            found = self._blocks.pop(number, None)
-            if found is None:
-                found = self.fetch(number * block, min((number + 1) * block, size))
-            self._blocks[number] = found
-            while len(self._blocks) > _HELD:
-                self._blocks.popitem(last=False)
-        return found[start - number * block : end - number * block]
+            if self._blocks is None:
+                self._blocks = BlockCache(block, self._fetch_block, size, _HELD)
+            return self._blocks._fetch(start, end)
+
+    def _fetch_block(self, start: int, end: int) -> bytes:
+        return self.fetch(start, min(end, self.size))
 
     def fetch(self, start: int, end: int) -> bytes:
         """Fetch the bytes from `start` to `end`, without the cache."""
@@ -217,36 +226,12 @@ class RemoteFile:
         return self._system
 
 
-class _Reader(io.RawIOBase):
+class _Reader(AbstractBufferedFile):
     """A stream over a remote file."""
 
     def __init__(self, file: RemoteFile) -> None:
-        super().__init__()
-        self.name = str(file)
-        self._file, self._position = file, 0
+        super().__init__(None, file.url, cache_type="none", size=file.size)
+        self.name, self._file = file.url, file
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any, /) -> int:
-        target = memoryview(buffer).cast("B")
-        done = 0
-        while done < len(target):  # fill the buffer, as unbuffered local files do
-            data = self._file.read_range(self._position, self._position + len(target) - done)
-            if not data:
-                break
-            target[done : done + len(data)] = data
-            done += len(data)
-            self._position += len(data)
-        return done
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self._file.read_range(start, end)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from ..errors import DataError
 from . import grayscale
-from .affine import Affine
 from .dicom_file import StoredFrames
 from .header import DicomInfo
-from .tiles import TileGrid
+from .stored import chosen_plane
+from .tiles import TiledPixels, TileGrid
 
 _RGB = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
 # A sparse slide with less than this part of its matrix has a damaged header.
 _SPARSEST = 1e-4
+_PLANES = "focal planes and optical paths"
 
 
-class SlidePixels:
+class SlidePixels(TiledPixels):
     """Stored pixels (`stored.StoredPixels`) of a slide; created by `dicom.open_dicom`.
 
     Missing tiles of a sparse slide are white in colour images and black in grey images.
@@ -32,7 +31,6 @@ class SlidePixels:
         plane: the index of focal plane and optical path, focal planes first; required if there are several.
     """
 
-    to_original = Affine()
     self_describing = True
 
     def __init__(self, ds: Dataset, info: DicomInfo, frames: StoredFrames, *, voi: str, plane: int | None) -> None:
@@ -49,8 +47,7 @@ class SlidePixels:
         self.dtype = frames.dtype
         self.tile_size = (info.rows, info.columns)
         self._index, self.plane, planes = _tile_frames(ds, info, plane, self.name)
-        self.table: np.ndarray | None = None
-        self.full: float = 2**frames.bits - 1
+        self.full = 2**frames.bits - 1
         self._absent = self.full
         scale: tuple[str, ...] = ()
         if grey:
@@ -65,18 +62,6 @@ class SlidePixels:
         which = f", plane {self.plane} of {planes}" if planes > 1 else ""
         self.steps = (f"DICOM slide, {UID(frames.syntax).name}, {frames.bits} bits{which}", *scale)
         self._grid = TileGrid(self.tile_size)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_grid"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _grid=TileGrid(state["tile_size"]))
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        return self._grid.read(self, top, bottom, left, right)
-
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
 
     def tile(self, row: int, column: int) -> np.ndarray:
         """The pixels (samples, rows, columns) of a frame, as unsigned bit patterns."""
@@ -103,7 +88,7 @@ def _tile_frames(
         count, rest = divmod(info.frames, down * across)
         if rest or not count:
             raise DataError(f"{name}: {info.frames} frames do not fill {down} x {across} tiles; fetch the whole slide")
-        chosen = _plane(plane, count, name)
+        chosen = chosen_plane(plane, count, name, _PLANES, "plane")
         return chosen * down * across, chosen, count
     if info.frames * info.rows * info.columns < _SPARSEST * info.matrix[0] * info.matrix[1]:
         raise DataError(f"{name}: {info.frames} frames are too few for {down} x {across} tiles; the header is damaged")
@@ -119,13 +104,5 @@ def _tile_frames(
         path = (group.get("OpticalPathIdentificationSequence") or [Dataset()])[0].get("OpticalPathIdentifier")
         depth = float(position.get("ZOffsetInSlideCoordinateSystem") or 0)
         planes.setdefault((str(path or ""), depth), {})[row // info.rows, column // info.columns] = number
-    chosen = _plane(plane, len(planes), name)
+    chosen = chosen_plane(plane, len(planes), name, _PLANES, "plane")
     return planes[sorted(planes)[chosen]], chosen, len(planes)
-
-
-def _plane(plane: int | None, planes: int, name: str) -> int:
-    if plane is None and planes > 1:
-        raise DataError(f"{name}: has {planes} focal planes and optical paths; choose one (frame=0 to {planes - 1})")
-    if plane is not None and not 0 <= plane < planes:
-        raise DataError(f"{name}: plane {plane} does not exist; the slide has 0 to {planes - 1}")
-    return plane or 0

@@ -1,66 +1,60 @@
-"""The interface of readers of file formats: stored values, and the meaning of their dtype."""
+"""Stored values of files and arrays: the base class of their readers, the meaning of their dtype, arrays in memory."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .affine import Affine
 
 
-class StoredPixels(Protocol):
-    """The interface of a file format for `ImageSource`: stored values of a region, in their own dtype."""
+class StoredPixels:
+    """A reader of a file format for `ImageSource`, which returns stored values of a region; a base class."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """The file."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype | torch.dtype:
-        """The dtype of the stored values."""
-        ...
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """The steps from the file to grey values, in order, without data that identify a patient."""
-        ...
-
-    @property
-    def to_original(self) -> Affine:
-        """The map from the stored image's coordinates to those of the file."""
-        ...
-
-    @property
-    def full(self) -> float:
-        """The grey value of white: a stored value, or an entry of `table` if there is one."""
-        ...
-
-    @property
-    def table(self) -> np.ndarray | None:
-        """The grey value of each stored value, or None if stored values are grey values."""
-        ...
-
-    @property
-    def self_describing(self) -> bool:
-        """Whether the file defines white and the side of the chest wall, as DICOM does."""
-        ...
+    shape: tuple[int, int, int]
+    """(channels, height, width)."""
+    name: str
+    """The file."""
+    dtype: Any
+    """The numpy or torch dtype of the stored values."""
+    steps: tuple[str, ...]
+    """The steps from the file to grey values, in order, without data that identify a patient."""
+    full: float
+    """The grey value of white: a stored value, or an entry of `table` if there is one."""
+    table: np.ndarray | None = None
+    """The grey value of each stored value, or None if stored values are grey values."""
+    to_original = Affine()
+    """The map from the stored image's coordinates to those of the file."""
+    self_describing = False
+    """Whether the file defines white and the side of the chest wall, as DICOM does."""
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
         """Stored values of a region, (channels, bottom - top, right - left)."""
-        ...
+        raise NotImplementedError
 
     def flips(self) -> tuple[bool, bool]:
         """(left-right, up-down): the mirroring to the canonical orientation, if the file defines it."""
-        ...
+        return False, False
+
+
+def chosen_plane(frame: int | None, count: int, name: str, what: str, unit: str = "frame") -> int:
+    """The index of one of `count` images in a file; `DataError` if it does not exist, or none of several is chosen.
+
+    Args:
+        frame: the index from 0, or None.
+        count: the number of images.
+        name: the file.
+        what, unit: the names of several images and of one, for messages.
+    """
+    if frame is None and count > 1:
+        raise DataError(f"{name}: has {count} {what}; choose one (frame=0 to {count - 1}, or column frame of a table)")
+    if frame is not None and not 0 <= frame < count:
+        raise DataError(f"{name}: {unit} {frame} does not exist; the file has 0 to {count - 1}")
+    return frame or 0
 
 
 def integer_dtype(dtype: np.dtype | torch.dtype) -> np.dtype | None:
@@ -84,3 +78,29 @@ def full_range(dtype: np.dtype | torch.dtype) -> float:
     if isinstance(dtype, torch.dtype):
         return 1.0 if dtype.is_floating_point or dtype == torch.bool else float(torch.iinfo(dtype).max)
     return float(np.iinfo(dtype).max) if dtype.kind in "ui" else 1.0
+
+
+class ArrayPixels(StoredPixels):
+    """Stored pixels in memory: a numpy array or tensor in (channels, height, width) order."""
+
+    def __init__(self, values: np.ndarray | Tensor, name: str) -> None:
+        self.values, self.dtype = values, values.dtype
+        self.steps = (f"array in memory, {str(values.dtype).removeprefix('torch.')}",)
+        self.name = name
+        self.full = full_range(values.dtype)
+        self.shape = (int(values.shape[0]), int(values.shape[1]), int(values.shape[2]))
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
+        return self.values[:, top:bottom, left:right]
+
+
+def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """The permutation from this shape to (channels, height, width); `DataError` if there is none."""
+    if len(shape) == 2 and all(shape):
+        return (0, 1)
+    if len(shape) == 3 and all(shape):
+        if shape[0] in (1, 3):
+            return (0, 1, 2)
+        if shape[2] in (1, 3):
+            return (2, 0, 1)
+    raise DataError(f"{name}: shape {shape} must be (H, W), (C, H, W) or (H, W, C) with 1 or 3 channels")

@@ -12,9 +12,9 @@ import tifffile
 
 from ..errors import DataError
 from . import codecs
-from .affine import Affine
-from .rawfile import FileBytes, RawPixels, one_line
-from .tiles import TileGrid
+from .rawfile import FileBytes, RawPixels, library_errors
+from .stored import chosen_plane
+from .tiles import TiledPixels, TileGrid
 
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _ALPHA = {1, 2}  # ExtraSamples: associated, unassociated alpha; 0 is unspecified data
@@ -29,7 +29,7 @@ def _only_alpha(page: tifffile.TiffPage, channels: int) -> bool:
     return sum(int(kind) in _ALPHA for kind in page.extrasamples) >= extra
 
 
-class TiffPixels:
+class TiffPixels(TiledPixels):
     """Stored pixels (`stored.StoredPixels`) of a plane of a TIFF file, at full resolution; alpha is dropped.
 
     Args:
@@ -38,28 +38,20 @@ class TiffPixels:
             required if there are several. Thumbnails, labels and lower resolutions are other images and ignored.
     """
 
-    to_original = Affine()
-    self_describing = False
-
     def __init__(self, path: Path, frame: int | None = None) -> None:
         self.name = str(path)
         self.path = path
         self.frame = frame
-        try:
+        with (
+            library_errors(f"{path}: damaged TIFF", "fetch the file again"),
             # Other files of a multi-file image are found for local files only.
-            with tifffile.TiffFile(path if isinstance(path, Path) else path.open("rb")) as tif:
-                self._choose(tif, frame)
-                self._describe()
-        except DataError:
-            raise
-        except Exception as error:  # tifffile raises errors of all kinds for a damaged directory
-            raise DataError(f"{path}: damaged TIFF ({one_line(error)}); fetch the file again") from error
+            tifffile.TiffFile(path if isinstance(path, Path) else path.open("rb")) as tif,
+        ):
+            self._choose(tif, frame)
+            self._describe()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "frame": self.frame}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["frame"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.frame)
 
     def _choose(self, tif: tifffile.TiffFile, frame: int | None) -> None:
         if not tif.series:
@@ -67,15 +59,12 @@ class TiffPixels:
         whole = (series for series in tif.series if not series.keyframe.is_reduced)  # a thumbnail may come first
         series = next(whole, tif.series[0]).levels[0]
         self._planes = len(series)
-        if frame is None and self._planes > 1:
-            raise DataError(f"{self.path}: has {self._planes} planes; choose one (frame=0 to {self._planes - 1})")
-        if frame is not None and not 0 <= frame < self._planes:
-            raise DataError(f"{self.path}: frame {frame} does not exist; the file has 0 to {self._planes - 1}")
+        chosen = chosen_plane(frame, self._planes, self.name, "planes")
         page = series.keyframe
         if series.dataoffset is not None:  # a contiguous block, perhaps with one directory for all planes
-            offsets, counts = (series.dataoffset + (frame or 0) * page.nbytes,), (page.nbytes,)
+            offsets, counts = (series.dataoffset + chosen * page.nbytes,), (page.nbytes,)
         else:
-            own = series[frame or 0]
+            own = series[chosen]
             if own is None:
                 raise DataError(f"{self.path}: plane {frame} is missing; fetch all files of the image")
             offsets, counts = own.dataoffsets, own.databytecounts
@@ -127,7 +116,6 @@ class TiffPixels:
         self.full = float(2**page.bitspersample - 1) if page.dtype.kind == "u" else 1.0
         if page.dtype.kind == "i":
             self.full = float(np.iinfo(page.dtype).max)
-        self.table = None
         if page.photometric == _MINISWHITE:
             if page.dtype.kind not in "ub" or page.dtype.itemsize > 2:
                 raise DataError(f"{self.path}: white-is-zero with {page.dtype}; save it with black as zero")
@@ -173,13 +161,10 @@ class TiffPixels:
         self._grid = TileGrid(size)
         _ = page.decode, page.jpegtables  # both read the open file once and are cached
 
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
-
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         if self._raw is not None:
             return self._raw.read(top, bottom, left, right)[: self.shape[0]]
-        return self._grid.read(self, top, bottom, left, right)
+        return super().read(top, bottom, left, right)
 
     def tile(self, row: int, column: int) -> np.ndarray:
         """The pixels (channels, rows, columns) of a tile or strip."""
@@ -199,12 +184,8 @@ class TiffPixels:
         data = self._bytes.read(int(self._offsets[index]), count) if count else None
         if data is not None:
             self._check(data, index)
-        try:
+        with library_errors(f"{self.path}: segment {index} is damaged", "fetch the file again"):
             decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-        except Exception as error:  # each codec has its own exceptions
-            raise DataError(
-                f"{self.path}: segment {index} is damaged ({one_line(error)}); fetch the file again"
-            ) from error
         if decoded is None:  # a segment that was never written has the fill value
             decoded = np.full(shape, page.nodata, page.dtype)
         if self.dtype.kind == "b" and decoded.dtype == np.uint8:  # fax decoders return a byte per bit

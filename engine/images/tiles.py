@@ -11,13 +11,15 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from .parallel import available_cpus
+from .stored import StoredPixels
 
 _Key = tuple[int, tuple[int, int]]
 
@@ -29,12 +31,7 @@ class TileCache:
         self.limit = limit
         self._lock = threading.Lock()
         self._tiles: OrderedDict[_Key, np.ndarray] = OrderedDict()
-        self._bytes = 0
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the cached tiles."""
-        return self._bytes
+        self.nbytes = 0
 
     def keys(self, owner: int) -> list[tuple[int, int]]:
         """(row, column) of the cached tiles of an image, the least recently used first."""
@@ -55,59 +52,24 @@ class TileCache:
         with self._lock:
             if key not in self._tiles:
                 self._tiles[key] = tile
-                self._bytes += tile.nbytes
-            while self._bytes > self.limit:
-                self._bytes -= self._tiles.popitem(last=False)[1].nbytes
+                self.nbytes += tile.nbytes
+            while self.nbytes > self.limit:
+                self.nbytes -= self._tiles.popitem(last=False)[1].nbytes
 
     def drop(self, owner: int) -> None:
         """Remove the tiles of an image."""
         with self._lock:
             for key in [key for key in self._tiles if key[0] == owner]:
-                self._bytes -= self._tiles.pop(key).nbytes
+                self.nbytes -= self._tiles.pop(key).nbytes
 
 
 CACHE = TileCache(256 * 2**20)
 
 _owners = itertools.count()
-_threads: ThreadPoolExecutor | None = None
-_threads_lock = threading.Lock()
 
 
-def _pool() -> ThreadPoolExecutor:
-    """The thread pool for decoding."""
-    global _threads
-    with _threads_lock:
-        if _threads is None:
-            _threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "gigamorph-tiles")
-        return _threads
-
-
-def _after_fork() -> None:
-    """Reset threads and locks in a forked process, which lacks the parent's threads but keeps their locks."""
-    global _threads, _threads_lock
-    _threads, _threads_lock = None, threading.Lock()
-    CACHE.__init__(CACHE.limit)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-class Tiled(Protocol):
-    """The interface of a file format that is read tile by tile."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    @property
-    def name(self) -> str: ...
-
-    def tile(self, row: int, column: int) -> np.ndarray:
-        """The pixels (channels, rows, columns) of a tile; at the lower and right border it may exceed the image."""
-        ...
+if hasattr(os, "register_at_fork"):  # the lock may be held by a thread that a forked process lacks
+    os.register_at_fork(after_in_child=lambda: CACHE.__init__(CACHE.limit))
 
 
 class TileGrid:
@@ -118,7 +80,10 @@ class TileGrid:
         self.owner = next(_owners)
         weakref.finalize(self, cache.drop, self.owner)
 
-    def read(self, image: Tiled, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.size,)
+
+    def read(self, image: TiledPixels, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """A region as a new array (channels, bottom - top, right - left); all calls must have the same `image`."""
         out = np.empty((image.shape[0], bottom - top, right - left), image.dtype)
         if not out.size:
@@ -139,14 +104,18 @@ class TileGrid:
 
         indices = list(self._overlapping(top, bottom, left, right))
         missing = [index for index in indices if self.cache.get((self.owner, index)) is None]
-        _run_all(paste, indices) if len(missing) > 1 else [paste(index) for index in indices]
+        if len(missing) < 2:
+            list(map(paste, indices))
+        else:
+            with ThreadPoolExecutor(min(8, available_cpus()), "gigamorph-tiles") as pool:
+                list(pool.map(paste, indices))
         return out
 
     def _overlapping(self, top: int, bottom: int, left: int, right: int) -> Iterator[tuple[int, int]]:
         height, width = self.size
         return itertools.product(range(top // height, -(-bottom // height)), range(left // width, -(-right // width)))
 
-    def _tile(self, image: Tiled, row: int, column: int) -> np.ndarray:
+    def _tile(self, image: TiledPixels, row: int, column: int) -> np.ndarray:
         key = (self.owner, (row, column))
         tile = self.cache.get(key)
         if tile is None:
@@ -155,14 +124,14 @@ class TileGrid:
         return tile
 
 
-def _run_all(task: Callable[[tuple[int, int]], None], indices: list[tuple[int, int]]) -> None:
-    """Run a task for all indices in threads; the first error is raised after all threads have finished."""
-    futures = [_pool().submit(task, index) for index in indices]
-    errors = []
-    for future in futures:
-        if errors:
-            future.cancel()
-        if not future.cancelled() and (error := future.exception()) is not None:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+class TiledPixels(StoredPixels):
+    """Stored pixels of a file format that is read tile by tile; a base class."""
+
+    _grid: TileGrid
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        return self._grid.read(self, top, bottom, left, right)
+
+    def tile(self, row: int, column: int) -> np.ndarray:
+        """The pixels (channels, rows, columns) of a tile; at the lower and right border it may exceed the image."""
+        raise NotImplementedError

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..errors import DataError
 from . import codecs
-from .affine import Affine
-from .rawfile import one_line
+from .rawfile import library_errors, reading
+from .stored import StoredPixels
 
 # Channels without alpha, which is dropped, by the colour type in the header.
 _CHANNELS = {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}
@@ -30,42 +30,26 @@ _PASSES = (
 _BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
 
-class WholeFile:
+class WholeFile(StoredPixels):
     """Stored pixels (`stored.StoredPixels`) of a file that is decoded as a whole; a base class."""
-
-    table = None
-    self_describing = False
-    to_original = Affine()
-    shape: tuple[int, int, int]
-    dtype: np.dtype
-    full: float
-    steps: tuple[str, ...]
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.path = path
         self._pixels: np.ndarray | None = None
         self._lock = threading.Lock()
-        try:
+        with reading(path):
             self._describe()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
         codecs.check_size(math.prod(self.shape) * self.dtype.itemsize, path.stat().st_size, self.name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         with self._lock:
             if self._pixels is None:
                 self._pixels = self._decoded()
         return self._pixels[:, top:bottom, left:right]
-
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
 
     def _describe(self) -> None:
         """Set shape, dtype, full and steps from the header."""
@@ -86,16 +70,8 @@ class WholeFile:
         return codecs.most_encoded(math.prod(self.shape) * self.dtype.itemsize)
 
     def _decoded(self) -> np.ndarray:
-        try:
+        with library_errors(f"{self.path}: damaged or truncated image", "fetch the file again"), reading(self.path):
             pixels = self._decode()
-        except DataError:
-            raise
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from error
-        except Exception as error:  # each codec has its own exceptions
-            raise DataError(
-                f"{self.path}: damaged or truncated image ({one_line(error)}); fetch the file again"
-            ) from error
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
         pixels = pixels[:, :, : self.shape[0]].transpose(2, 0, 1)
         if pixels.shape != self.shape or pixels.dtype != self.dtype:

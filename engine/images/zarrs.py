@@ -1,27 +1,36 @@
-"""Zarr arrays and OME-Zarr images, read by region: only the chunks that overlap a region are decoded."""
+"""Zarr arrays and OME-Zarr images, read by region: only the chunks that overlap a region are decoded.
+
+The decompressed bytes of a chunk are limited, because zarr's codecs have no limit.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import bz2
 import itertools
+import lzma
 import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
+import zarr
+from numcodecs.abc import Codec
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import ShardingCodec
 
 from ..errors import DataError
 from . import codecs
-from .affine import Affine
-from .arrays import channels_first
-from .rawfile import one_line
-from .stored import full_range
-from .tiles import TileGrid
-
-# Files that mark a folder as a zarr array or group, of version 3 and 2.
-MARKS = ("zarr.json", ".zarray", ".zgroup")
+from .rawfile import library_errors
+from .stored import channels_first, chosen_plane, full_range
+from .tiles import TiledPixels, TileGrid
 
 
-class ZarrPixels:
+class ZarrPixels(TiledPixels):
     """Stored pixels (`stored.StoredPixels`) of a zarr array, or of the full resolution of an OME-Zarr image.
 
     An array of two or three axes has a layout of `open_pixels`. In other arrays and OME-Zarr images, the last two axes
@@ -31,34 +40,18 @@ class ZarrPixels:
     Chunks that were never written contain the array's fill value.
     """
 
-    table = None
-    self_describing = False
-    to_original = Affine()
-
     def __init__(self, path: Path, frame: int | None = None) -> None:
         self.name, self.path, self.frame = str(path), path, frame
-        try:
-            import zarr
-        except ImportError as error:
-            raise DataError(f"{path}: is a zarr array; pip install 'zarr>=3' to read it") from error
-        try:
+        with library_errors(f"{path}: damaged zarr metadata", "fetch it again"):
             # A path and not text, because the name "zip::a" would be a URL.
             found: Any = zarr.open(path if isinstance(path, Path) else str(path), mode="r")
             array, axes = (found, None) if isinstance(found, zarr.Array) else _full_resolution(found, path)
-            from .zarr_codecs import bounded
 
             self._array = bounded(array)
             self._describe(axes)
-        except DataError:
-            raise
-        except Exception as error:  # zarr raises errors of all kinds for damaged metadata
-            raise DataError(f"{path}: damaged zarr metadata ({one_line(error)}); fetch it again") from error
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "frame": self.frame}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["frame"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.frame)
 
     def _describe(self, axes: list[str] | None) -> None:
         array, shape = self._array, tuple(self._array.shape)
@@ -95,21 +88,11 @@ class ZarrPixels:
         colour = [axis for axis, name in enumerate(axes) if name == "c" and shape[axis] == 3]
         others = [axis for axis in range(len(shape) - 2) if axis not in colour]
         planes = math.prod(shape[axis] for axis in others)
-        if self.frame is None and planes > 1:
-            raise DataError(f"{self.path}: has {planes} planes; choose one (frame=0 to {planes - 1})")
-        if self.frame is not None and not 0 <= self.frame < planes:
-            raise DataError(f"{self.path}: frame {self.frame} does not exist; the image has 0 to {planes - 1}")
+        left = chosen_plane(self.frame, planes, self.name, "planes")
         index: list[int | slice] = [slice(None)] * len(shape)
-        left = self.frame or 0
         for axis in reversed(others):
             left, index[axis] = divmod(left, shape[axis])
         return ((0, 1, 2) if colour else (0, 1)), index
-
-    def flips(self) -> tuple[bool, bool]:
-        return False, False
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        return self._grid.read(self, top, bottom, left, right)
 
     def tile(self, row: int, column: int) -> np.ndarray:
         """The pixels (channels, rows, columns) of the chunks at a chunk row and column."""
@@ -117,12 +100,8 @@ class ZarrPixels:
         for axis, number, step in zip(self._axes[-2:], (row, column), self._size, strict=True):
             index[axis] = slice(number * step, (number + 1) * step)
         self._check_chunks(index)
-        try:
+        with library_errors(f"{self.path}: chunk {row}, {column} is damaged", "fetch it again"):
             values = np.asarray(self._array[tuple(index)])
-        except Exception as error:  # each codec has its own exceptions
-            raise DataError(
-                f"{self.path}: chunk {row}, {column} is damaged ({one_line(error)}); fetch it again"
-            ) from error
         values = values.transpose(self._order)
         return values if values.ndim == 3 else values[None]
 
@@ -151,3 +130,103 @@ def _full_resolution(group: Any, path: Path) -> tuple[Any, list[str]]:
     axes = [axis["name"] if isinstance(axis, dict) else axis for axis in images[0].get("axes", "tczyx")]
     array = group[images[0]["datasets"][0]["path"]]
     return array, list(axes)
+
+
+# Additional bytes of a chunk for the checksums of other codecs.
+_SPARE = 2**16
+_STREAMS: dict[str, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    "zlib": zlib.decompressobj,
+    "bz2": bz2.BZ2Decompressor,
+    "lzma": lzma.LZMADecompressor,
+}
+# The position of the decompressed length in a stream.
+_LENGTHS = {"blosc": slice(4, 8), "lz4": slice(0, 4)}
+_BOUNDED = {"zstd", *_STREAMS, *_LENGTHS}
+
+
+def bounded(array: zarr.Array) -> zarr.Array:
+    """The same array; reading a chunk that decompresses to more than its shape and type raises a `ValueError`."""
+    limit = math.prod(array.chunks) * array.dtype.itemsize + _SPARE
+    metadata: Any = array.metadata
+    if metadata.zarr_format == 2:
+        filters = metadata.filters and tuple(_Limited(codec, limit) for codec in metadata.filters)
+        compressor = metadata.compressor and _Limited(metadata.compressor, limit)
+        metadata = replace(metadata, filters=filters, compressor=compressor)
+    else:
+        metadata = replace(metadata, codecs=tuple(_limited(codec, limit) for codec in metadata.codecs))
+    return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=array.store_path))
+
+
+def _limited(codec: Any, limit: int) -> Any:
+    if isinstance(codec, ShardingCodec):
+        return ShardingCodec(
+            chunk_shape=codec.chunk_shape,
+            codecs=[_limited(inner, limit) for inner in codec.codecs],
+            index_codecs=codec.index_codecs,
+            index_location=codec.index_location,
+        )
+    return _LimitedBytes(codec, limit) if isinstance(codec, BytesBytesCodec) else codec
+
+
+@dataclass(frozen=True)
+class _LimitedBytes(BytesBytesCodec):
+    """A codec of zarr 3 that returns at most `limit` bytes."""
+
+    codec: Any
+    limit: int
+
+    @property
+    def is_fixed_size(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.codec.is_fixed_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.codec.to_dict()
+
+    def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
+        return self.codec.compute_encoded_size(input_byte_length, chunk_spec)
+
+    async def _decode_single(self, chunk_data: Any, chunk_spec: Any) -> Any:
+        name = self.codec.to_dict()["name"].removeprefix("numcodecs.")
+        found = await asyncio.to_thread(_decoded, name, chunk_data.to_bytes(), self.limit)
+        if found is None:
+            return await self.codec._decode_single(chunk_data, chunk_spec)
+        return chunk_spec.prototype.buffer.from_bytes(found)
+
+
+class _Limited(Codec):
+    """A codec of zarr 2 that returns at most `limit` bytes."""
+
+    codec_id = "limited"  # zarr reads it from the class
+
+    def __init__(self, codec: Any, limit: int) -> None:
+        self.codec, self.limit, self.codec_id = codec, limit, codec.codec_id
+
+    def get_config(self) -> dict[str, Any]:
+        return self.codec.get_config()
+
+    def encode(self, buf: Any) -> Any:
+        return self.codec.encode(buf)
+
+    def decode(self, buf: Any, out: Any = None) -> Any:
+        # Filters get arrays and do not change lengths.
+        found = _decoded(self.codec_id, bytes(buf), self.limit) if self.codec_id in _BOUNDED else None
+        return self.codec.decode(buf, out) if found is None else found
+
+
+def _decoded(name: str, data: bytes, limit: int) -> bytes | None:
+    """The decompressed stream; None if the codec itself can decode it safely; `ValueError` beyond `limit` bytes."""
+    if name == "zstd":
+        return bytes(imagecodecs.zstd_decode(data, out=limit))
+    if name in _STREAMS:
+        found = bytearray()
+        while data:  # several streams may be concatenated
+            stream = _STREAMS[name]()
+            found += stream.decompress(data, limit + 1 - len(found))
+            if len(found) > limit or not stream.eof:
+                raise ValueError(f"{name} of more than {limit} bytes, or truncated")
+            data = stream.unused_data
+        return bytes(found)
+    if name in _LENGTHS and int.from_bytes(data[_LENGTHS[name]], "little") > limit:
+        raise ValueError(f"{name} of more than {limit} bytes")
+    return None

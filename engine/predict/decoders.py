@@ -30,11 +30,10 @@ from torch import Tensor
 from ..datasets.grey import odd_grey
 from ..datasets.tables import Record
 from ..errors import DataError, GigamorphError
-from ..images.affine import Affine
-from ..images.derived import stored_source
 from ..images.dicomweb import remote_file
-from ..images.pixels import ImageSource
+from ..images.pixels import ImageSource, stored_source
 from ..images.rawfile import one_line
+from ..images.stored import StoredPixels
 from .rows import Work, fetch
 
 LARGEST = 2**28
@@ -226,13 +225,13 @@ def _size(source: ImageSource) -> int:
     return math.prod(source.stored.shape) * np.dtype(str(source.stored.dtype).removeprefix("torch.")).itemsize
 
 
-class DecodedPixels:
+class DecodedPixels(StoredPixels):
     """Decoded pixels of a file (`stored.StoredPixels`), which can be sent to other processes without the file."""
 
     def __init__(self, source: ImageSource, name: str) -> None:
         stored = source.stored
         self.shape, self.dtype, self.name = stored.shape, stored.dtype, name
-        self.to_original: Affine = stored.to_original
+        self.to_original = stored.to_original
         self.self_describing = stored.self_describing
         self.info = getattr(stored, "info", None)
         _, height, width = stored.shape

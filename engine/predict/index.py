@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..datasets.tables import READING, Record, reading_of
+from ..datasets.tables.folders import LeftOutMasks
 from ..datasets.tables.generic import is_absent
-from ..datasets.tables.image_stream import LeftOutMasks
 from ..errors import DataError, GigamorphError
 from .rows import Row, Work, is_folder, is_table, rows_of, writable
 

@@ -25,14 +25,13 @@ from ..images.dicom_results import highdicom_errors, own_code, segment, segmenta
 from ..images.open import open_pixels
 from ..images.pixels import PixelSource
 from ..images.writers import write_png, write_tiff
-from ..train.checkpoint import load_checkpoint
+from ..train.checkpoint import load_checkpoint, preprocessing_of
 from ..train.data import Images
 from ..train.heatmap import overlay_name
 from ..train.inputs import images
 from ..train.mask_target import MaskTarget, dice, dice_scores
 from ..train.network import restore_network, target_of
-from ..train.splits import with_splits
-from ..train.stored import preprocessing_of
+from ..train.record import with_splits
 from .decoders import Opened
 from .delivery import Document
 from .index import Index

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..images.levels import White
-from ..train.precision import Precision
+from ..train.options import Precision
 from ..train.progress import Meter
 
 Scores = dict[str, dict[str, float | int | None]]

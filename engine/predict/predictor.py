@@ -16,8 +16,7 @@ from ..accelerate import Accelerated
 from ..datasets.tables import Record
 from ..errors import BudgetError, DataError, GigamorphError, NoRoomError
 from ..evaluate.recalibration import Calibration
-from ..images.derived import header_of
-from ..images.pixels import PixelSource, as_stored
+from ..images.pixels import PixelSource, as_stored, header_of
 from ..models.outputs import outputs_of
 from ..train.classify import prediction
 from ..train.data import Images

@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..datasets.tables import Record
-from ..datasets.tables.file_names import stem_of, suffix_of
-from ..datasets.tables.folders import SUFFIXES, iter_image_files
-from ..datasets.tables.image_stream import LeftOutMasks, images_without_masks
-from ..datasets.tables.mask_names import masks_among
-from ..datasets.tables.stream import TABLES, stream_table
+from ..datasets.tables.file_names import masks_among, stem_of, suffix_of
+from ..datasets.tables.folders import SUFFIXES, LeftOutMasks, images_without_masks, iter_image_files
+from ..datasets.tables.generic import TABLES, stream_table
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, parse_location, search
 from ..images.remote import describe_error, file_system, is_url, with_retries

@@ -16,12 +16,11 @@ from ..models.folds import fold_checkpoints
 from ..models.outputs import Outputs, outputs_of, set_outputs
 from ..models.weights import first_line
 from ..predict.predictor import Classifier
-from ..train.checkpoint import load_checkpoint
+from ..train.checkpoint import REMEDY, load_checkpoint, preprocessing_of
 from ..train.data import Images
 from ..train.inputs import images
 from ..train.network import restore_network, target_of
-from ..train.splits import with_splits
-from ..train.stored import REMEDY, preprocessing_of
+from ..train.record import with_splits
 from .ensemble import Ensemble, Member, Published
 from .folds import open_folds
 from .open import open_published

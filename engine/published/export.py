@@ -20,9 +20,8 @@ from ..models.reference import LIMIT32, difference, forward, ordinary
 from ..models.registry import open_checked
 from ..models.spec import Spec
 from ..models.weights import first_line, sha256
-from ..train.checkpoint import load_checkpoint
+from ..train.checkpoint import load_checkpoint, preprocessing_of
 from ..train.network import outputs_of_record, restore_network
-from ..train.stored import preprocessing_of
 from ..versions import versions_of_results
 from .importing import new_folder
 from .reference import fixed_image

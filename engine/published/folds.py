@@ -13,10 +13,9 @@ from ..models.folder import Preprocessing
 from ..models.folds import fold_checkpoints
 from ..models.outputs import Outputs
 from ..predict.predictor import Classifier
-from ..train.checkpoint import load_checkpoint
+from ..train.checkpoint import load_checkpoint, preprocessing_of
 from ..train.inputs import images
 from ..train.network import restore_network, target_of
-from ..train.stored import preprocessing_of
 from .ensemble import Ensemble, Member, Published
 from .open import add_splits, image_count
 

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from ..datasets.dataset import ImageDataset
 from ..datasets.tables import Record
 from ..images.affine import Affine
-from ..images.derived import DerivedSource
-from ..images.pixels import Normalize, PixelSource, check_region
+from ..images.pixels import DerivedSource, Normalize, PixelSource, check_region
 from ..models.folder import Preprocessing
 
 _ROWS = 256  # read at a time for an image's statistics

@@ -11,8 +11,8 @@ from ..errors import GigamorphError
 from ..models.checkpoints import State
 from ..models.folder import Preprocessing
 from ..models.outputs import Outputs
+from ..train.checkpoint import preprocessing_of, record_of
 from ..train.network import outputs_of_record
-from ..train.stored import preprocessing_of, record_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Part:
         ignored: beginnings of names, after the prefix, that it does not use.
         licence: as its authors state it.
         size: of the image for the check.
-        training: identifies the images of the training, for `gigamorph.engine.train.splits.with_splits`.
+        training: identifies the images of the training, for `gigamorph.engine.train.record.with_splits`.
     """
 
     name: str

@@ -15,7 +15,7 @@ from ..errors import GigamorphError
 from ..models.folder import Description, read_description
 from ..models.registry import open_checked
 from ..train.data import Images
-from ..train.splits import with_splits
+from ..train.record import with_splits
 from .ensemble import Ensemble, Member, Published
 from .images import PublishedImages
 

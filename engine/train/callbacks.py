@@ -1,14 +1,15 @@
-"""Callbacks around the batches of a stage: scores and log rows of epochs, checkpoints, Ctrl-C."""
+"""Callbacks around the batches of a stage: scores and log rows of epochs, checkpoints, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,10 @@ from torch import distributed as dist
 
 from ..errors import GigamorphError
 from ..evaluate.checks import NotANumber
-from ..files import write_atomically
+from ..files import write_rows
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..tiling.memory import peak_bytes, reset_peak
-from .interrupt import Interrupt, InterruptedTraining
 from .loggers import log_row, numbers_of
 from .module import StageModule, remedy, resume_hint
 from .run import seed_of
@@ -106,7 +106,7 @@ class Epochs(Callback):
                 self._save(trainer, module, "best.ckpt")
         pl_module.log_dict(numbers_of(row), logger=False)  # for users' callbacks (trainer.callback_metrics)
         if group.leads:
-            write_log(module.run.out / "log.csv", state.rows)
+            write_rows(module.run.out / "log.csv", state.rows, "log")
             _log(trainer, state.rows[-1])
             if time.monotonic() - self._drawn > DRAW_EVERY:
                 self._draw(module)
@@ -189,18 +189,6 @@ class EndOfEpoch(Checkpoint):
         self._epochs.save_epoch(trainer, _stage_of(pl_module))
 
 
-def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV with one line per epoch; the file is replaced atomically."""
-
-    def table(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, table, "log")
-
-
 def _log(trainer: pl.Trainer, row: Mapping[str, Any]) -> None:
     """Pass an epoch's row to Lightning's loggers; an error of a logger only prints a warning."""
     for logger in trainer.loggers:
@@ -221,3 +209,44 @@ def _in_evaluation(trainer: pl.Trainer, module: StageModule, number: int, call: 
     torch.manual_seed(seed_of(module.run.seed, module.state.epoch, 2**31 + number))
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return call()
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptedTraining(Exception):
+    """Training was stopped by Ctrl-C, after the checkpoint was written."""
+
+
+class Interrupt:
+    """Whether Ctrl-C or SIGTERM has been received; only the main thread can handle them."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._former: dict[int, Any] = {}
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Context in which a first Ctrl-C only sets `asked`.
+
+        Raises:
+            KeyboardInterrupt: instead of `InterruptedTraining`, or of Lightning's `SystemExit` at a second Ctrl-C.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._former = {one: signal.getsignal(one) or signal.SIG_DFL for one in _SIGNALS}
+        for one in self._former:
+            signal.signal(one, self._ask)
+        try:
+            yield
+        except (InterruptedTraining, SystemExit) as error:
+            raise KeyboardInterrupt from error
+        finally:  # Lightning leaves Ctrl-C ignored after an interruption
+            self._restore_handlers()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for one, handler in self._former.items():
+            signal.signal(one, handler)

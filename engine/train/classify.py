@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..datasets.tables import Record, reading_of
 from ..errors import BudgetError
 from ..evaluate import odds
-from ..images.derived import header_of
+from ..images.pixels import header_of
 from ..models.outputs import Outputs
 from .image_task import TargetTask
 from .metrics import Prediction, scores

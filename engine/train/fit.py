@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,18 +14,18 @@ from ... import kernels
 from ...kernels import winograd
 from ..accelerate import Accelerated
 from ..errors import DataError
+from ..files import write_json
 from ..models.classifier import check_classifier
 from ..models.segmenter import check_segmenter
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from ..torch_private import BatchNorm
 from .card import Card, write_card
-from .checkpoint import load_checkpoint, write_atomically
+from .checkpoint import load_checkpoint
 from .classify import Classification
 from .data import Data, samples_of
 from .loop import Trained, run_stages
-from .mask_target import MaskTarget
-from .masks import Overlap, Segmentation, scored_lines
+from .mask_target import MaskTarget, Overlap, Segmentation, scored_lines
 from .metrics import Prediction, as_cases
 from .network import build_network
 from .options import TrainOptions
@@ -138,8 +137,7 @@ def fit(
     trained = run_stages(task, options.made_stages(validated=bool(len(data.val))), run)
     metrics, found = _measure(task, data, record, trained)
     if group.leads:
-        text = json.dumps(metrics, indent=1) + "\n"
-        write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
+        write_json(out / "metrics.json", metrics, "metrics")
         write_card(out / "model_card.md", _card(data, options, net, metrics, found))
     return Fitted(metrics, {}, net, found) if isinstance(task, Segmentation) else Fitted(metrics, found, net)
 

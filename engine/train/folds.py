@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
@@ -17,7 +15,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate.read import note_of, write_cases
-from ..files import write_atomically
+from ..files import write_json, write_rows
 from ..parsing import parse_json
 from .data import Data, samples_of
 from .metrics import COUNTS, Prediction, as_cases
@@ -70,7 +68,7 @@ def write_validation(out: Path, predictions: Sequence[Prediction], data: Data) -
     known = zip(predictions, samples_of(data.val), strict=True)
     named = [found if record.patient_known else replace(found, patient="") for found, record in known]
     write_cases(out / "val.csv", as_cases(named, data.classes))
-    _write_json(out / "val.json", {"classes": list(data.classes), "ordered": data.target.kind == "ordinal"})
+    write_json(out / "val.json", {"classes": list(data.classes), "ordered": data.target.kind == "ordinal"}, "val")
 
 
 def summarise(out: Path, count: int) -> Iterator[str]:
@@ -87,26 +85,14 @@ def summarise(out: Path, count: int) -> Iterator[str]:
                 spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
                 found[f"{part}_{name}"] = {"mean": float(np.mean(values)), "std": spread, "folds": len(values)}
     rows = [row for number in range(count) for row in _rows(out / f"fold{number + 1}" / "val.csv", number + 1)]
-
-    def table(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    _write_json(out / "folds.json", {"folds": count, **found})
-    write_atomically(out / "out_of_fold.csv", table, "table")
+    write_json(out / "folds.json", {"folds": count, **found}, "folds")
+    write_rows(out / "out_of_fold.csv", rows, "table")
     if note := note_of(out / "fold1" / "val.csv"):
-        _write_json(out / "out_of_fold.json", note)
+        write_json(out / "out_of_fold.json", note, "out_of_fold")
     for name, one in found.items():
         yield f"{name}: {one['mean']:.4f} +- {one['std']:.4f} over {one['folds']} folds"
     samples = "exams" if "exam" in rows[0] else "images"
     yield f"{out}/folds.json, out_of_fold.csv ({len(rows)} {samples}); networks in {out}/fold1/best.ckpt ..."
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=1) + "\n"
-    write_atomically(path, lambda part: part.write_text(text), path.stem)
 
 
 def _rows(path: Path, fold: int) -> Iterator[dict[str, str]]:

@@ -14,8 +14,7 @@ from torch import nn
 
 from ..accelerate import Accelerated
 from ..errors import DataError
-from ..images.derived import stored_source
-from ..images.pixels import PixelSource
+from ..images.pixels import PixelSource, stored_source
 from .data import Images, set_epoch_of
 from .metrics import COUNTS, SHOWN, SMALLER
 from .options import Loss

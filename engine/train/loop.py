@@ -21,19 +21,17 @@ from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..parallel.lock import hold
 from ..parallel.process_group import ProcessGroup
-from .callbacks import Epochs
-from .checkpoint import AtomicCheckpointIO, load_checkpoint
-from .interrupt import Interrupt
+from .callbacks import Epochs, Interrupt
+from .checkpoint import REMEDY, load_checkpoint, save_torch, stored_state
 from .loggers import logged, make_callbacks, make_loggers
 from .module import StageModule
 from .optimizers import find_optimizer, make_optimizer
-from .precision import LIGHTNING
+from .options import LIGHTNING
 from .progress import Meter
 from .run import Run
 from .schedules import factor_of
 from .stages import Stage, freeze, require_multiple, restored, trainable_names
 from .state import State
-from .stored import REMEDY, stored_state
 from .task import Task
 
 make_torchvision_importable()
@@ -41,6 +39,19 @@ make_torchvision_importable()
 import lightning.pytorch as pl  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
+from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes Lightning's checkpoints atomically, in the leading process only: all processes have the same state."""
+
+    def __init__(self, leads: bool = True) -> None:
+        super().__init__()
+        self._leads = leads
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if self._leads:
+            save_torch(checkpoint, path, "checkpoint")
 
 
 @dataclass(frozen=True)

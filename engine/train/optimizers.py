@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import GigamorphError
-from ..models.compat import make_torchvision_importable
+from ..models.pretrained import import_timm
 from .stages import Stage, matching
 
 _UNFIT = {
@@ -69,11 +69,9 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
         GigamorphError: if the name is unknown or unsupported.
     """
     if name.startswith("timm:"):
-        make_torchvision_importable()
-        try:
-            from timm.optim import get_optimizer_class, list_optimizers
-        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
-            raise GigamorphError(f"optimizer {name!r} needs timm, which cannot be imported: {error}") from error
+        import_timm(f"optimizer {name!r}")
+        from timm.optim import get_optimizer_class, list_optimizers
+
         names = [str(known) for known in list_optimizers()]
         if (own := name.removeprefix("timm:")) not in names:
             near = difflib.get_close_matches(own, names, _NEAREST)

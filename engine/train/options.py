@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from ..errors import GigamorphError
 from ..tiling.memory import parse_bytes
-from .precision import Precision
 from .stages import Stage
 
 
@@ -205,3 +206,15 @@ class TrainOptions:
             frozen=frozen,
             batch_norm="trainable" if frozen else "train",
         )
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Data types of PyTorch's autocast; "fp32" does not use it."""
+
+LIGHTNING: dict[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
+    "fp32": "32-true",
+    "bf16": "bf16-mixed",
+    "fp16": "16-mixed",
+}

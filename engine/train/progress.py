@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -44,22 +44,18 @@ class Meter:
 
     def __init__(self, report: Report | None, at_once: int = 1) -> None:
         self._report, self._at_once = report, at_once
-        self._stage, self._epoch, self._epochs, self._images = "", 0, 1, 0
-        self._image, self._pixels, self._current, self._training = 0, 0.0, 0.0, False
-        self._failed = 0
+        self._now, self._current, self._training = Progress("", 0, 1, 0, 0, 0.0), 0.0, False
 
     @property
     def pixels(self) -> float:
         """Pixels of the stage's completed images, in all processes."""
-        return self._pixels
+        return self._now.pixels
 
     def start(
         self, stage: str, images: int, epoch: int = 0, epochs: int = 1, done: int = 0, *, training: bool = False
     ) -> None:
         """Begin a stage of ``images`` images, of which ``done`` are already complete."""
-        self._training = training
-        self._stage, self._images, self._epoch, self._epochs = stage, images, epoch, epochs
-        self._image, self._pixels, self._current, self._failed = done, 0.0, 0.0, 0
+        self._now, self._current, self._training = Progress(stage, epoch, epochs, done, images, 0.0), 0.0, training
         self._send()
 
     def image(self, pixels: int) -> None:
@@ -75,9 +71,8 @@ class Meter:
         self._send(share)
 
     def image_done(self) -> None:
-        self._image = min(self._image + self._at_once, self._images)
-        self._pixels += self._current
-        self._current = 0.0
+        done = min(self._now.image + self._at_once, self._now.images)
+        self._now, self._current = replace(self._now, image=done, pixels=self._now.pixels + self._current), 0.0
         self._send()
 
     def note(self, text: str) -> None:
@@ -85,11 +80,10 @@ class Meter:
 
     def failed(self, text: str) -> None:
         """Count a skipped image, and report the reason."""
-        self._failed += 1
+        self._now = replace(self._now, failed=self._now.failed + 1)
         self._send(note=text)
 
     def _send(self, part: float = 0.0, note: str = "") -> None:
         if self._report is not None:
-            pixels = self._pixels + part * self._current
-            done = self._image, self._images, pixels, part, note, self._failed
-            self._report(Progress(self._stage, self._epoch, self._epochs, *done))
+            pixels = self._now.pixels + part * self._current
+            self._report(replace(self._now, pixels=pixels, part=part, note=note))

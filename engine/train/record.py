@@ -1,22 +1,36 @@
-"""The record of a run in its checkpoints, and the check that a resumed run has the same settings."""
+"""The record of a run in its checkpoints; a resumed run must have the same settings.
+
+Checkpoints contain no patients: the splits of images are reconstructed from a hash.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..datasets.exams import exam_of
+from ..datasets.masks import masks_of
+from ..datasets.splits import assign_splits
+from ..datasets.tables import SPLITS, Record
 from ..errors import DataError, GigamorphError
+from ..images.parallel import available_cpus
 from ..models.folder import digest_of
 from ..parallel.process_group import ProcessGroup
 from ..versions import versions_of_results
+from .checkpoint import read_record, scale_of
 from .data import Data
+from .folds import draw_folds
+from .network import target_of
 from .options import TrainOptions
-from .splits import hash_of, hash_of_reading, hash_of_truth
-from .stored import read_record, scale_of
+from .target import Target
 
 # Options that do not change the result.
 _IRRELEVANT = ("memory_budget", "device", "weights", "split_image")
@@ -42,12 +56,12 @@ def make_record(data: Data, options: TrainOptions, group: ProcessGroup) -> dict[
             ),
             **{name: len(records) for name, records in parts.items()},
         },
-        "weights_sha256": _digest(options.weights),
+        "weights_sha256": _weights_digest(options.weights),
         "versions": versions_of_results(),
     }
 
 
-def _digest(weights: str | Path | None) -> str | None:
+def _weights_digest(weights: str | Path | None) -> str | None:
     """The digest of a file or folder; None for weights that have only a name, such as timm's."""
     return digest_of(weights) if weights is not None and Path(weights).exists() else None
 
@@ -93,16 +107,12 @@ def require_same(stored: dict[str, Any], record: dict[str, Any], path: Path) -> 
                 f"{path}: was started with target {name} {_MEANINGS.get(name, '')}{value}, not {now}; resume with the "
                 "same labels and table"
             )
-    truth = record["split"]["truth_sha256"]
-    if stored["split"].get("truth_sha256", truth) != truth:  # checkpoints of older versions lack it
-        what = "masks" if record["target"]["kind"] == "masks" else "labels"
-        raise DataError(
-            f"{path}: was started with different {what} or frames of the same images; resume with the same table"
-        )
-    reading = record["split"]["reading_sha256"]
-    if stored["split"].get("reading_sha256", reading) != reading:
-        what = "sides, white levels" + (" or exams" if record["target"].get("views") else "")
-        raise DataError(f"{path}: was started with different {what} of the same images; resume with the same table")
+    truth = "masks" if record["target"]["kind"] == "masks" else "labels"
+    reading = "sides, white levels" + (" or exams" if record["target"].get("views") else "")
+    for key, what in (("truth_sha256", f"{truth} or frames"), ("reading_sha256", reading)):
+        now = record["split"][key]
+        if stored["split"].get(key, now) != now:  # checkpoints of older versions lack it
+            raise DataError(f"{path}: was started with different {what} of the same images; resume with the same table")
     if stored.get("images_at_once", 1) != record["images_at_once"]:
         raise GigamorphError(
             f"{path}: was started with {stored.get('images_at_once', 1)} images at a time, one per device, not "
@@ -148,3 +158,89 @@ def _flat(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{before}{key}.")
         else:
             yield before + key, value
+
+
+_FOLDS = 10  # larger cross-validations are not reconstructed
+
+
+def hash_of(parts: Mapping[str, Sequence[Record]]) -> str:
+    """SHA-256 of the images, patients and labels of each split."""
+    # Only the last two parts of a path: the folder may have moved before a resume.
+    split = {name: [["/".join(r.path.parts[-2:]), r.patient_id, r.label] for r in part] for name, part in parts.items()}
+    return hashlib.sha256(json.dumps(split, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of_truth(parts: Mapping[str, Sequence[Record]], target: Target) -> str:
+    """SHA-256 of the labels, or masks, of each image."""
+    digest = hashlib.sha256()
+    for part in parts.values():
+        for record, truth in zip(part, _truths(part, target), strict=True):
+            digest.update(json.dumps(["/".join(record.path.parts[-2:]), record.frame, truth]).encode())
+    return digest.hexdigest()
+
+
+def hash_of_reading(parts: Mapping[str, Sequence[Record]], *, sides: bool = True, exams: bool = True) -> str:
+    """SHA-256 of the table's columns on how images are read, and of the grouping of images into exams.
+
+    Args:
+        parts: records of each split.
+        sides: whether images are mirrored by laterality.
+        exams: whether the views of an exam are one sample.
+    """
+    digest = hashlib.sha256()
+    for part in parts.values():
+        numbers: dict[tuple[str, ...], int] = {}  # exams may have been renamed
+        for record in part:
+            values: list[Any] = [record.frame, record.white, record.chest_wall]
+            values.append(record.laterality if sides and record.chest_wall is None else None)
+            values.append(numbers.setdefault(exam_of(record), len(numbers)) if exams else None)
+            digest.update(json.dumps(values).encode())
+    return digest.hexdigest()
+
+
+def _truths(records: Sequence[Record], target: Target) -> Iterable[list[Any]]:
+    """The truth of each image, as plain values."""
+    if target.kind != "masks":
+        return target.truth(records).tolist()
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        return list(pool.map(lambda record: [_digest(path) for path in masks_of(record)], records))
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():  # a zarr folder
+        return "/".join(path.parts[-2:])
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def with_splits(records: Sequence[Record], trained: Mapping[str, Any]) -> list[Record]:
+    """Records with the split that they had in a training, if known.
+
+    If the records are the training's table, the splits are drawn again by its seed and verified by the hash. Images
+    without labels get the split of their patient. For other tables, the records keep the split of their table, or None.
+
+    Args:
+        records: images of a table.
+        trained: the record of a checkpoint.
+    """
+    with contextlib.suppress(DataError, KeyError):  # other images, or a recipe's checkpoint, which has no hash
+        own, seed = trained["split"], trained["options"]["seed"]
+        learnt = target_of(trained).known(records) if "target" in trained else records
+        if len(learnt) != sum(own.get(name, 0) for name in SPLITS):
+            return list(records)
+        for drawn in _draws(learnt, seed):
+            parts = {name: [record for record in drawn if record.split == name] for name in SPLITS}
+            # Counts first, because the hash of a large table takes long.
+            if all(len(part) == own.get(name, len(part)) for name, part in parts.items()) and (
+                hash_of(parts) == own["sha256"]
+            ):
+                split_of = {record.patient_id: record.split for record in drawn}
+                return [replace(record, split=split_of.get(record.patient_id, record.split)) for record in records]
+    return list(records)
+
+
+def _draws(records: Sequence[Record], seed: int) -> Iterator[list[Record]]:
+    """The split of a single run, and those of cross-validations."""
+    yield assign_splits(records, seed=seed)
+    for count in range(2, _FOLDS + 1):
+        yield from draw_folds(records, count, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..parallel.process_group import ProcessGroup
-from .precision import Precision
+from .options import Precision
 from .progress import Report
 
 

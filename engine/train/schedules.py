@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import GigamorphError
-from ..models.compat import make_torchvision_importable
+from ..models.pretrained import import_timm
 from .stages import Stage
 
 Factor = Callable[[int], float]
@@ -103,11 +103,9 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
 
 
 def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
-    make_torchvision_importable()
-    try:
-        from timm.scheduler import create_scheduler_v2
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
-        raise GigamorphError(f"schedule {stage.schedule!r} needs timm, which cannot be imported: {error}") from error
+    import_timm(f"schedule {stage.schedule!r}")
+    from timm.scheduler import create_scheduler_v2
+
     counts = {"num_epochs": stage.epochs, "step_on_epochs": False, "updates_per_epoch": max(steps_of_epoch, 1)}
     name = stage.schedule.removeprefix("timm:")
 

@@ -19,7 +19,7 @@ from forked import command as forked
 from hostile import hostile
 from viewed import shown
 
-from gigamorph.engine.datasets.tables.skipped import made_by
+from gigamorph.engine.datasets.tables.folders import made_by
 from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.mammography.view.evidence import Evidence
 from gigamorph.engine.mammography.view.exams import read_exams

@@ -15,11 +15,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ...errors import DataError
-from .packed import FACTOR, unpacked_limit
-from .parquet import PARQUET, parquet_rows
+from ...images.rawfile import one_line
 
 EXCEL = (".xlsx", ".xls")
 """Suffixes of Excel files."""
@@ -30,7 +29,7 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 _SEPARATOR = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)
 _EXCEL_MEMORY = 4 * 2**30
-_UTF16 = "utf-16"
+_UTF8, _UTF16 = "utf-8-sig", "utf-16"
 _BREAKS = re.compile(r"[\r\n]+")
 
 
@@ -51,53 +50,61 @@ class Rows:
             raise DataError(f"{self.path}: column {', '.join(missing)} is missing; it has {', '.join(self.header)}")
 
 
-def read_rows(path: Path, *, sheet: str | None = None, fallback: str | None = "cp1252") -> Rows:
+class _NotUtf8Error(DataError):
+    """A csv file is in another encoding."""
+
+
+def read_rows(path: Path, *, sheet: str | None = None) -> Rows:
     """All rows of a csv (also .gz), Parquet, .xlsx or .xls file; empty rows and columns without a name are dropped.
 
-    Separator (comma, semicolon, tab, or that of a first line sep=;) and line ends are detected; text is UTF-8, or
-    UTF-16 with a byte order mark. Line breaks within a cell become blanks. Integers of Excel sheets lose their ".0".
+    Separator (comma, semicolon, tab, or that of a first line sep=;) and line ends are detected; text is UTF-8,
+    UTF-16 with a byte order mark, or cp1252. Line breaks within a cell become blanks. Integers of Excel sheets lose
+    their ".0".
 
     Args:
         path: the file.
         sheet: the sheet of an Excel file; the first one by default.
-        fallback: the encoding of csv files that are not UTF-8; None raises an error.
 
     Raises:
         DataError: names the file and the line.
     """
-    if path.name.lower().endswith(PARQUET):
-        columns, found = parquet_rows(path)
-        header = column_names(path, columns)
-        pairs = [(place, dict(zip(header, row.values(), strict=True))) for place, row in found]
-        return Rows(path, header, [row for _, row in pairs], [place for place, _ in pairs])
-    if path.name.lower().endswith(EXCEL):
-        table, unit = _excel(path, sheet), "row"
-    else:
-        table, unit = _csv(path, fallback), "line"
-    names = column_names(path, table[0][1] if table else [])
-    rows, places = [], []
-    for number, cells in table[1:]:
-        row = _row(path, unit, number, cells, names)
-        if row is not None:
-            rows.append(row)
-            places.append(f"{unit} {number}")
-    return Rows(path, [name for name in names if name], rows, places)
+    try:
+        header, found = stream_rows(path, sheet=sheet)
+        pairs = list(found)
+    except _NotUtf8Error:
+        header, found = stream_rows(path, encoding="cp1252")
+        pairs = list(found)
+    return Rows(path, header, [row for _, row in pairs], [place for place, _ in pairs])
 
 
-def stream_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
-    """The columns of a csv (also .gz) in UTF-8, and an iterator over (line, row), with rows as in `read_rows`.
+def stream_rows(
+    path: Path, *, sheet: str | None = None, encoding: str | None = None
+) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """The columns of a table, and an iterator over (line, row) as in `read_rows`; Excel files are read whole.
+
+    Args:
+        path: the file.
+        sheet: the sheet of an Excel file; the first one by default.
+        encoding: of a csv file; by default UTF-8 or UTF-16.
 
     Raises:
         DataError: names the file and the line; also during iteration.
     """
-    lines = _csv_lines(path)
+    if path.name.lower().endswith(PARQUET):
+        columns, found = parquet_rows(path)
+        header = column_names(path, columns)
+        return header, ((place, dict(zip(header, row.values(), strict=True))) for place, row in found)
+    if path.name.lower().endswith(EXCEL):
+        lines, unit = iter(_excel(path, sheet)), "row"
+    else:
+        lines, unit = _csv(path, encoding), "line"
     names = column_names(path, next(lines, (0, []))[1])
 
     def rows() -> Iterator[tuple[str, dict[str, str]]]:
         for number, cells in lines:
-            row = _row(path, "line", number, cells, names)
+            row = _row(path, unit, number, cells, names)
             if row is not None:
-                yield f"line {number}", row
+                yield f"{unit} {number}", row
 
     return [name for name in names if name], rows()
 
@@ -157,36 +164,9 @@ def _clean(cell: str) -> str:
     return " ".join(filter(None, map(str.strip, _BREAKS.split(cell)))) if _BREAKS.search(cell) else cell
 
 
-def _csv(path: Path, fallback: str | None) -> list[tuple[int, list[str]]]:
-    """(number of its last line, cells) of each row."""
-    try:
-        with _open_unpacked(path) as file:
-            data = file.read()
-        encoding = _encoding(data)
-        if encoding != _UTF16 and b"\0" in data:
-            raise DataError(f"{path}: is not a csv file (it contains zero bytes); save it as csv in UTF-8")
-        text = data.decode(encoding)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except UnicodeDecodeError as error:
-        if fallback is None or encoding == _UTF16:
-            raise DataError(
-                f"{path}: is not a csv file in UTF-8 ({error}); save it as one (in Excel: CSV UTF-8)"
-            ) from error
-        text = data.decode(fallback, errors="replace")
-    lines = io.StringIO(text, newline="")
-    begun, reader = _reader(lines, lines.readline())
-    try:
-        return [(begun + reader.line_num, cells) for cells in reader]
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, line {begun + reader.line_num}: is not a csv file ({error}); save it as one"
-        ) from error
-
-
 def _encoding(start: bytes) -> str:
     """The encoding of a file by its first bytes: UTF-8, or UTF-16 for Excel's "Unicode text"."""
-    return _UTF16 if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    return _UTF16 if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else _UTF8
 
 
 def _reader(lines: Iterator[str], first: str) -> tuple[int, Any]:
@@ -200,13 +180,15 @@ def _reader(lines: Iterator[str], first: str) -> tuple[int, Any]:
     return 0, csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
 
 
-def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows of `_csv` for a file in UTF-8 or UTF-16, without loading it."""
+def _csv(path: Path, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line, cells) of each row, without loading the file."""
+    own = _UTF8
     try:
-        with _open_unpacked(path) as file:
-            encoding = _encoding(file.read(2))
+        with path.open("rb") if path.suffix != ".gz" else _LimitedGzip(path) as file:
+            own = _encoding(file.read(2))
             file.seek(0)
-            text = io.TextIOWrapper(file, encoding=encoding, newline="")  # pyright: ignore[reportArgumentType]
+            errors = "strict" if encoding is None else "replace"
+            text = io.TextIOWrapper(file, encoding or own, errors, newline="")  # pyright: ignore[reportArgumentType]
             lines = _without_zeros(text, path)
             begun, reader = _reader(lines, next(lines, ""))
             try:
@@ -216,9 +198,8 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                     f"{path}, line {begun + reader.line_num}: is not a csv file ({error}); save it as one"
                 ) from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: is not a csv file in UTF-8 ({error}); save it as one (in Excel: CSV UTF-8)"
-        ) from error
+        kind = _NotUtf8Error if own == _UTF8 else DataError
+        raise kind(f"{path}: is not a csv file in UTF-8 ({error}); save it as one (in Excel: CSV UTF-8)") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
@@ -248,40 +229,101 @@ def _excel(path: Path, sheet: str | None) -> list[tuple[int, list[str]]]:
     return list(enumerate(json.loads(run.stdout), 1))
 
 
-def _open_unpacked(path: Path) -> BinaryIO:
-    """Open a file; a .gz file is decompressed up to the size limit of tables."""
-    if path.suffix != ".gz":
-        return path.open("rb")
-    return io.BufferedReader(_LimitedGzip(path))
+class _LimitedGzip(gzip.GzipFile):
+    """A .gz file that is decompressed up to the size limit of tables."""
 
-
-class _LimitedGzip(io.RawIOBase):
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, gzip.GzipFile(path)
-        self._left = unpacked_limit(path)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        count = self._file.readinto(buffer)
-        self._left -= count
-        if self._left < 0:
+    def read1(self, size: int = -1) -> bytes:
+        data = super().read1(size)
+        if self.tell() > unpacked_limit(Path(self.name)):
             raise DataError(
-                f"{self._path}: unpacks to more than {FACTOR} times its size; if you trust it, unpack it yourself"
+                f"{self.name}: unpacks to more than {FACTOR} times its size; if you trust it, unpack it yourself"
             )
-        return count
+        return data
 
-    def seekable(self) -> bool:
-        return True
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._left = unpacked_limit(self._path)
-        return self._file.seek(offset, whence)
+PARQUET = ".parquet"
+FACTOR = 200  # rows that differ in more than a digit compress at most to a hundredth
+_FREE = 2**26
+_BATCH = 4096
 
-    def tell(self) -> int:
-        return self._file.tell()
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def unpacked_limit(path: Path) -> int:
+    """The maximum number of bytes to which a table may unpack, because decompression bombs are refused."""
+    return _FREE + FACTOR * path.stat().st_size
+
+
+def parquet_rows(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """The names of the columns, and an iterator over (line, row), which may raise a `DataError` too."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        columns = map(file.schema.column, range(len(file.schema)))
+        texts = [one.path for one in columns if one.physical_type == "BYTE_ARRAY"]
+        file.close()
+        file = pyarrow.parquet.ParquetFile(path, read_dictionary=texts)  # stores repeated texts once
+        left = unpacked_limit(path) - _declared_bytes(file.metadata)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: is not a readable Parquet file ({one_line(error)})") from error
+
+    if left < 0:
+        raise _bomb(path)
+
+    def rows() -> Iterator[tuple[str, dict[str, str]]]:
+        number, free = 0, left
+        with file:
+            try:
+                for batch in file.iter_batches(_BATCH):
+                    free -= sum(map(_bytes, batch.columns))
+                    if free < 0:
+                        raise _bomb(path)
+                    for cells in batch.to_pylist():
+                        number += 1
+                        yield f"row {number}", {name: _text(cell) for name, cell in cells.items()}
+            except DataError:
+                raise
+            except Exception as error:  # dates, durations and text beyond Python's range raise errors of many kinds
+                raise DataError(f"{path}: damaged after row {number} ({one_line(error)}); write it again") from error
+
+    return file.schema_arrow.names, rows()
+
+
+def _bomb(path: Path) -> DataError:
+    return DataError(f"{path}: unpacks to more than {FACTOR} times its size; if you trust it, save it as csv")
+
+
+def _declared_bytes(metadata: Any) -> int:
+    """The bytes of the columns that the file declares, or of Python's values if those are more."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(max(16 * column.num_values, column.total_uncompressed_size) for column in columns)
+
+
+def _bytes(column: Any) -> int:
+    """The bytes of an array, with the text of each row."""
+    import pyarrow
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute  # its functions are generated on import
+    if pyarrow.types.is_dictionary(column.type):
+        lengths = compute.binary_length(column.dictionary)
+        return compute.sum(compute.take(lengths, column.indices)).as_py() or 0
+    if pyarrow.types.is_map(column.type):
+        return _bytes(column.keys) + _bytes(column.items)
+    if pyarrow.types.is_struct(column.type):
+        return sum(map(_bytes, column.flatten()))
+    return _bytes(column.flatten()) if pyarrow.types.is_nested(column.type) else column.nbytes
+
+
+def _text(cell: Any) -> str:
+    """The cell as text of a csv file."""
+    if cell is None or cell != cell:  # NaN
+        return ""
+    if isinstance(cell, bool):
+        return str(int(cell))
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return json.dumps(cell, default=str) if isinstance(cell, list | dict) else str(cell).strip()

@@ -1,16 +1,18 @@
-"""The images below a folder, file by file."""
+"""The images below a folder, file by file; files and folders that are left out, with warnings."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePath
 
 from ...errors import DataError
-from .file_names import suffix_of
-from .skipped import CONVERTED, NOT_IMAGES, UNREAD, is_left_out, made_by, warn_of_results, warn_of_unread
+from ...parsing import parse_json
+from .file_names import in_mask_folder, masked, stem_of, suffix_of
 
 SUFFIXES = {
     *(".dcm", ".dicom", ".dic", ".dc3", ".ima", ""),
@@ -107,3 +109,98 @@ def _is_folder(entry: Path) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+log = logging.getLogger("gigamorph")
+_MADE_BY = {
+    "train": (("last.ckpt",), ("best.ckpt",)),
+    "eval": (("report.html", "metrics.json"),),
+    "view": (("index.html", "view.js"),),
+}
+"""The files that identify the results of a command: all files of one of the groups."""
+UNREAD = {
+    *(".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jxl", ".ljpeg", ".heic"),
+    *(".nii", ".nrrd", ".mha", ".mhd", ".npz", ".ndpi", ".mrxs"),
+}
+"""Suffixes of images in formats that are not supported."""
+CONVERTED = "data convert"
+_NOTED = ("predict", "explain", CONVERTED)
+NOT_IMAGES = ("parts", "quarantine")
+"""Sub-folders of converted data that hold records of progress, not images."""
+
+
+def warn_of_unread(folder: Path, found: Counter[str]) -> None:
+    """Log a warning with the number of files of each suffix in `UNREAD`."""
+    if found:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in found.items())
+        log.warning("%s: left out files of unsupported formats: %s; convert them to PNG or TIFF", folder, counts)
+
+
+def is_left_out(folder: Path) -> bool:
+    """Whether a folder of results is left out of a folder of images; logs a warning if so."""
+    command = made_by(folder)
+    if command:
+        warn_of_results(folder, command)
+    return bool(command)
+
+
+def warn_of_results(folder: Path, command: str) -> None:
+    """Log a warning that a folder is left out because it contains results of a command."""
+    table = f"; {folder / 'table.csv'} lists its images" if command == CONVERTED else ""
+    log.warning("%s: left out, because it contains results of gigamorph %s%s", folder, command, table)
+
+
+def made_by(folder: Path) -> str:
+    """The command that wrote the results in a folder; empty for other folders."""
+    try:
+        for command, groups in _MADE_BY.items():
+            if any(all((folder / name).is_file() for name in group) for group in groups):
+                return command
+        note = parse_json((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    kind = note.get("kind", "predict") if isinstance(note, dict) and "checkpoint" in note else ""
+    return kind if kind in _NOTED else ""
+
+
+@dataclass
+class LeftOutMasks:
+    """The number of masks that were left out, and the first one."""
+
+    count: int = 0
+    first: PurePath | None = None
+
+    def __str__(self) -> str:
+        masks = "1 mask is" if self.count == 1 else f"{self.count} masks are"
+        return f"{masks} left out, recognised by name, the first {self.first}; to read masks, pass their folder"
+
+
+def images_without_masks(files: Callable[[bool], Iterable[Path]], below: Path, left: LeftOutMasks) -> Iterator[Path]:
+    """Iterate over the files without masks, or over all files if all are masks.
+
+    This is `masks_among` in the memory of the names of one folder: a file named after an image is its mask if the image
+    is in the same folder.
+
+    Args:
+        files: returns an iterator over the files; its argument enables warnings about other files that are left out.
+        below: as in `masks_among`.
+        left: counts the masks that are left out.
+    """
+
+    @lru_cache(1)
+    def stems(folder: Path) -> frozenset[str]:
+        return frozenset(stem_of(entry).lower() for entry in folder.iterdir() if suffix_of(entry) in SUFFIXES)
+
+    def is_mask(path: Path) -> bool:
+        image = masked(path)
+        return in_mask_folder(path, below) or (image is not None and image in stems(path.parent))
+
+    if all(map(is_mask, files(False))):
+        yield from files(True)
+        return
+    for path in files(True):
+        if not is_mask(path):
+            yield path
+            continue
+        left.count += 1
+        left.first = left.first or path

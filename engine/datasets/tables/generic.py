@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from ...images.levels import White, parse_white
 from ...parsing import is_whole, parse_json
 from ..unknown_views import GROUP_COLUMNS, unplaced, unplaced_line
 from . import values
-from .cells import is_number, no_number, read_rows
-from .folders import Unlisted, image_files, walk
-from .mask_names import masks_among, names_masks
+from .cells import EXCEL, PARQUET, is_number, no_number, stream_rows
+from .file_names import masks_among, names_masks
+from .folders import CONVERTED, Unlisted, image_files, is_left_out, log, made_by, walk, warn_of_unread
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
-from .skipped import CONVERTED, is_left_out, log, made_by, warn_of_unread
 
+TABLES = (".csv", ".tsv", ".txt", ".csv.gz", PARQUET, *EXCEL)
+"""Suffixes of tables."""
 SPLIT_NAMES = {
     **{name: name for name in SPLITS},
     "training": "train",
@@ -76,7 +77,7 @@ def read_table(
     elif path.is_dir():
         rows = _folder_rows(path)
     elif path.is_file():
-        rows = _csv_rows(path, labels, label)
+        rows = list(_csv_rows(path, labels, label))
     else:
         raise DataError(f"{path}: no such file or folder")
     if not rows:
@@ -100,6 +101,29 @@ def read_table(
     if check_files:
         _refuse_missing(path, records)
     return Table(records, names, masks=masks)
+
+
+def stream_table(path: Path, classes: Sequence[str] | None, unknown: Counter[str]) -> Iterator[tuple[str, Record]]:
+    """Iterate over (cell image_path, record) of the rows of a csv, Parquet or Excel file; records as in `read_table`.
+
+    In contrast to `read_table`, an image may be in several rows, and files need not exist.
+
+    Args:
+        path: the file.
+        classes: the class names; a label becomes the index of its class, or -1. None reads no labels.
+        unknown: counts the labels that are not classes.
+
+    Raises:
+        DataError: names the file and line of a problem; also during iteration.
+    """
+    numbers = {name: number for number, name in enumerate(classes or ())}
+    for place, row in _csv_rows(path, False, None):
+        label = -1
+        if classes is not None and row.get("label"):
+            label = numbers.get(whole(row["label"]), -1)
+            if label < 0:
+                unknown[row["label"]] += 1
+        yield row["image_path"], to_record(path, place, row, label)
 
 
 def labels_of(path: Path, table: Table) -> list[str]:
@@ -127,7 +151,7 @@ def label_columns(path: str | Path, records: Sequence[Record], wanted: Sequence[
     column = LABEL_PREFIX + (absent or ["NAME"])[0]
     if Path(path).is_dir():
         raise DataError(f"{path}: a folder has no column {column}; make a table of it: gigamorph data index")
-    header = read_rows(Path(path), fallback=None).header
+    header = stream_rows(Path(path))[0]
     if empty := [name for name in header if name == column or (not absent and name.startswith(LABEL_PREFIX))]:
         raise DataError(f"{path}: column {empty[0]} is empty; fill in the known labels")
     raise DataError(f"{path}: has no column {column}; it has {', '.join(header)}")
@@ -207,18 +231,18 @@ def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None
     return header, needed
 
 
-def _csv_rows(path: Path, labels: bool, label: str | None) -> list[tuple[str, dict[str, str]]]:
+def _csv_rows(path: Path, labels: bool, label: str | None) -> Iterator[tuple[str, dict[str, str]]]:
     """(line for messages, row) of each line below the header; names and cells are stripped."""
-    table = read_rows(path, fallback=None)
-    header, needed = columns_of(path, table.header, labels, label)
-    rows = [dict(zip(header, row.values(), strict=True)) for row in table.rows]
-    for place, row in zip(table.places, rows, strict=True):
+    found, rows = stream_rows(path)
+    header, needed = columns_of(path, found, labels, label)
+    for place, cells in rows:
+        row = dict(zip(header, cells.values(), strict=True))
         for name in needed:
             if not row[name] or (name == "patient_id" and _known_cell(row, name) is None):
                 raise DataError(f"{path}, {place}: {name} is {row[name] or 'empty'}; fill it in, or remove the row")
         if labels:
             row["label"] = whole(row["label"] if label is None else row[LABEL_PREFIX + label])
-    return list(zip(table.places, rows, strict=True))
+        yield place, row
 
 
 def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:

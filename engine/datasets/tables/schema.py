@@ -14,8 +14,7 @@ from typing import Any
 from ...errors import DataError
 from ...files import write_atomically
 from ...images.levels import White
-from .cells import EXCEL, escape
-from .parquet import PARQUET
+from .cells import EXCEL, PARQUET, escape
 
 SPLITS = ("train", "val", "test")
 LABEL_PREFIX = "label_"
@@ -105,6 +104,10 @@ class Record:
     """False if the patient is unknown; the image then counts as a patient."""
     chest_wall: str | None = None
     """The side of the chest wall in the file, left or right; None if header and pixels determine it."""
+
+    def __str__(self) -> str:
+        """The file, for messages."""
+        return str(self.path)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ...datasets.tables import values
 from ...datasets.tables.cells import Rows, read_rows
 from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
-from ...images.dicom import read_info
+from ...images.header import read_info
 from ...images.open import open_pixels
 from .base import DataSet
 from .files import Files

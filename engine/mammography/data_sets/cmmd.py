@@ -5,8 +5,7 @@ from __future__ import annotations
 from ...datasets.tables import values
 from ...datasets.tables.schema import Record
 from ...errors import DataError
-from ...images.dicom import DicomInfo
-from ...images.header_scan import read_headers
+from ...images.header import DicomInfo, read_headers
 from .base import DataSet
 from .files import Files
 

@@ -19,8 +19,8 @@ from ...files import write_atomically
 from ...images.rawfile import brief
 from ...parsing import parse_json
 from ...train.data import Images
+from ...train.record import hash_of_reading
 from ...train.run import Run
-from ...train.splits import hash_of_reading
 from ...trust import trusted
 from ...versions import versions_of_results
 from .claims import Synthetic, judge

@@ -12,8 +12,7 @@ from ...datasets.dataset import ImageDataset
 from ...datasets.views import DownsampledSource
 from ...errors import GigamorphError
 from ...images.affine import Affine
-from ...images.derived import DerivedSource
-from ...images.pixels import PixelSource, check_region
+from ...images.pixels import DerivedSource, PixelSource, check_region
 
 
 @dataclass(frozen=True)

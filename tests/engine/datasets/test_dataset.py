@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from gigamorph.engine.datasets.augment import Augment
-from gigamorph.engine.datasets.dataset import ImageDataset, collate
+from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.datasets.views import DownsampledSource, MirroredSource
 from gigamorph.engine.errors import DataError
@@ -27,6 +27,16 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
 
 def whole(source: PixelSource) -> torch.Tensor:
     return source.read(0, source.shape[1], 0, source.shape[2])
+
+
+def collate(items: list[dict]) -> dict:
+    """Items as a batch: image and record are lists, label and index int64 tensors (N,)."""
+    return {
+        "image": [item["image"] for item in items],
+        "label": torch.tensor([item["label"] for item in items], dtype=torch.int64),
+        "index": torch.tensor([item["index"] for item in items], dtype=torch.int64),
+        "record": [item["record"] for item in items],
+    }
 
 
 def test_items_and_collate(records: list[Record]) -> None:

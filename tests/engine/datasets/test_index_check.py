@@ -19,8 +19,7 @@ from gigamorph.engine.datasets.check import KINDS, Problem, check_images
 from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
-from gigamorph.engine.datasets.tables.folders import image_files, iter_image_files
-from gigamorph.engine.datasets.tables.image_stream import LeftOutMasks, images_without_masks
+from gigamorph.engine.datasets.tables.folders import LeftOutMasks, image_files, images_without_masks, iter_image_files
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.phantom import write_phantoms

@@ -22,7 +22,7 @@ import resource, sys
 from collections import deque
 from pathlib import Path
 import pyarrow.parquet
-from gigamorph.engine.datasets.tables.stream import stream_table
+from gigamorph.engine.datasets.tables.generic import stream_table
 from gigamorph.engine.datasets.tables.cells import read_rows
 from gigamorph.engine.errors import DataError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,12 +16,12 @@ from image_files import write_dicom
 
 from gigamorph.engine.datasets.check import check_images
 from gigamorph.engine.datasets.convert import names_of
+from gigamorph.engine.datasets.grey import kind_of_file
 from gigamorph.engine.datasets.index import index_folder
-from gigamorph.engine.datasets.kinds import kind_of_file
 from gigamorph.engine.datasets.tables import Record, missing_masks, read_table, write_table
 from gigamorph.engine.datasets.tables.cells import escape, read_rows
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.dicom import read_info
+from gigamorph.engine.images.header import read_info
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.data_sets import detect, read_data_set
 from gigamorph.engine.mammography.data_sets.files import Files

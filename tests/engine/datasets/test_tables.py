@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gigamorph.engine.datasets.tables import SPLITS, Finding, Record, missing_files, read_table, write_table
-from gigamorph.engine.datasets.tables.stream import TABLES, stream_table
+from gigamorph.engine.datasets.tables.generic import TABLES, stream_table
 from gigamorph.engine.errors import DataError, GigamorphError
 
 HEADER = "image_path,label,patient_id,split\n"

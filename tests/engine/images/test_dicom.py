@@ -20,7 +20,8 @@ from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.dicom import open_dicom, read_info
+from gigamorph.engine.images.dicom import open_dicom
+from gigamorph.engine.images.header import read_info
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.phantom import write_phantoms
 

@@ -1,6 +1,7 @@
 """Images in a DICOMweb store: what is found, what is fetched, and what a store's answers may be."""
 
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -13,8 +14,8 @@ from image_files import EXPLICIT, JPEG, encode, picture, write_dicom, write_slid
 from gigamorph import DataError, open_pixels
 from gigamorph.engine.images import dicomweb
 from gigamorph.engine.images.codecs import Frame
+from gigamorph.engine.images.dicom import syntax_of
 from gigamorph.engine.images.dicomweb import Instance, ask_store, parse_location, search, service_of
-from gigamorph.engine.images.dicomweb_frames import syntax_of
 
 
 def whole(source):
@@ -182,7 +183,7 @@ def http(status, reason=""):
     ],
 )
 def test_what_a_store_answers_in_one_line(store, monkeypatch, error, calls, unreachable, message):
-    monkeypatch.setattr(dicomweb.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     failing = Failing(error)
     with pytest.raises(DataError, match=f"^{message}$") as caught:
         ask_store("u", store.service, failing)

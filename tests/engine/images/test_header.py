@@ -15,7 +15,8 @@ from pydicom.sr._snomed_dict import mapping
 from pydicom.sr.codedict import codes
 
 from gigamorph.engine.images import mammography
-from gigamorph.engine.images.dicom import open_dicom, read_info
+from gigamorph.engine.images.dicom import open_dicom
+from gigamorph.engine.images.header import read_info
 
 Write = Callable[..., Path]
 

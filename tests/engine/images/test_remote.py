@@ -18,7 +18,7 @@ import pytest
 import range_server
 from fsspec.implementations.reference import ReferenceFileSystem
 
-from gigamorph.engine.datasets.tables.image_stream import LeftOutMasks
+from gigamorph.engine.datasets.tables.folders import LeftOutMasks
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images import remote
 from gigamorph.engine.images.open import open_pixels

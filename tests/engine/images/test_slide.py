@@ -9,7 +9,8 @@ import pytest
 from image_files import EXPLICIT, JPEG, LOSSLESS, RLE, encode, picture, write_dicom, write_slide
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.dicom import open_dicom, read_info
+from gigamorph.engine.images.dicom import open_dicom
+from gigamorph.engine.images.header import read_info
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.tiles import CACHE
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import time
 from dataclasses import replace
 
 import archives
@@ -26,7 +27,7 @@ from gigamorph.engine.images.remote import RemoteFile
 from gigamorph.engine.predict.masks import Classes, MaskOptions, Segmenter, predict_masks
 from gigamorph.engine.predict.run import Options, predict
 from gigamorph.engine.train.mask_target import MaskTarget
-from gigamorph.engine.train.splits import with_splits
+from gigamorph.engine.train.record import with_splits
 
 HERE = Options("m" * 64, "best.ckpt", workers=0)
 FORGIVING = replace(HERE, max_failures=1.0, resume=True)
@@ -91,7 +92,7 @@ def test_images_that_cannot_be_had_are_in_quarantine(store, files, tmp_path):
 
 
 def test_a_store_that_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(dicomweb.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     nowhere = "dicomweb+http://127.0.0.1:9/dicom-web"
     for sources, options in (([nowhere], HERE), ([tmp_path], replace(HERE, store=nowhere))):
         with pytest.raises(GigamorphError, match=r"its store cannot be reached \(Connection refused\)"):

@@ -21,7 +21,7 @@ from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import import_ensemble
 from gigamorph.engine.published.open import open_published
 from gigamorph.engine.train.config import make_config
-from gigamorph.engine.train.head_rows import start_from
+from gigamorph.engine.train.network import start_from
 from gigamorph.engine.train.target import Target
 
 

@@ -14,7 +14,7 @@ from gigamorph.engine.models.folder import Description, Preprocessing, write_des
 from gigamorph.engine.models.outputs import Outputs
 from gigamorph.engine.models.reference import Reference
 from gigamorph.engine.models.weights import sha256
-from gigamorph.engine.train.head_rows import start_from
+from gigamorph.engine.train.network import start_from
 from gigamorph.engine.train.target import Target
 
 ABC = Target(("a", "b", "c"))

@@ -11,7 +11,7 @@ from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.datasets.views import DownsampledSource
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.train.classify import prediction
-from gigamorph.engine.train.labels import check_names
+from gigamorph.engine.train.inputs import check_names
 from gigamorph.engine.train.metrics import Prediction, as_cases, auc_of, per_breast, per_exam, scores
 
 

@@ -10,7 +10,7 @@ from gigamorph.engine.datasets.tables import SPLITS, Finding, Record
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.train.folds import draw_folds
 from gigamorph.engine.train.mask_target import MaskTarget
-from gigamorph.engine.train.splits import hash_of, hash_of_truth, with_splits
+from gigamorph.engine.train.record import hash_of, hash_of_truth, with_splits
 
 RECORDS = [Record(Path(f"/a/{n // 2}/{n}.dcm"), n // 2 % 2, f"p{n // 2}") for n in range(60)]
 

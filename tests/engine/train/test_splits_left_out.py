@@ -8,7 +8,7 @@ import pytest
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import SPLITS, Finding, Record
 from gigamorph.engine.train.mask_target import MaskTarget
-from gigamorph.engine.train.splits import hash_of, with_splits
+from gigamorph.engine.train.record import hash_of, with_splits
 from gigamorph.engine.train.target import Target
 
 RECORDS = [

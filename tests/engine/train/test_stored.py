@@ -21,10 +21,9 @@ from gigamorph.engine.models import build_model, create_model
 from gigamorph.engine.models.checkpoints import read_state
 from gigamorph.engine.morph.origin import Origin
 from gigamorph.engine.published.layout import part_of_training as imported
-from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.head_rows import start_from
+from gigamorph.engine.train.checkpoint import load_checkpoint, stored_state
+from gigamorph.engine.train.network import start_from
 from gigamorph.engine.train.record import scale_warning
-from gigamorph.engine.train.stored import stored_state
 from gigamorph.engine.train.target import Target
 
 GONE = object()

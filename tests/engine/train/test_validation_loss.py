@@ -9,7 +9,7 @@ from gigamorph import accelerate
 from gigamorph.engine.models.unet import UNet
 from gigamorph.engine.train.classify import Classification
 from gigamorph.engine.train.inputs import Labels, training_data
-from gigamorph.engine.train.masks import Segmentation
+from gigamorph.engine.train.mask_target import Segmentation
 from gigamorph.engine.train.metrics import Prediction
 from gigamorph.engine.train.options import Loss
 from gigamorph.engine.train.target import Target

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ....datasets.augment import Augment
 from ....datasets.dataset import ImageDataset
 from ....datasets.tables import SPLITS, Record, read_table
-from ....datasets.tables.image_stream import LeftOutMasks
+from ....datasets.tables.folders import LeftOutMasks
 from ....errors import DataError
 from ....evaluate import odds
 from ....evaluate.cases import Cases

@@ -11,8 +11,7 @@ from ....datasets.augment import Augment
 from ....datasets.dataset import ImageDataset
 from ....datasets.tables import Record
 from ....errors import DataError
-from ....images.derived import DerivedSource
-from ....images.pixels import Normalize, PixelSource, check_region
+from ....images.pixels import DerivedSource, Normalize, PixelSource, check_region
 from .config import Config
 
 
