@@ -452,7 +452,7 @@ FAULTS = (
     # -- explain ---------------------------------------------------------------------------------------------------
     Fault(
         "marks-half-a-cell-off",
-        "engine/explain/marks.py",
+        "engine/explain/maps.py",
         "np.array(ndimage.center_of_mass(peaks > 0, peaks, labels)) + 0.5\n",
         "np.array(ndimage.center_of_mass(peaks > 0, peaks, labels))\n",
         "tests/engine/explain/test_maps.py",

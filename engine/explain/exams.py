@@ -18,7 +18,7 @@ from scipy.special import expit, log_expit
 from ..datasets.tables.cells import escape
 from ..evaluate.class_names import positive_number
 from ..train.metrics import Prediction, per_breast, per_exam
-from .marks import Mark
+from .maps import Mark
 
 HEADER = "exam patient_id exam_id class probability log_odds laterality views image_path row column adds".split()
 

@@ -38,7 +38,7 @@ from ..train.classify import prediction
 from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of, positive_class
 from ..train.heatmap import overlay_name, write_overlay
 from .exams import View, write_exams
-from .marks import Mark, find_marks
+from .maps import Mark, find_marks
 from .seg import Kind, write_segmentation
 
 Method = Literal["activation", "gradient"]

@@ -11,8 +11,7 @@ from ...datasets.tables.generic import missing_files, skip_absent
 from ...datasets.tables.schema import Record, Table
 from ...errors import DataError
 from . import cbis_ddsm, cdd_cesm, chestxray14, cmmd, csaw_cc, embed, inbreast, mini_mias, nyu, rsna, vindr_mammo
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _MODULES = (cbis_ddsm, inbreast, vindr_mammo, rsna, embed, csaw_cc, cmmd, cdd_cesm, mini_mias, nyu, chestxray14)
 DATA_SETS: dict[str, DataSet] = {module.DATA_SET.name: module.DATA_SET for module in _MODULES}

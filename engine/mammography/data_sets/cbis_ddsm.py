@@ -19,8 +19,7 @@ from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
 from ...images.dicom import read_info
 from ...images.open import open_pixels
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _TABLES = {
     name: split

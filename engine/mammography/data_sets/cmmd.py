@@ -7,8 +7,7 @@ from ...datasets.tables.schema import Record
 from ...errors import DataError
 from ...images.dicom import DicomInfo
 from ...images.header_scan import read_headers
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _KINDS = ("normal", "benign", "malignant")
 _TABLES = ("CMMD_clinicaldata_revision.xlsx", "CMMD_clinicaldata_revision.csv")

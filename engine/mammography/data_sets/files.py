@@ -1,13 +1,15 @@
-"""Look-up of the files of a data set below the folder of its download."""
+"""A public data set: its files below the folder of its download, and the interface of its reader."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ...datasets.tables.cells import Rows, read_rows
+from ...datasets.tables.schema import Record
 from ...errors import DataError
 
 
@@ -91,3 +93,22 @@ def _shared_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
             break
         count += 1
     return count
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A public data set: its tables, the meaning of its labels, and its reader."""
+
+    name: str
+    """The name on the command line."""
+    title: str
+    tables: tuple[str, ...]
+    """The names of its tables as downloaded; a folder that contains one of them may be this data set."""
+    rules: dict[str, str]
+    """Label columns with the meaning of 1 and 0; the first is the label by default."""
+    split: str
+    """The official split."""
+    read: Callable[[Files], list[Record]]
+    """Returns all images of its tables in their order, with `labels` filled in and `label` -1; files need not exist."""
+    columns: tuple[str, ...] = ()
+    """Columns that identify the table if its name is not specific."""

@@ -31,11 +31,19 @@ from ..sized import Size, SizedImages
 from ..splits import split_records
 from ..tensors import logits_of
 from ..weights import find_weights
-from .compare import check_parts, compare_heads, folder, summarise
+from .compare import (
+    check_parts,
+    compare_heads,
+    draw_subset,
+    fit_networks,
+    folder,
+    make_head,
+    make_stage,
+    measure,
+    summarise,
+)
 from .config import DvmeConfig
-from .extractors import Fused, make_extractor
-from .protocols import fit_networks, make_head, make_stage, measure
-from .subsets import draw_subset
+from .network import Fused, make_extractor
 
 
 def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:

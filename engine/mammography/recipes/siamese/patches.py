@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from ....errors import DataError
 from ....files import write_atomically
@@ -22,6 +23,31 @@ from ..features import record_digest
 from .config import SiameseConfig
 from .pairs import Pair, open_side
 from .register import breast_mask, downsampled, resample_to
+
+
+def mirrored(x: Tensor) -> Tensor:
+    """Flip up-down and left-right, each with probability 1/2, equally for all patches with the same first index."""
+    for axis in (-2, -1):
+        turned = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < 0.5
+        x = torch.where(turned, x.flip(axis), x)
+    return x
+
+
+def jittered(x: Tensor, jitter: float, noise: float) -> Tensor:
+    """Change contrast by a share of up to `jitter`, brightness by up to `jitter` normalised units, and add noise."""
+    shape = (*x.shape[:-3], 1, 1, 1)
+    contrast, brightness = (1 + jitter * (2 * torch.rand(shape, device=x.device) - 1) for _ in range(2))
+    return x * contrast + (brightness - 1) + noise * torch.randn_like(x)
+
+
+def cropped(x: Tensor, least: float) -> Tensor:
+    """Crop a random square of patches (N, C, h, w) with `least` to all of their area, and resize it bilinearly."""
+    side = (least + (1 - least) * torch.rand(len(x), 1, device=x.device)).sqrt()
+    middle = (1 - side) * (2 * torch.rand(len(x), 2, device=x.device) - 1)
+    map_ = torch.cat([torch.diag_embed(side.expand(-1, 2)), middle[:, :, None]], 2)
+    grid = F.affine_grid(map_, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid.to(x), padding_mode="border", align_corners=False)
+
 
 _FULL = 65535
 _SMALL = 16  # blocks per side of a cell for the share of tissue

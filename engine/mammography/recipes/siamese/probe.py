@@ -21,10 +21,9 @@ from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ..features import evaluating
 from ..tensors import Inputs, TensorTask, logits_of
-from .augment import mirrored
 from .config import SiameseConfig
 from .network import Embedding
-from .patches import SinglePatches
+from .patches import SinglePatches, mirrored
 
 _C = 0.01  # inverse strength of the penalty; few labels should give a direction, not a perfect fit
 _MIRRORINGS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)

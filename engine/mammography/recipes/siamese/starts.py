@@ -16,11 +16,10 @@ from ....train.loop import run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ..weights import find_weights, load_pretrained
-from .byol import BYOLTask
 from .config import SiameseConfig
 from .network import Embedding
 from .patches import PatchPairs
-from .simclr import SimCLRTask
+from .two_views import BYOLTask, SimCLRTask
 
 _TASKS = {"simclr": SimCLRTask, "byol": BYOLTask}
 

@@ -23,12 +23,11 @@ from ..recipe import begin, finish
 from ..splits import split_records
 from ..weights import find_weights
 from .config import SiameseConfig
-from .full_images import classes_of, label_pairs, write_images
-from .judge import Judge
+from .full_images import centres, classes_of, holds, label_pairs, localisation, localisation_line, write_images
+from .mixture import Judge
 from .network import Embedding
 from .pairs import find_pairs
 from .patches import PatchFile, PatchPairs, SinglePatches, write_patches
-from .places import centres, holds, localisation, localisation_line
 from .probe import fine_tuned, patch_cases, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask

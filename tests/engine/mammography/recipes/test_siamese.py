@@ -19,7 +19,7 @@ from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.mammography.recipes import default_text
 from gigamorph.engine.mammography.recipes.siamese import SiameseConfig, train
-from gigamorph.engine.mammography.recipes.siamese.byol import BYOLTask
+from gigamorph.engine.mammography.recipes.siamese.full_images import centres
 from gigamorph.engine.mammography.recipes.siamese.network import Embedding
 from gigamorph.engine.mammography.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.mammography.recipes.siamese.patches import (
@@ -29,10 +29,9 @@ from gigamorph.engine.mammography.recipes.siamese.patches import (
     sources_of,
     write_patches,
 )
-from gigamorph.engine.mammography.recipes.siamese.places import centres
 from gigamorph.engine.mammography.recipes.siamese.probe import probed
-from gigamorph.engine.mammography.recipes.siamese.simclr import SimCLRTask
 from gigamorph.engine.mammography.recipes.siamese.task import SiameseTask
+from gigamorph.engine.mammography.recipes.siamese.two_views import BYOLTask, SimCLRTask
 from gigamorph.engine.train.run import Run
 
 SMALL = SiameseConfig(
