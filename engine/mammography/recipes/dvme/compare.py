@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ....datasets.dataset import ImageDataset
 from ....errors import DataError
 from ....evaluate import odds
 from ....evaluate.measures import quadratic_kappa
@@ -18,11 +18,9 @@ from ....evaluate.roc import macro_auc
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
-from ..finetuning import Finetuning
-from ..sized import Size
 from ..tensors import Measure, TensorTask, logits_of
 from .config import DvmeConfig
-from .network import DVMEHead, Fused
+from .network import DVMEHead
 
 
 def draw_subset(labels: Sequence[int], classes: int, size: int, fold: int, seed: int) -> list[int]:
@@ -111,13 +109,8 @@ def fit_head(
     dims = [embedding.shape[1] for embedding in embeddings]
     torch.manual_seed(seed_of(run.seed, 1))
     module = OnEmbeddings(dims, make_head(protocol, dims, classes, config))
-    task = TensorTask(
-        module,
-        torch.cat(list(embeddings), 1),
-        labels,
-        (torch.cat(list(val[0]), 1), val[1]),
-        measure(config.metric, classes),
-    )
+    score, validation = measure(config.metric, classes), (torch.cat(list(val[0]), 1), val[1])
+    task = TensorTask(module, torch.cat(list(embeddings), 1), labels, validation, score)
     run_stages(task, [make_stage(protocol, config)], run.undealt())
     return module
 
@@ -135,30 +128,40 @@ def make_stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stag
     )
 
 
-def fit_networks(
-    protocol: str,
-    extractors: Sequence[nn.Module],
-    dims: Sequence[int],
-    images: ImageDataset,
-    val: ImageDataset,
-    classes: int,
-    config: DvmeConfig,
-    run: Run,
-    transformer: bool,
-    record: Mapping[str, Any],
-) -> Finetuning:
-    """Fine-tune extractors with a head; `transformer` selects the rate and batch for transformers."""
-    torch.manual_seed(seed_of(run.seed, 1))
-    module = Fused(extractors, make_head(protocol, dims, classes, config))
-    stage = make_stage(protocol, config, transformer)
-    size = Size(config.resize, config.crop)
-    task = Finetuning(module, images, val, size, measure(config.metric, classes), run, stage.batch_size, record)
-    run_stages(task, [stage], run)
-    return task
-
-
 Embeddings = Mapping[str, Tensor]
 """(n, dim) per extractor, by name."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the comparison.
+
+    Attributes:
+        row: its subset, fold, protocol, extractor ("all" for all that are fused) and number of training images.
+        names: of its extractors.
+        images: indices of its training images.
+        run: its folder and seed.
+    """
+
+    row: dict[str, Any]
+    names: list[str]
+    images: list[int]
+    run: Run
+
+
+def trainings(labels: Sequence[int], classes: int, config: DvmeConfig, run: Run, kind: str) -> Iterator[Training]:
+    """Yield the trainings of all subsets, folds and protocols: those on "embeddings", or on "images"."""
+    names = [extractor.name for extractor in config.extractors]
+    fused = [extractor.name for extractor in config.extractors if extractor.fused]
+    protocols = [name for name in config.protocols if name.startswith("finetune") == (kind == "images")]
+    for size, fold in itertools.product(config.subsets, range(config.folds)):
+        chosen = draw_subset(labels, classes, size, fold, run.seed)
+        for protocol in protocols:
+            for group in [[name] for name in names] if protocol in ("linear", "single", "finetune") else [fused]:
+                what = group[0] if protocol in ("linear", "single", "finetune") else "all"
+                row = {"subset": size, "fold": fold, "protocol": protocol, "extractor": what, "train": len(chosen)}
+                own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
+                yield Training(row, group, chosen, own)
 
 
 def compare_heads(
@@ -173,37 +176,18 @@ def compare_heads(
         One row per head with subset, fold, protocol, extractor, train (number of images) and test (the measure); and
         the DVME heads by (subset, fold).
     """
-    score = measure(config.metric, classes)
     rows, heads = [], {}
-    labels, names = parts["train"][1], list(parts["train"][0])
-    fused = [extractor.name for extractor in config.extractors if extractor.fused]
-    for size in config.subsets:
-        for fold in range(config.folds):
-            subset = draw_subset(labels.tolist(), classes, size, fold, run.seed)
-            for protocol in [p for p in config.protocols if not p.startswith("finetune")]:
-                per_extractor = protocol in ("linear", "single")
-                for group in [[name] for name in names] if per_extractor else [fused]:
-                    what = group[0] if per_extractor else "all"
-                    own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
-                    train, val, test = ([parts[part][0][n] for n in group] for part in ("train", "val", "test"))
-                    head = fit_head(
-                        protocol,
-                        [e[subset] for e in train],
-                        labels[subset],
-                        (val, parts["val"][1]),
-                        classes,
-                        config,
-                        own,
-                    )
-                    found = score(parts["test"][1], logits_of(head, torch.cat(test, 1)))
-                    rows.append(_row(size, fold, protocol, what, len(subset), found))
-                    if protocol == "dvme":
-                        heads[size, fold] = head
+    labels = parts["train"][1]
+    for own in trainings(labels.tolist(), classes, config, run, "embeddings"):
+        train, val, test = ([parts[part][0][n] for n in own.names] for part in ("train", "val", "test"))
+        few = [embedding[own.images] for embedding in train]
+        protocol = own.row["protocol"]
+        head = fit_head(protocol, few, labels[own.images], (val, parts["val"][1]), classes, config, own.run)
+        found = measure(config.metric, classes)(parts["test"][1], logits_of(head, torch.cat(test, 1)))
+        rows.append({**own.row, "test": found})
+        if protocol == "dvme":
+            heads[own.row["subset"], own.row["fold"]] = head
     return rows, heads
-
-
-def _row(size: int, fold: int, protocol: str, what: str, images: int, found: float | None) -> dict[str, Any]:
-    return {"subset": size, "fold": fold, "protocol": protocol, "extractor": what, "train": images, "test": found}
 
 
 def folder(protocol: str, extractor: str, size: int, fold: int) -> str:

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....datasets.augment import Augment, augmented
-from ....datasets.dataset import ImageDataset, open_record
+from ....datasets.dataset import open_record
 from ....datasets.masks import open_inside, read_inside
 from ....datasets.tables import Finding, Record
 from ....datasets.tables.generic import is_absent
 from ....errors import DataError
 from ....files import write_atomically
 from ....images.open import open_pixels
-from ....images.pixels import Normalize, PixelSource, check_region
-from ..sized import Size, SizedImages, read_sized
+from ....images.pixels import PixelSource
+from ..sized import RecipeImages, Size, Window, open_images, read_sized
 from .config import CLASSES, Config
 from .sampler import Lesion, Patch, breast_box, sample
 
@@ -156,25 +156,6 @@ def sample_all(originals: Sequence[Record], records: Sequence[Record], config: C
     return places
 
 
-class Window:
-    """A square of an image; black beyond its borders."""
-
-    def __init__(self, source: PixelSource, top: int, left: int, side: int) -> None:
-        self.source, self.top, self.left = source, top, left
-        self.shape = (source.shape[0], side, side)
-        self.name = source.name
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        check_region(self.shape, top, bottom, left, right, self.name)
-        _, height, width = self.source.shape
-        out = torch.zeros(self.shape[0], bottom - top, right - left)
-        y, x = self.top + top, self.left + left
-        overlap = max(y, 0), min(self.top + bottom, height), max(x, 0), min(self.left + right, width)
-        if overlap[0] < overlap[1] and overlap[2] < overlap[3]:
-            out[:, overlap[0] - y : overlap[1] - y, overlap[2] - x : overlap[3] - x] = self.source.read(*overlap)
-        return out
-
-
 class Patches:
     """Patches of images as a sequence of (pixels (C, side, side) float32, class); augmented again in each epoch."""
 
@@ -199,23 +180,11 @@ class Patches:
         return ((grey - mean) / std).expand(self.config.channels, -1, -1), place.patch.label
 
 
-def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
+def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> RecipeImages:
     """Return the images for the whole-image network, which already have its size."""
-    return ImageDataset(
-        records,
-        normalize=Normalize(config.mean, config.std),
-        voi=config.voi,
-        flip=False,
-        channels=config.channels,
-        augment=Augment.parse(config.augment) if augment and config.augment else None,
-        seed=seed,
-    )
+    return open_images(records, config, flip=False, augment=config.augment if augment else None, seed=seed)
 
 
-def sized_images(records: Sequence[Record], config: Config) -> SizedImages:
+def sized_images(records: Sequence[Record], config: Config) -> RecipeImages:
     """Return images of any size, resized for the whole-image network."""
-    images = SizedImages(
-        records, normalize=Normalize(config.mean, config.std), voi=config.voi, flip=False, channels=config.channels
-    )
-    images.size = Size(config.resize)
-    return images
+    return open_images(records, config, flip=False, view=Size(config.resize).view)

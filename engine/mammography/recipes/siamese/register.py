@@ -12,14 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
-from torch.nn import functional as F
 
 from ....datasets.sampling import SampledSource
 from ....datasets.views import DownsampledSource
 from ....errors import DataError
 from ....images.affine import Affine, Map
-from ....images.pixels import PixelSource, check_region, to_original
+from ....images.pixels import PixelSource
+from ..sized import Window
 from . import itk
 
 Array = NDArray[np.float64]
@@ -63,34 +62,15 @@ def resample_to(fixed: PixelSource, moving: PixelSource, method: Method = "auto"
     """Return `moving` in the geometry of `fixed`, read by region and black outside."""
     back = register(fixed, moving, method)
     if fixed.shape != moving.shape:
-        moving = _Canvas(moving, (max(fixed.shape[1], moving.shape[1]), max(fixed.shape[2], moving.shape[2])))
+        moving = Window(moving, 0, 0, max(fixed.shape[1], moving.shape[1]), max(fixed.shape[2], moving.shape[2]))
     seen = moving if back == Affine() else SampledSource(moving, back, "registered to the other breast")
-    return seen if fixed.shape == seen.shape else _Canvas(seen, fixed.shape[1:])
-
-
-class _Canvas:
-    """A source cropped, or padded with black, at its lower and right border."""
-
-    def __init__(self, source: PixelSource, size: tuple[int, int]) -> None:
-        self.source, self.shape, self.name = source, (source.shape[0], *size), source.name
-
-    @property
-    def to_original(self) -> Map:
-        """Map from this image's coordinates to those of the file."""
-        return to_original(self.source)
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        check_region(self.shape, top, bottom, left, right, self.name)
-        _, height, width = self.source.shape
-        inside = [min(top, height), min(bottom, height), min(left, width), min(right, width)]
-        part = self.source.read(*inside)
-        return F.pad(part, (0, right - left - part.shape[2], 0, bottom - top - part.shape[1]))
+    return seen if fixed.shape == seen.shape else Window(seen, 0, 0, *fixed.shape[1:])
 
 
 def downsampled(source: PixelSource, factor: int) -> PixelSource:
     """Return a `DownsampledSource`; registered images are sampled from averaged pixels instead of from each pixel."""
-    if isinstance(source, _Canvas):
-        return _Canvas(downsampled(source.source, factor), (source.shape[1] // factor, source.shape[2] // factor))
+    if isinstance(source, Window):
+        return Window(downsampled(source.source, factor), 0, 0, source.shape[1] // factor, source.shape[2] // factor)
     if isinstance(source, SampledSource):
         back = Affine.scale(1 / factor) @ source.back @ Affine.scale(factor)
         return SampledSource(DownsampledSource(source.source, factor), back, *source.added)
