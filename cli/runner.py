@@ -143,8 +143,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
         from ..engine.models.folder import digest_of
         from ..engine.models.folds import fold_checkpoints
         from ..engine.predict.job import opened_with_white
-        from ..engine.published.classifier import open_predictor
-        from ..engine.published.folds import look_at_folds
+        from ..engine.published.classifier import look_at_folds, open_predictor
         from ..engine.train.checkpoint import load_checkpoint
 
         if address is not None and engine != "ray":

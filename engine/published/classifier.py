@@ -15,7 +15,7 @@ from ..datasets.views import mirrorings
 from ..errors import DataError, GigamorphError, UntrustedError
 from ..images.pixels import Normalize
 from ..models.bounded import bounded
-from ..models.folder import Description, Preprocessing, read_description
+from ..models.folder import read_description
 from ..models.folds import fold_checkpoints
 from ..models.outputs import Outputs, outputs_of, set_outputs
 from ..models.registry import open_checked
@@ -29,6 +29,7 @@ from ..train.splits import with_splits
 from ..train.stored import REMEDY, preprocessing_of
 from .ensemble import Ensemble, Member, Published
 from .images import PublishedImages
+from .layout import trained_preprocessing
 
 Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], Images], int]
 
@@ -59,15 +60,18 @@ def open_published(folder: str | Path, *, memory_budget: int | None, device: str
         already = ", ".join(name for name, pair in FLIPS.items() if pair in about.flips)
         raise GigamorphError(f"{folder}: already averages over mirrored images ({already}); remove --flip")
     seen = mirrorings(flips) if flips else about.flips
+    paths = [folder / name for name in about.members] or [folder]
+    each = [read_description(path) for path in paths]
+    trainings = [one.source.get("training", {}) for one in each]
+    nets = [accelerate(open_checked(path).to(device), memory_budget, fallback="untiled").eval() for path in paths]
+    named = [Published(net, str(path)) for net, path in zip(nets, paths, strict=True)]
     if len(seen) == 1 and not about.members:
-        net = Published(_accelerated(folder, memory_budget, device), str(folder))
-        own = [about.source.get("training", {})]
-        return net, about.outputs.names, lambda r: PublishedImages(add_splits(r, own), wanted, wanted), image_count(own)
-    members = _members(folder, about, memory_budget, device)
-    ensemble = Ensemble(members, about.outputs, seen)
-    folders = [folder / name for name in about.members] or [folder]
-    own = [read_description(path).source.get("training", {}) for path in folders]
-    return ensemble, about.outputs.names, lambda r: PublishedImages(add_splits(r, own), None, wanted), image_count(own)
+        net, prepared = named[0], wanted
+    else:
+        members = [Member(net, one.preprocessing, one.outputs) for net, one in zip(named, each, strict=True)]
+        net, prepared = Ensemble(members, about.outputs, seen), None
+    names, count = about.outputs.names, image_count(trainings)
+    return net, names, lambda r: PublishedImages(add_splits(r, trainings), prepared, wanted), count
 
 
 def add_splits(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]) -> list[Record]:
@@ -81,19 +85,6 @@ def add_splits(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]
 def image_count(trainings: Sequence[Mapping[str, Any]]) -> int:
     """Return the number of images in the largest training."""
     return max(sum(training.get("split", {}).get(name, 0) for name in SPLITS) for training in trainings)
-
-
-def _members(folder: Path, about: Description, memory_budget: int | None, device: str) -> list[Member]:
-    paths = [folder / name for name in about.members] or [folder]
-    found = []
-    for path in paths:
-        own, net = read_description(path), Published(_accelerated(path, memory_budget, device), str(path))
-        found.append(Member(net, own.preprocessing, own.outputs))
-    return found
-
-
-def _accelerated(folder: Path, memory_budget: int | None, device: str) -> Accelerated:
-    return accelerate(open_checked(folder).to(device), memory_budget, fallback="untiled").eval()
 
 
 def look_at_folds(folder: str | Path) -> str:
@@ -129,7 +120,7 @@ def open_folds(folder: str | Path, *, memory_budget: int | None, device: str, fl
         records.append(stored["gigamorph"])
         _require_alike(path, records)
         net = restore_network(stored, path, memory_budget=memory_budget, device=device)
-        members.append(Member(Published(net, str(path)), _preprocessing(records[-1]), _outputs(records[-1])))
+        members.append(Member(Published(net, str(path)), trained_preprocessing(records[-1]), _outputs(records[-1])))
     first = records[0]
     grey = {**first["preprocessing"], "normalize": Normalize().to_dict()}
     return Classifier(
@@ -143,12 +134,6 @@ def open_folds(folder: str | Path, *, memory_budget: int | None, device: str, fl
 def _outputs(record: Mapping[str, Any]) -> Outputs:
     target = target_of(record)
     return target.outputs or Outputs.of("softmax", len(target.names), target.names)
-
-
-def _preprocessing(record: Mapping[str, Any]) -> Preprocessing:
-    """Return the preprocessing that each network applies itself; everything else is done once for all."""
-    scale = record["preprocessing"]["normalize"]
-    return Preprocessing(record["channels"], tuple(scale["mean"]), tuple(scale["std"]))
 
 
 def _target_name(record: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,16 +43,12 @@ class Files:
         if self.path.is_file():
             own = self.path.name.lower().removesuffix(".gz")
             return self.path if own in {name.lower() for name in names} else None
-        for name in names:
-            for ending in ("", ".gz"):
-                if (self.folder / (name + ending)).is_file():
-                    return self.folder / (name + ending)
-        for name in names:
-            for ending in ("", ".gz"):
-                found = self._names.get((name + ending).lower())
-                if found:
-                    return min(found)
-        return None
+        wanted = [name + ending for name in names for ending in ("", ".gz")]
+        for name in wanted:
+            if (self.folder / name).is_file():
+                return self.folder / name
+        below = (self._names.get(name.lower()) for name in wanted)
+        return next((min(paths) for paths in below if paths), None)
 
     def rows(self, *names: str, sheet: str | None = None) -> Rows:
         """The rows of the first table of these names; `DataError` if none exists."""
@@ -87,12 +84,8 @@ class Files:
 
 
 def _shared_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
-    count = 0
-    for a, b in zip(reversed(first), reversed(second), strict=False):
-        if a.lower() != b.lower():
-            break
-        count += 1
-    return count
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0].lower() == pair[1].lower(), pairs)))
 
 
 @dataclass(frozen=True)

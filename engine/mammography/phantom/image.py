@@ -98,9 +98,12 @@ def add(shape: Shape, image: np.ndarray, region: Box, box: Box) -> None:
         return
     dy = (np.arange(shared[0], shared[1], dtype=np.float32) - np.float32(shape.y))[:, None]
     dx = (np.arange(shared[2], shared[3], dtype=np.float32) - np.float32(shape.x))[None, :]
-    image[shared[0] - region[0] : shared[1] - region[0], shared[2] - region[2] : shared[3] - region[2]] += shape.draw(
-        dy, dx
-    )
+    image[_slices(shared, region)] += shape.draw(dy, dx)
+
+
+def _slices(box: Box, region: Box) -> tuple[slice, slice]:
+    """The rows and columns of a box in the pixels of a region that contains it."""
+    return slice(box[0] - region[0], box[1] - region[0]), slice(box[2] - region[2], box[3] - region[2])
 
 
 LESIONS = ("cluster", "mass", "asymmetry")
@@ -180,8 +183,7 @@ class PhantomImage:
         self._shapes = self._normal_shapes(rng)
         rng = np.random.default_rng([*np.atleast_1d(own), 3])
         # The cluster is drawn first, so that a seed gives the same breast with and without it.
-        patch, cluster = self._cluster(rng, sharp="cluster" in lesions)
-        self._patches = [patch]
+        self._patch, cluster = self._cluster(rng, sharp="cluster" in lesions)
         self.lesions: tuple[Lesion, ...] = tuple(
             cluster if kind == "cluster" else self._mass(rng) if kind == "mass" else self._asymmetry(rng)
             for kind in lesions
@@ -209,13 +211,10 @@ class PhantomImage:
             image += np.float32(350) * np.clip((np.float32(1) - y - x) * np.float32(15), 0, 1)
         for shape, box in zip(self._shapes, self._boxes, strict=True):
             add(shape, image, region, box)
-        for patch in self._patches:
-            shared = overlap(region, patch.box)
-            if shared is not None:
-                image[shared[0] - top : shared[1] - top, shared[2] - left : shared[3] - left] += patch.pixels[
-                    shared[0] - patch.box[0] : shared[1] - patch.box[0],
-                    shared[2] - patch.box[2] : shared[3] - patch.box[2],
-                ]
+        patch = self._patch
+        shared = overlap(region, patch.box)
+        if shared is not None:
+            image[_slices(shared, region)] += patch.pixels[_slices(shared, patch.box)]
         # Compressed tissue has constant thickness, except for a seam along the skin.
         image *= np.sqrt(np.clip(depth / np.float32(0.06 * self.shape[1]), 0, 1))
         noise = normals(self._noise_key, *region)

@@ -47,7 +47,6 @@ def draw_evidence(net: Any, images: Images, target: Target, run: Run) -> list[st
         A line for each picture, or the reason why there is none.
     """
     wanted, group, lines = select_examples(images.records, target), run.group, []
-    writes = group.leads if group.at_once == 1 else group.rank % group.together == 0
     if target.outputs is not None:
         set_outputs(net, target.outputs)
     for position in range(group.turn, len(wanted), group.at_once):
@@ -60,7 +59,7 @@ def draw_evidence(net: Any, images: Images, target: Target, run: Run) -> list[st
             continue
         text = caption(target.names[which], float(log_odds_of(logits[None].double(), which, target.outputs)[0]))
         name = f"evidence/{overlay_name(str(position + 1), as_stored(found.source).shape)}"
-        if writes:
+        if group.speaks:
             (run.out / "evidence").mkdir(parents=True, exist_ok=True)
             write_overlay(found, run.out / name, stored=True, caption=text)
         lines.append(f"{name}: {text}")

@@ -11,14 +11,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import DataError, GigamorphError
-from ...models.checkpoints import is_state, load_inert
+from ...models.checkpoints import is_state, load_inert, read_state
 from ...models.folder import is_folder
 from ...models.registry import load_weights
 from ...models.weights import sha256
@@ -198,7 +197,7 @@ def load_pretrained(network: nn.Module, path: str | Path) -> list[str]:
     path = Path(path)
     if is_folder(path):
         return load_weights(network, path)
-    state = keras_state(path, network) if path.suffix in _H5 else _strip(_unwrap(_read(path), path))
+    state = keras_state(path, network) if path.suffix in _H5 else _strip(_unwrap(path))
     own = network.state_dict()
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     head = f"{linear[-1]}." if linear else "\0"
@@ -219,20 +218,8 @@ def load_pretrained(network: nn.Module, path: str | Path) -> list[str]:
     return left_out
 
 
-def _read(path: Path) -> Any:
-    if path.suffix != ".safetensors":
-        return load_inert(path)
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such weights file") from error
-    except Exception as error:  # safetensors' own errors for a damaged file
-        raise DataError(f"{path}: not a readable weights file: {str(error).splitlines()[0]}") from error
-
-
-def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
+def _unwrap(path: Path) -> dict[str, Tensor]:
+    loaded = read_state(path).tensors if path.suffix == ".safetensors" else load_inert(path)
     for keys in _PATHS:
         inner = loaded
         for key in keys:

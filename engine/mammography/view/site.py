@@ -38,13 +38,39 @@ def note_of(settings: object, files: Iterable[Path]) -> str | None:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def is_current(part: Path, note: str | None) -> bool:
-    """Whether a part is complete and was made from the same sources."""
-    note_path = _note_path(part)
-    return note is not None and part.exists() and note_path.is_file() and note_path.read_text() == note
+PAGE = Path(__file__).parent / "page"
+_CACHED = 36
+"""Maximum number of images and masks with cached overviews."""
 
 
-def remove(part: Path) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """A part of the folder: its path, the hash of its sources (`note_of`), and a function that writes it.
+
+    The hash is written into a file next to a complete part.
+    """
+
+    path: Path
+    note: str | None
+    make: Callable[[], object]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the part is complete and was made from the same sources."""
+        note = _note_path(self.path)
+        return self.note is not None and self.path.exists() and note.is_file() and note.read_text() == self.note
+
+    def write(self) -> None:
+        """Replace the part, its note last."""
+        _remove(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.make()
+        if self.note is not None:
+            note = self.note
+            write_atomically(_note_path(self.path), lambda path: path.write_text(note), "page")
+
+
+def _remove(part: Path) -> None:
     """Remove a part if it exists, its note first."""
     _note_path(part).unlink(missing_ok=True)
     if part.is_dir():
@@ -53,28 +79,8 @@ def remove(part: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def mark(part: Path, note: str | None) -> None:
-    """Write the note of a complete part."""
-    if note is not None:
-        write_atomically(_note_path(part), lambda path: path.write_text(note), "page")
-
-
 def _note_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.made")
-
-
-PAGE = Path(__file__).parent / "page"
-_CACHED = 36
-"""Maximum number of images and masks with cached overviews."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part of the folder: its path, a note on its sources, and a function that writes it."""
-
-    path: Path
-    note: str | None
-    write: Callable[[], object]
 
 
 class Site:
@@ -107,12 +113,12 @@ class Site:
             raise GigamorphError(f"{out}: has other files; name another --out")
         text = self.page("js")  # opens all images, so that nothing is written if one fails
         parts = [part for number in range(len(self.views)) for part in self._parts(out, number)]
-        current = {part.path for part in parts if is_current(part.path, part.note)}
+        current = {part.path for part in parts if part.is_current}
         with _write_errors(out):
             for pattern in ("tiles/*", "masks/*/*", "evidence/*.js"):
                 for path in sorted(out.glob(pattern)):
                     if path.suffix != ".made" and path not in current:
-                        remove(path)
+                        _remove(path)
             (out / "data.js").unlink(missing_ok=True)  # earlier versions wrote data there, maybe with names
             out.mkdir(parents=True, exist_ok=True)
             for name in ours - {"index.html"}:
@@ -143,14 +149,11 @@ class Site:
         """
         there = 0
         for number in range(len(self.views)):
-            missing = [part for part in self._parts(out, number) if not is_current(part.path, part.note)]
+            missing = [part for part in self._parts(out, number) if not part.is_current]
             there += not missing
             with _write_errors(out):
                 for part in missing:
-                    remove(part.path)
-                    part.path.parent.mkdir(parents=True, exist_ok=True)
                     part.write()
-                    mark(part.path, part.note)
             done(number)
         return there
 

@@ -108,10 +108,9 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         raise DataError("no training image has a lesion with a pathology; patches need the column findings")
     check_findings(parts["train"] + parts["val"] if config.start is None else ())
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
-    everyone = [record for split in SPLITS for record in parts[split]]
-    run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
-    sized = iter(write_resized(everyone, config, run.out / "images"))
-    images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+    count = sum(map(len, parts.values()))
+    run.say(f"{count} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
+    images = _resized(parts, config, run.out / "images")
     if config.start is not None:
         return finish(run, _transfer(images, parts, target, config, run))
     metrics: dict[str, Any] = {}
@@ -154,12 +153,15 @@ def _check_model(model: Model, config: Config, run: Run) -> None:
         check_stages(config.native, run.group, child.network)
 
 
+def _resized(parts: Parts, config: Config, folder: Path) -> Parts:
+    sized = iter(write_resized([record for split in SPLITS for record in parts[split]], config, folder))
+    return {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+
+
 def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, target: Target, run: Run) -> dict[str, Any]:
     """Add a front for larger images to the trained network, exactly, and train it further on them."""
     larger = replace(config, resize=tuple(model.front * side for side in config.resize))
-    everyone = [record for split in SPLITS for record in parts[split]]
-    sized = iter(write_resized(everyone, larger, run.out / f"images_{model.front}"))
-    images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+    images = _resized(parts, larger, run.out / f"images_{model.front}")
     run.say(f"{model.name}: training with a front on images of {larger.resize[0]} x {larger.resize[1]}")
     child, _ = _add_front(Grown(net.cpu().eval(), channels=config.channels), model, config, run.seed)
     own = run.part(f"{model.name}-front")

@@ -7,7 +7,6 @@ a distance says that two patches differ, but not which is abnormal.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +22,8 @@ from ....datasets.tables import Record, read_table
 from ....dense import write_map
 from ....errors import DataError
 from ....evaluate.roc import auc
-from ....files import write_atomically
 from ....images.pixels import PixelSource
+from ....predict.tables import write_csv
 from ....train.run import Run
 from ..features import evaluating
 from .config import SiameseConfig
@@ -120,10 +119,9 @@ def label_pairs(
     The networks must be in evaluation mode.
     """
     group, found = run.group, []
-    writes = group.leads if group.at_once == 1 else group.rank % group.together == 0
     for number in range(group.turn, len(pairs), group.at_once):
         path = run.out / "maps" / f"{number}.tif"
-        wanted = config.maps and writes and not path.exists()
+        wanted = config.maps and group.speaks and not path.exists()
         sources = sources_of(pairs[number], config) if wanted or config.scores else None
         if sources is not None and wanted:
             _write_map(networks[0], sources, run, path)
@@ -207,15 +205,9 @@ def write_images(
                 }
             )
 
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
     if not rows:
         return "the table has no pair in the test split"
-    write_atomically(run.out / "images.csv", write, "scores of images")
+    write_csv(run.out / "images.csv", list(rows[0]), (list(row.values()) for row in rows))
     return _areas(rows) or "the test split does not have both kinds of images, by findings or by labels of two classes"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,38 +163,20 @@ class PatchPairs(Sequence[NDArray[Any]]):
         self.files = [file for file in files if len(file.cells)]
         if not self.files:
             raise DataError("no patch has enough tissue in both breasts; lower patch or tissue")
-        self._ends = np.cumsum([len(file.cells) for file in self.files]).tolist()
-        self._open: tuple[int, NDArray[Any]] | None = None
+        self.places = [(number, cell) for number, file in enumerate(self.files) for cell in range(len(file.cells))]
+        """Per patch: its file, and its cell."""
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
         return self.take([index])[0]
 
     def take(self, indices: Sequence[int]) -> NDArray[np.float32]:
         """Return some of them, (n, 2, C, h, w), read per file for speed."""
-        wanted = [self.where(index) for index in indices]
-        pixels: NDArray[np.uint16] | None = None
-        for number in dict.fromkeys(number for number, _ in wanted):
-            own = [n for n, (file, _) in enumerate(wanted) if file == number]
-            found = self._opened(number)[[wanted[n][1] for n in own]]
-            if pixels is None:
-                pixels = np.empty((len(wanted), *found.shape[1:]), np.uint16)
-            pixels[own] = found
-        assert pixels is not None
-        return self.files[0].normalised(pixels)
-
-    def _opened(self, number: int) -> NDArray[Any]:
-        opened = self._open  # local copy: another thread may change it
-        if opened is None or opened[0] != number:
-            self._open = opened = number, self.files[number].open()
-        return opened[1]
-
-    def where(self, index: int) -> tuple[int, int]:
-        """Return the number of a patch's file, and its index in it."""
-        number = bisect_right(self._ends, index)
-        return number, index - (self._ends[number - 1] if number else 0)
+        wanted = [self.places[index] for index in indices]
+        opened = {number: self.files[number].open() for number, _ in wanted}
+        return self.files[0].normalised(np.stack([opened[number][cell] for number, cell in wanted]))
 
     @property
     def patients(self) -> list[str]:

@@ -129,7 +129,7 @@ def test_patches_are_those_of_the_images_and_are_kept(table, tmp_path, monkeypat
     found = PatchPairs(files)
     assert len(found) == sum(len(file.cells) for file in files) and len(found.patients) == len(found)
     for index in np.random.default_rng(0).permutation(len(found)):
-        number, place = found.where(int(index))
+        number, place = found.places[index]
         top, left = files[number].cells[place]
         wanted = [s.read(top, top + 32, left, left + 32).numpy() for s in sources_of(pairs[number], SMALL)]
         np.testing.assert_allclose(found[int(index)], np.stack(wanted), rtol=0, atol=0.51 / 65535 / SMALL.std[0])
