@@ -11,8 +11,6 @@ from ..accelerate import Accelerated
 from ..images.pixels import PixelSource
 from ..train.explanation import Explanation, explain_class, explain_gradient
 
-__all__ = ["Explanation", "activation_map", "explain_gradient", "gradient_map"]
-
 
 def activation_map(net: Accelerated, source: PixelSource, output: int) -> Explanation:
     """Class activation map: the contribution of each cell of the last map before pooling to the log-odds of a class.

@@ -27,10 +27,9 @@ from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ....train.target import Target
 from ....train.task import Task
-from ..card import recipe_card
+from ..classify import Finetuning
 from ..features import Features, UpTo, frozen_features
-from ..finetuning import Finetuning
-from ..recipe import begin, finish
+from ..recipe import begin, finish, recipe_card
 from ..sized import Size, open_images
 from ..splits import split_records
 from ..tensors import accuracy

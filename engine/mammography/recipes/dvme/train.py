@@ -18,11 +18,9 @@ from ....evaluate.read import write_cases
 from ....train.loop import check_stages, run_stages
 from ....train.run import Run, seed_of
 from ....train.target import Target
-from ..card import recipe_card
-from ..classify import classifier_record
+from ..classify import Finetuning, classifier_record
 from ..features import frozen_features
-from ..finetuning import Finetuning
-from ..recipe import begin, finish
+from ..recipe import begin, finish, recipe_card
 from ..sized import Size, open_images
 from ..splits import split_records
 from ..tensors import logits_of

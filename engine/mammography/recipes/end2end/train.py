@@ -27,11 +27,10 @@ from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target, batch_weights
 from ....train.task import Score, Task
-from ..card import recipe_card
 from ..classify import PLAIN, ClassifierTask, auc_of, averaged, classifier_record, mirrorings, read_target
 from ..morphhr.config import Config as MorphConfig
 from ..morphhr.grow import grow, without_decay
-from ..recipe import begin, finish
+from ..recipe import begin, finish, recipe_card
 from ..tensors import ReadAhead
 from ..weights import find_weights
 from .config import CLASSES, Config, Model

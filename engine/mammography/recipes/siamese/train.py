@@ -17,8 +17,7 @@ from ....predict.tables import write_csv
 from ....train.loop import check_stages, run_stages
 from ....train.run import Run
 from ....train.stages import Stage
-from ..card import recipe_card
-from ..recipe import begin, finish
+from ..recipe import begin, finish, recipe_card
 from ..splits import split_records
 from ..weights import find_weights
 from .config import SiameseConfig

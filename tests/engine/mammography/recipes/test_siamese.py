@@ -30,8 +30,8 @@ from gigamorph.engine.mammography.recipes.siamese.patches import (
     write_patches,
 )
 from gigamorph.engine.mammography.recipes.siamese.probe import probed
+from gigamorph.engine.mammography.recipes.siamese.starts import BYOLTask, SimCLRTask
 from gigamorph.engine.mammography.recipes.siamese.task import SiameseTask
-from gigamorph.engine.mammography.recipes.siamese.two_views import BYOLTask, SimCLRTask
 from gigamorph.engine.train.run import Run
 
 SMALL = SiameseConfig(

@@ -10,8 +10,8 @@ from torch import nn
 
 from gigamorph.engine.mammography.recipes.siamese.config import SiameseConfig
 from gigamorph.engine.mammography.recipes.siamese.network import Embedding
+from gigamorph.engine.mammography.recipes.siamese.starts import SimCLRTask
 from gigamorph.engine.mammography.recipes.siamese.task import SiameseTask
-from gigamorph.engine.mammography.recipes.siamese.two_views import SimCLRTask
 from gigamorph.engine.mammography.recipes.tensors import ReadAhead
 from gigamorph.engine.train.loop import run_stages
 from gigamorph.engine.train.run import Run

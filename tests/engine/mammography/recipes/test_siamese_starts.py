@@ -14,12 +14,13 @@ from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.mammography.recipes.siamese.config import SiameseConfig
 from gigamorph.engine.mammography.recipes.siamese.network import Embedding
 from gigamorph.engine.mammography.recipes.siamese.patches import cropped, jittered, mirrored
-from gigamorph.engine.mammography.recipes.siamese.starts import make_network, self_supervised
-from gigamorph.engine.mammography.recipes.siamese.two_views import (
+from gigamorph.engine.mammography.recipes.siamese.starts import (
     BYOLTask,
     SimCLRTask,
     byol_loss,
+    make_network,
     nt_xent,
+    self_supervised,
     tau_at,
     update_target,
 )
