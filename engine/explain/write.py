@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import csv
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +36,7 @@ from ..predict.tables import placed, prediction_of
 from ..train.classify import prediction
 from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of, positive_class
 from ..train.heatmap import overlay_name, write_overlay
-from .exams import View, write_exams
+from .exams import View, write_exams, write_rows
 from .maps import Mark, find_marks
 from .seg import Kind, write_segmentation
 
@@ -177,7 +176,8 @@ class _Explain(Job):
                     ]
 
         if self._options.method == "activation":
-            write_atomically(out / "marks.csv", lambda path: _write_marks(path, frame, marks()), "table")
+            header = ["image_path", *frame, "class", "row", "column", "score"]
+            write_atomically(out / "marks.csv", lambda path: write_rows(path, header, marks()), "table")
         else:
             collections.deque(marks(), maxlen=0)
         outputs = outputs_of(self._classifier.net)
@@ -268,10 +268,3 @@ def _read(path: Path) -> Dataset:
         return dcmread(path)
     except Exception as error:  # pydicom has many error types
         raise DataError(f"{path}: cannot be read ({one_line(error)}); explain its image again") from error
-
-
-def _write_marks(path: Path, frame: Sequence[str], rows: Iterator[list[str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image_path", *frame, "class", "row", "column", "score"])
-        writer.writerows(rows)

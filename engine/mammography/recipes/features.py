@@ -204,13 +204,5 @@ def _store(path: Path, feature: Tensor, name: str) -> None:
 def _settings(images: ImageDataset, size: Size) -> Mapping[str, Any]:
     """Return the settings that turn a file into the network's input."""
     normalize = None if images.normalize is None else images.normalize.to_dict()
-    return {
-        "resize": size.resize,
-        "crop": size.crop,
-        "normalize": normalize,
-        "voi": images.voi,
-        "flip": images.flip,
-        "channels": images.channels,
-        "downsample": images.downsample,
-        "for_processing": images.for_processing,
-    }
+    own = {name: getattr(images, name) for name in ("voi", "flip", "channels", "downsample", "for_processing")}
+    return {"resize": size.resize, "crop": size.crop, "normalize": normalize, **own}

@@ -16,6 +16,8 @@ Read = TypeVar("Read")
 Measure = Callable[[Tensor, Tensor], float | None]
 """(labels (n,), logits (n, classes)) -> score, larger is better; None if undefined."""
 
+_BATCH = 256
+
 
 class Inputs(Protocol):
     """A tensor (n, ...), or an object that reads a slice or a list of indices from files."""
@@ -61,11 +63,11 @@ class TensorTask(Task):
 
 
 @torch.no_grad()
-def logits_of(module: nn.Module, inputs: Inputs, batch: int = 256) -> Tensor:
-    """Return float32 outputs on the CPU, in batches; the module must be in evaluation mode."""
-    device = next(module.parameters()).device
-    parts = (inputs[first : first + batch] for first in range(0, len(inputs), batch))
-    return torch.cat([module(part.to(device)).float().cpu() for part in parts])
+def logits_of(module: nn.Module, inputs: Inputs, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return float32 outputs of a module, or of a function of it, on the CPU; it must be in evaluation mode."""
+    device, compute = next(module.parameters()).device, compute or module
+    parts = (inputs[first : first + _BATCH] for first in range(0, len(inputs), _BATCH))
+    return torch.cat([compute(part.to(device)).float().cpu() for part in parts])
 
 
 def accuracy(labels: Tensor, logits: Tensor) -> float:

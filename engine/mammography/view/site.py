@@ -20,7 +20,7 @@ from ...report.figure import class_colour
 from ...versions import OWN
 from .evidence import Evidence
 from .exams import Exam, View
-from .pyramid import TILE, MaskTiles, Pyramid, png
+from .pyramid import TILE, MaskTiles, Pyramid, Tiles, png
 
 
 def note_of(settings: object, files: Iterable[Path]) -> str | None:
@@ -95,7 +95,7 @@ class Site:
     def __init__(self, exams: Sequence[Exam], evidence: Evidence | None, *, identifiers: bool) -> None:
         self.exams, self._evidence, self._identifiers = list(exams), evidence, identifiers
         self.views: list[View] = [view for exam in self.exams for view in exam.views]
-        self._cache: OrderedDict[tuple[int, str], Pyramid | MaskTiles] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, str], Tiles] = OrderedDict()
         self._lock = threading.Lock()
 
     def write_page(self, out: Path) -> Path:
@@ -176,7 +176,7 @@ class Site:
             note = note_of((shown, self._evidence.made_by), (own.path,))
             yield _Part(path, note, lambda: path.write_text(_script(number, self.evidence(number))))
 
-    def tiles_of(self, number: int, which: str = "") -> Pyramid | MaskTiles:
+    def tiles_of(self, number: int, which: str = "") -> Tiles:
         """The tiles of an image, or of its "predicted" mask or "reference"; the most recently used ones are cached.
 
         Raises:
@@ -257,7 +257,7 @@ def _script(number: int, picture: bytes) -> str:
     return f'gotEvidence({number}, "data:image/png;base64,{base64.b64encode(picture).decode()}");\n'
 
 
-def _write_tiles(folder: Path, tiles: Pyramid | MaskTiles) -> None:
+def _write_tiles(folder: Path, tiles: Tiles) -> None:
     for level in range(tiles.levels + 1):
         columns, rows = tiles.tiles(level)
         (folder / str(level)).mkdir(parents=True, exist_ok=True)

@@ -166,22 +166,21 @@ def check_findings(records: Sequence[Record]) -> None:
             the image.
     """
     for record in records:
-        boxes = [f.box for f in record.findings if f.pathology and f.mask is None and f.box is not None]
-        if boxes:
-            height, width = open_pixels(record.path, flip=False, frame=record.frame).shape[1:]
-            for top, bottom, left, right in boxes:
+        for finding in record.findings:
+            if finding.pathology and finding.mask is not None:
+                if is_absent(finding.mask):
+                    raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; remove the finding")
+                _check_shape(finding.mask, record)
+            elif finding.pathology and finding.box is not None:
+                top, bottom, left, right = finding.box
+                height, width = open_pixels(record.path, flip=False, frame=record.frame).shape[1:]
                 if max(top, 0) >= min(bottom, height) or max(left, 0) >= min(right, width):
                     raise DataError(
                         f"{record.path}: a finding's box (rows {top} to {bottom}, columns {left} to {right}) is "
                         f"outside the image of {height} x {width} pixels; correct it, or remove the finding"
                     )
-        for finding in record.findings:
-            if finding.pathology and finding.mask is None and finding.box is None:
+            elif finding.pathology:
                 raise _no_location(record)
-            if finding.pathology and finding.mask is not None and is_absent(finding.mask):
-                raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; remove the finding")
-            if finding.pathology and finding.mask is not None:
-                _check_shape(finding.mask, record)
 
 
 def _check_shape(path: Path, record: Record) -> None:
