@@ -537,8 +537,8 @@ FAULTS = (
     Fault(
         "widened-image-out-of-place",
         "engine/published/images.py",
-        "        x0 = -self.left * self.across - self.side_columns[0]\n",
-        "        x0 = -self.left * self.across\n",
+        "x0=-left * across - before, ",
+        "x0=-left * across, ",
         "tests/engine/published/test_images.py",
         "Heat maps of a published network that widens narrow images are shifted to the right.",
     ),
