@@ -175,7 +175,7 @@ def classes_of(table: Path) -> dict[Key, int]:
         read = read_table(table)
     except DataError:  # the recipe needs no labels, and the rest was read before
         return {}
-    return {_key(r): r.label for r in read.records if r.label >= 0} if len(read.classes) == 2 else {}
+    return {(r.path, r.frame): r.label for r in read.records if r.label >= 0} if len(read.classes) == 2 else {}
 
 
 def write_images(
@@ -201,7 +201,7 @@ def write_images(
                     "pair": number,
                     **{name: own[name] for name in ("patches", *SCORES)},
                     "finding": int(bool(record.findings)) if findings else None,
-                    "label": classes.get(_key(record)),
+                    "label": classes.get((record.path, record.frame)),
                 }
             )
 
@@ -215,10 +215,8 @@ def _areas(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each truth, "finding" and "label", of pairs (either image) and of images."""
     scored, found = [row for row in rows if row["patches"]], []
     for truth in ("finding", "label"):
-        by_pair: dict[int, list[Mapping[str, Any]]] = {}
-        for row in scored:
-            by_pair.setdefault(row["pair"], []).append(row)
-        both = [(own[0], _either([row[truth] for row in own])) for own in by_pair.values()]
+        pairs = zip(scored[::2], scored[1::2], strict=True)  # both images of a pair have patches, or none
+        both = [(left, _either([left[truth], right[truth]])) for left, right in pairs]
         for level, cases in (("pair", both), ("image", [(row, row[truth]) for row in scored])):
             known = [(row, value) for row, value in cases if value is not None]
             positive = sum(value for _, value in known)
@@ -232,7 +230,3 @@ def _areas(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _either(values: Sequence[int | None]) -> int | None:
     """Return 1 if either value is 1; None if either is unknown."""
     return 1 if 1 in values else None if None in values else 0
-
-
-def _key(record: Record) -> Key:
-    return record.path, record.frame

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,18 +136,10 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
                 grey = source.read(top, top + side, x, x + side)[0].numpy() * config.std[0] + config.mean[0]
                 found[index, number] = np.rint(np.clip(grey, 0, 1) * _FULL)
         boxes = np.array([original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
-        _save(path, lambda file: np.save(file, found))
-        _save(places, lambda file: np.savez(file, cells=cells, boxes=boxes))
+        write_atomically(path, lambda p: np.save(p, found), "patches")
+        write_atomically(places, lambda p: np.savez(p, cells=cells, boxes=boxes), "patches")
     with np.load(places, allow_pickle=False) as stored:
         return PatchFile(pair, path, stored["cells"], stored["boxes"], config)
-
-
-def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            write(file)
-
-    write_atomically(path, save, "patches")
 
 
 def original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
