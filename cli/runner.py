@@ -134,8 +134,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
         from ..engine.models.folds import fold_checkpoints
         from ..engine.predict.job import opened_with_white
         from ..engine.predict.options import RunOptions
-        from ..engine.published.classifier import open_predictor
-        from ..engine.published.folds import look_at_folds
+        from ..engine.published.classifier import look_at_folds, open_predictor
         from ..engine.train.checkpoint import load_checkpoint
 
         chosen = {field.name: given.pop(field.name) for field in fields(RunOptions) if field.name in given}

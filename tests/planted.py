@@ -452,7 +452,7 @@ FAULTS = (
     # -- explain ---------------------------------------------------------------------------------------------------
     Fault(
         "marks-half-a-cell-off",
-        "engine/explain/marks.py",
+        "engine/explain/maps.py",
         "np.array(ndimage.center_of_mass(peaks > 0, peaks, labels)) + 0.5\n",
         "np.array(ndimage.center_of_mass(peaks > 0, peaks, labels))\n",
         "tests/engine/explain/test_maps.py",
@@ -537,8 +537,8 @@ FAULTS = (
     Fault(
         "widened-image-out-of-place",
         "engine/published/images.py",
-        "        x0 = -self.left * self.across - self.side_columns[0]\n",
-        "        x0 = -self.left * self.across\n",
+        "x0=-left * across - before, ",
+        "x0=-left * across, ",
         "tests/engine/published/test_images.py",
         "Heat maps of a published network that widens narrow images are shifted to the right.",
     ),

@@ -18,7 +18,7 @@ from scipy.special import expit, log_expit
 from ..datasets.tables.cells import escape
 from ..evaluate.class_names import positive_number
 from ..train.metrics import Prediction, per_breast, per_exam
-from .marks import Mark
+from .maps import Mark
 
 HEADER = "exam patient_id exam_id class probability log_odds laterality views image_path row column adds".split()
 
@@ -98,8 +98,13 @@ def write_exams(
     path: Path, exams: Iterable[Sequence[View]], classes: Sequence[str], which: int | None, frame: Sequence[str] = ()
 ) -> None:
     """Write ``exams.csv``, with a row for each exam of several views."""
+    rows = (map(escape, combined(group, classes, which, frame)) for group in exams)
+    write_rows(path, [*HEADER, *frame], ([number, *row] for number, row in enumerate(rows, 1)))
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a csv file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*HEADER, *frame])
-        for number, group in enumerate(exams, 1):
-            writer.writerow([number, *(escape(cell) for cell in combined(group, classes, which, frame))])
+        writer.writerow(header)
+        writer.writerows(rows)

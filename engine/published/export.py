@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import GigamorphError
 from ..files import write_atomically
 from ..models.compat import make_torchvision_importable
-from ..models.folder import WEIGHTS, Description, Preprocessing, is_folder, read_description
+from ..models.folder import WEIGHTS, Description, is_folder, read_description
 from ..models.reference import LIMIT32, difference, forward, ordinary
 from ..models.registry import open_checked
 from ..models.spec import Spec
@@ -24,6 +24,7 @@ from ..train.checkpoint import load_checkpoint, preprocessing_of
 from ..train.network import outputs_of_record, restore_network
 from ..versions import versions_of_results
 from .importing import new_folder
+from .layout import trained_preprocessing
 from .reference import fixed_image
 
 _SHARED_NAMES = ("resnet18", "resnet34", "resnet50")  # built-in networks with the same name in timm
@@ -62,15 +63,12 @@ def open_source(path: str | Path) -> Source:
         raise GigamorphError(
             f"{path}: is a recipe's checkpoint; only networks of gigamorph train and gigamorph import can be exported"
         )
-    given = preprocessing_of(record, path)
+    preprocessing_of(record, path)  # refuses a damaged record
     net = restore_network(stored, path, memory_budget=None, device="cpu")
-    normalize = given["normalize"]
     description = Description(
         model=record["options"]["model"],
         outputs=outputs_of_record(record),
-        preprocessing=Preprocessing(
-            record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"]
-        ),
+        preprocessing=trained_preprocessing(record),
         source={"file": path.name, "sha256": sha256(path)},
         versions=versions_of_results(),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from ..images.affine import Affine
 from ..images.pixels import DerivedSource, Normalize, PixelSource, check_region
 from ..models.folder import Preprocessing
 
+Box = tuple[int, int, int, int]
 _ROWS = 256  # read at a time for an image's statistics
 _MIN_SPREAD = 1e-5  # minimal spread of an image, to avoid a division by zero
 
@@ -30,9 +30,8 @@ class PreparedSource(DerivedSource):
     def __init__(self, source: PixelSource, preprocessing: Preprocessing) -> None:
         super().__init__(source, *(preprocessing.size or ()))
         self.preprocessing, self.added = preprocessing, _steps(preprocessing)
-        self._canvas = _canvas(*source.shape[1:], preprocessing)
-        if preprocessing.size is not None:
-            self.back = self._canvas.back
+        self._side_columns, self._box, back = _placed(*source.shape[1:], preprocessing)
+        self.back = None if preprocessing.size is None else back
         self._whole: Tensor | None = None
         self._normalize: Normalize | None = None
 
@@ -60,11 +59,11 @@ class PreparedSource(DerivedSource):
     def _resized(self) -> Tensor:
         """Resize bilinearly between pixel centres without antialiasing, as OpenCV and PyTorch do by default."""
         _, height, width = self.source.shape
-        part, at = self.source.read(0, height, 0, width)[None], self._canvas
-        if at.side_columns != (0, 0):  # after the rows, to save memory: the axes are resized one after the other
-            part = F.pad(_bilinear(part, at.height, width), at.side_columns)
+        part, (top, left, rows, columns) = self.source.read(0, height, 0, width)[None], self._box
+        if self._side_columns != (0, 0):  # after the rows, to save memory: the axes are resized one after the other
+            part = F.pad(_bilinear(part, rows, width), self._side_columns)
         out = torch.zeros(self.shape)
-        out[:, at.top : at.top + at.height, at.left : at.left + at.width] = _bilinear(part, at.height, at.width)[0]
+        out[:, top : top + rows, left : left + columns] = _bilinear(part, rows, columns)[0]
         return out
 
     def _image_normalize(self) -> Normalize:
@@ -99,32 +98,13 @@ def _bilinear(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
 
 
-@dataclass(frozen=True)
-class _Canvas:
-    """The location of an image in its new size.
+def _placed(height: int, width: int, wanted: Preprocessing) -> tuple[tuple[int, int], Box, Affine]:
+    """Return where an image is in its new size.
 
-    Attributes:
-        side_columns: black columns left and right that widen the image before it is resized.
-        top, left, height, width: the region to which it is resized.
-        down, across: original pixels per pixel of that region.
+    Returns:
+        Black columns left and right that widen the image before it is resized; the region (top, left, height, width) to
+        which it is resized; and the map from the new size to the image.
     """
-
-    side_columns: tuple[int, int]
-    top: int
-    left: int
-    height: int
-    width: int
-    down: float
-    across: float
-
-    @property
-    def back(self) -> Affine:
-        """Return the map from the new size to the image."""
-        x0 = -self.left * self.across - self.side_columns[0]
-        return Affine(xx=self.across, x0=x0, yy=self.down, y0=-self.top * self.down)
-
-
-def _canvas(height: int, width: int, wanted: Preprocessing) -> _Canvas:
     new_height, new_width = wanted.size or (height, width)
     inner_height, inner_width, missing = new_height, new_width, 0
     if wanted.fit == "pad":
@@ -133,15 +113,9 @@ def _canvas(height: int, width: int, wanted: Preprocessing) -> _Canvas:
     elif wanted.fit == "widen":
         missing = max(0, round(height / (new_height / new_width)) - width)
     top, left = (new_height - inner_height) // 2, (new_width - inner_width) // 2
-    return _Canvas(
-        side_columns=(missing // 2, missing - missing // 2),
-        top=top,
-        left=left,
-        height=inner_height,
-        width=inner_width,
-        down=height / inner_height,
-        across=(width + missing) / inner_width,
-    )
+    before, down, across = missing // 2, height / inner_height, (width + missing) / inner_width
+    back = Affine(xx=across, x0=-left * across - before, yy=down, y0=-top * down)
+    return (before, missing - before), (top, left, inner_height, inner_width), back
 
 
 class PublishedImages:

@@ -43,6 +43,12 @@ class Part:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
+def trained_preprocessing(record: Mapping[str, Any]) -> Preprocessing:
+    """Return the preprocessing in a record of `gigamorph train`, without resizing."""
+    given, normalize = record["preprocessing"], record["preprocessing"]["normalize"]
+    return Preprocessing(record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"])
+
+
 def part_of_training(state: State) -> Part | None:
     """Return the network of a checkpoint of `gigamorph train`; None for others.
 
@@ -59,14 +65,11 @@ def part_of_training(state: State) -> Part | None:
     other = [n for n in ("for_processing", "white") if given.get(n)] + ["downsample"] * (given["downsample"] != 1)
     if other:
         raise GigamorphError(f"{state.path}: was trained with {', '.join(other)}, which a folder cannot describe")
-    normalize = given["normalize"]
     return Part(
         name="trained",
         model=record["options"]["model"],
         outputs=outputs_of_record(record),
-        preprocessing=Preprocessing(
-            record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"]
-        ),
+        preprocessing=trained_preprocessing(record),
         prefix="net.",
         training={
             "split": record["split"],

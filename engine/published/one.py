@@ -21,8 +21,48 @@ from ..models.results import Columns, format_tensors, is_row, tensors_in
 from ..models.spec import Spec
 from ..models.weights import common_prefix, first_line, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
 from ..versions import versions_of_results
-from .endings import endings
 from .reference import compute, fixed_image, verified
+
+_PROBABILITIES = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
+# Operations that move, reshape or copy values without changing them.
+_MOVEMENTS = (
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Select",
+    "Slice",
+    "Index",
+    "Clone",
+    "ToCopy",
+    "Alias",
+)
+
+
+def endings(network: nn.Module, image: Tensor, rows: int) -> list[str]:
+    """Return the last operation of each of a network's outputs: "softmax", "sigmoid", or "" for others.
+
+    Args:
+        rows: number of outputs that `models.results.Columns` has concatenated; 0 if the network has a single output.
+    """
+    try:
+        end = network(image.clone().requires_grad_() + 0).grad_fn  # not a leaf: in-place operations are allowed
+    except Exception:  # it may refuse gradients; the forward without them was checked before
+        end = None
+    if not rows:
+        return [_ending(end)]
+    return [_ending(part) for part, _ in end.next_functions] if end is not None else [""] * rows
+
+
+def _ending(node: Any) -> str:
+    while node is not None and node.name().startswith(_MOVEMENTS) and node.next_functions:
+        node = node.next_functions[0][0]
+    if node is not None and node.name() == "CatBackward0":
+        parts: Sequence[str] = [_ending(part) for part, _ in node.next_functions]
+        return " and ".join(dict.fromkeys(parts)) if all(parts) else ""
+    return "" if node is None else _PROBABILITIES.get(node.name(), "")
+
 
 SIZE = (320, 256)
 Say = Callable[[str], object]

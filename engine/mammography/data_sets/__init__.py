@@ -11,8 +11,7 @@ from ...datasets.tables.generic import missing_files, skip_absent
 from ...datasets.tables.schema import Record, Table
 from ...errors import DataError
 from . import cbis_ddsm, cdd_cesm, chestxray14, cmmd, csaw_cc, embed, inbreast, mini_mias, nyu, rsna, vindr_mammo
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _MODULES = (cbis_ddsm, inbreast, vindr_mammo, rsna, embed, csaw_cc, cmmd, cdd_cesm, mini_mias, nyu, chestxray14)
 DATA_SETS: dict[str, DataSet] = {module.DATA_SET.name: module.DATA_SET for module in _MODULES}
@@ -42,7 +41,8 @@ def read_data_set(
     label = label or next(iter(data_set.rules))
     if label not in data_set.rules:
         raise DataError(f"{data_set.title} has no label {label!r}; choose from {', '.join(data_set.rules)}")
-    records = [_labelled(record, label) for record in _unique(path, data_set.read(Files(path)))]
+    records = _unique(path, data_set.read(Files(path)))
+    records = [replace(record, label=int(record.labels.get(label, -1))) for record in records]
     if not records:
         raise DataError(f"{path}: contains no images of {data_set.title}; check the path")
     nameless = [record for record in records if not record.patient_id]
@@ -84,7 +84,3 @@ def _unique(path: str | Path, records: Sequence[Record]) -> list[Record]:
                 f"{path}: {record.path.name} is in two rows that disagree on {', '.join(differing)}; remove one of them"
             )
     return list(found.values())
-
-
-def _labelled(record: Record, label: str) -> Record:
-    return replace(record, label=int(record.labels.get(label, -1)))

@@ -19,13 +19,10 @@ from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
 from ...images.header import read_info
 from ...images.open import open_pixels
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _TABLES = {
-    name: split
-    for split, part in (("train", "train"), ("test", "test"))
-    for name in (f"mass_case_description_{part}_set.csv", f"calc_case_description_{part}_set.csv")
+    f"{kind}_case_description_{split}_set.csv": split for split in ("train", "test") for kind in ("mass", "calc")
 }
 # Column names of the first generation, and the two spellings of the second.
 _NAMES = {

@@ -9,8 +9,7 @@ from ...datasets.tables import values
 from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
 from ...parsing import parse_json
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _TABLES = (
     "Radiology manual annotations.xlsx",

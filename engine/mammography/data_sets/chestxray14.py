@@ -7,8 +7,7 @@ from pathlib import Path
 from ...datasets.tables import values
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 FINDINGS = (
     "Atelectasis",

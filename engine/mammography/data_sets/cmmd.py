@@ -6,8 +6,7 @@ from ...datasets.tables import values
 from ...datasets.tables.schema import Record
 from ...errors import DataError
 from ...images.header import DicomInfo, read_headers
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _KINDS = ("normal", "benign", "malignant")
 _TABLES = ("CMMD_clinicaldata_revision.xlsx", "CMMD_clinicaldata_revision.csv")

@@ -6,8 +6,7 @@ from pathlib import PurePosixPath
 
 from ...datasets.tables import values
 from ...datasets.tables.schema import Finding, Record
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _TABLE = "CSAW-CC_breast_cancer_screening_data.csv"
 _KEPT = (

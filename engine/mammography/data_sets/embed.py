@@ -9,8 +9,7 @@ from ...datasets.tables import values
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
 from ...parsing import parse_literal
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _METADATA = ("EMBED_OpenData_metadata.csv", "EMBED_OpenData_metadata_reduced.csv")
 _CLINICAL = ("EMBED_OpenData_clinical.csv", "EMBED_OpenData_clinical_reduced.csv")

@@ -1,13 +1,16 @@
-"""Look-up of the files of a data set below the folder of its download."""
+"""A public data set: its files below the folder of its download, and the interface of its reader."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ...datasets.tables.cells import Rows, read_rows
+from ...datasets.tables.schema import Record
 from ...errors import DataError
 
 
@@ -40,16 +43,12 @@ class Files:
         if self.path.is_file():
             own = self.path.name.lower().removesuffix(".gz")
             return self.path if own in {name.lower() for name in names} else None
-        for name in names:
-            for ending in ("", ".gz"):
-                if (self.folder / (name + ending)).is_file():
-                    return self.folder / (name + ending)
-        for name in names:
-            for ending in ("", ".gz"):
-                found = self._names.get((name + ending).lower())
-                if found:
-                    return min(found)
-        return None
+        wanted = [name + ending for name in names for ending in ("", ".gz")]
+        for name in wanted:
+            if (self.folder / name).is_file():
+                return self.folder / name
+        below = (self._names.get(name.lower()) for name in wanted)
+        return next((min(paths) for paths in below if paths), None)
 
     def rows(self, *names: str, sheet: str | None = None) -> Rows:
         """The rows of the first table of these names; `DataError` if none exists."""
@@ -85,9 +84,24 @@ class Files:
 
 
 def _shared_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
-    count = 0
-    for a, b in zip(reversed(first), reversed(second), strict=False):
-        if a.lower() != b.lower():
-            break
-        count += 1
-    return count
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0].lower() == pair[1].lower(), pairs)))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A public data set: its tables, the meaning of its labels, and its reader."""
+
+    name: str
+    """The name on the command line."""
+    title: str
+    tables: tuple[str, ...]
+    """The names of its tables as downloaded; a folder that contains one of them may be this data set."""
+    rules: dict[str, str]
+    """Label columns with the meaning of 1 and 0; the first is the label by default."""
+    split: str
+    """The official split."""
+    read: Callable[[Files], list[Record]]
+    """Returns all images of its tables in their order, with `labels` filled in and `label` -1; files need not exist."""
+    columns: tuple[str, ...] = ()
+    """Columns that identify the table if its name is not specific."""

@@ -9,8 +9,7 @@ from pathlib import Path
 from ...datasets.tables import values
 from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _POINT = re.compile(r"\(\s*([-\d.eE+]+)\s*,\s*([-\d.eE+]+)\s*\)")
 

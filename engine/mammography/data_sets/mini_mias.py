@@ -6,8 +6,7 @@ import re
 
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _SIDE = 1024
 _LINE = re.compile(r"(mdb(\d{3}))[a-z]*\s+([FGD])\s+(CALC|CIRC|SPIC|MISC|ARCH|ASYM|NORM)(?:\s+([BM]))?(.*)")

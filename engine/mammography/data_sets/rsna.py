@@ -5,8 +5,7 @@ from __future__ import annotations
 from ...datasets.tables import values
 from ...datasets.tables.schema import Record
 from ...errors import DataError
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 _LABELS = ("cancer", "biopsy", "invasive", "difficult_negative_case")
 _KEPT = ("site_id", "age", "implant", "machine_id")

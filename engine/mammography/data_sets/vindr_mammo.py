@@ -7,8 +7,7 @@ from ...datasets.tables.generic import SPLIT_NAMES
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
 from ...parsing import parse_literal
-from .base import DataSet
-from .files import Files
+from .files import DataSet, Files
 
 
 def read(files: Files) -> list[Record]:

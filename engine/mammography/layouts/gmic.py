@@ -62,15 +62,6 @@ class _ResNet22(nn.Module):
         return torch.relu(self.final_bn(x))
 
 
-class _Saliency(nn.Module):
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.gn_conv_last = nn.Conv2d(256, num_classes, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.gn_conv_last(x))
-
-
 class GlobalNetwork(nn.Module):
     """(N, in_channels, H, W) -> probabilities (N, num_classes): the mean of the largest values of saliency maps.
 
@@ -85,10 +76,10 @@ class GlobalNetwork(nn.Module):
         super().__init__()
         self.percent_t, self.logits = percent_t, logits
         self.ds_net = _ResNet22(in_channels)
-        self.left_postprocess_net = _Saliency(num_classes)
+        self.left_postprocess_net = nn.ModuleDict({"gn_conv_last": nn.Conv2d(256, num_classes, 1, bias=False)})
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.left_postprocess_net(self.ds_net(x)).flatten(2)
+        maps = torch.sigmoid(self.left_postprocess_net["gn_conv_last"](self.ds_net(x))).flatten(2)
         # At least one: GMIC's own images have maps of 46 x 30, smaller images might have none left.
         count = max(1, round(maps.shape[2] * self.percent_t))
         probabilities = maps.topk(count, 2)[0].mean(2)

@@ -4,7 +4,7 @@ The label of the standard phantoms is 1 with a cluster of micro-calcifications. 
 cluster blurred, so that averaging over 8 x 8 pixels removes the difference; masses and lines are in both classes.
 """
 
-from .exams import Phantom, make_array, write_phantoms
+from .exams import write_phantoms
 from .image import LESIONS, Lesion, PhantomImage
 
-__all__ = ["LESIONS", "Lesion", "Phantom", "PhantomImage", "make_array", "write_phantoms"]
+__all__ = ["LESIONS", "Lesion", "PhantomImage", "write_phantoms"]

@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ...datasets.splits import assign_splits
-from ...datasets.tables.schema import Box, Finding, Record, write_table
+from ...datasets.tables.schema import Finding, Record, write_table
 from ...errors import DataError
 from ...images.parallel import available_cpus, run_parallel
 from .files import stored_box, write_dicom, write_mask, write_tiff
-from .image import Kind, PhantomImage, Seed
+from .image import Kind, PhantomImage
 
 VIEWS = ("CC", "MLO")
-
-
-@dataclass(frozen=True)
-class Phantom:
-    """A phantom mammogram with its chest wall on the left, as from `open_pixels`."""
-
-    pixels: np.ndarray
-    """uint16 (height, width), 12 bit, background 0."""
-    cluster: Box | None
-    """The cluster of micro-calcifications; None without one."""
-    masses: tuple[Box, ...]
-    """Soft masses, in both classes."""
-
-    @property
-    def label(self) -> int:
-        """1 with a cluster, 0 without."""
-        return int(self.cluster is not None)
-
-
-def make_array(seed: Seed, *, cluster: bool, height: int = 1024, width: int = 768, view: str = "CC") -> Phantom:
-    """A phantom in memory; the same arguments give the same pixels.
-
-    Calls that differ only in `cluster` give the same breast with sharp or blurred specks. See `PhantomImage`.
-    """
-    image = PhantomImage(height, width, seed=seed, view=view, lesions=("cluster",) if cluster else ())
-    box = image.lesions[0].box if cluster else None
-    return Phantom(image.read(0, height, 0, width), box, image.normal_masses)
 
 
 def write_phantoms(
@@ -130,12 +104,6 @@ class _Image:
     lesions: tuple[Kind, ...]
 
 
-@dataclass(frozen=True)
-class _Task:
-    image: _Image
-    options: _Options
-
-
 def _patient(number: int, seed: int, breasts: int, kinds: Sequence[Kind], positive: float) -> list[_Image]:
     before, after = math.floor(number * positive + 1e-9), math.floor((number + 1) * positive + 1e-9)
     lesion: tuple[Kind, ...] = (kinds[before % len(kinds)],) if after > before else ()
@@ -158,9 +126,9 @@ def _write_all(
     images: list[_Image], options: _Options, workers: int, report: Callable[[int], object] | None
 ) -> list[Record]:
     if len(images) < 2 * workers or workers == 1:
-        return [_write(_Task(image, options), min(workers, available_cpus()), report) for image in images]
+        return [_write(options, image, min(workers, available_cpus()), report) for image in images]
     records: list[Record | None] = [None] * len(images)
-    for index, record in run_parallel(_write, [_Task(image, options) for image in images], workers=workers):
+    for index, record in run_parallel(functools.partial(_write, options), images, workers=workers):
         if isinstance(record, DataError):
             raise record
         records[index] = record
@@ -169,8 +137,7 @@ def _write_all(
     return [record for record in records if record is not None]
 
 
-def _write(task: _Task, threads: int = 1, report: Callable[[int], object] | None = None) -> Record:
-    own, options = task.image, task.options
+def _write(options: _Options, own: _Image, threads: int = 1, report: Callable[[int], object] | None = None) -> Record:
     image = PhantomImage(
         options.height,
         options.width,
@@ -181,22 +148,14 @@ def _write(task: _Task, threads: int = 1, report: Callable[[int], object] | None
         symmetry=options.symmetry,
     )
     name = f"{own.patient}_{own.laterality}_{own.view}"
+    given: dict[str, Any] = {"laterality": own.laterality, "threads": threads, "report": report}
     if options.file_format == "dicom":
         path = options.folder / "images" / f"{name}.dcm"
         study = f"{options.seed}.{options.height}.{options.width}"
-        write_dicom(
-            path,
-            image,
-            patient=own.patient,
-            study=study,
-            laterality=own.laterality,
-            view=own.view,
-            threads=threads,
-            report=report,
-        )
+        write_dicom(path, image, patient=own.patient, study=study, view=own.view, **given)
     else:
         path = options.folder / "images" / f"{name}.tif"
-        write_tiff(path, image, laterality=own.laterality, threads=threads, report=report)
+        write_tiff(path, image, **given)
     findings = []
     for lesion in image.lesions:
         box = stored_box(lesion.box, options.width, own.laterality)

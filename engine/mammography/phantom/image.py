@@ -1,4 +1,9 @@
-"""A phantom mammogram: anatomy and lesions from seeds, pixels and masks of any region."""
+"""A phantom mammogram: anatomy and lesions from seeds, pixels and masks of any region.
+
+Texture and shapes are functions of a position and a key, so that each region is computed independently. They use
+additions, multiplications, divisions and square roots of whole arrays only, which IEEE 754 rounds correctly: a pixel
+has the same bits in each region that contains it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,191 @@ import numpy as np
 
 from ...datasets.tables.schema import Box
 from ...errors import DataError
-from .shapes import Ellipse, Line, Shape, add, box_of, overlap
-from .texture import normals, power_law
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+# The sum of four uniform 16-bit numbers: mean, and standard deviation.
+_MEAN, _STD = 2 * 65535.0, float(np.sqrt(4 * (2.0**32 - 1) / 12))
+# The mean square of a cubic B-spline over its period, per axis: the variance relative to that of the coefficients.
+_SPLINE = 151 / 315
+
+
+def normals(key: int, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    """Independent, nearly normal values of mean 0 and variance 1, float32 (bottom - top, right - left).
+
+    Positions may be negative. Counter-based: SplitMix64 (Steele, Lea and Flood, 2014) of the row, then of the column;
+    four 16-bit parts are added.
+    """
+    rows, columns = (np.arange(a, b, dtype=np.int64).view(np.uint64) for a, b in ((top, bottom), (left, right)))
+    keys = _mix(np.uint64(key) + (rows + np.uint64(1)) * _GOLDEN)
+    parts = _mix(keys[:, None] + columns * _GOLDEN).view(np.uint16).reshape(len(rows), len(columns), 4)
+    total = parts[..., 0].astype(np.float32)
+    for part in range(1, 4):
+        total += parts[..., part]
+    total -= np.float32(_MEAN)
+    total *= np.float32(1 / _STD)
+    return total
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64; integer overflow is intended."""
+    state = (state ^ (state >> np.uint64(30))) * _MIX_1
+    state = (state ^ (state >> np.uint64(27))) * _MIX_2
+    return state ^ (state >> np.uint64(31))
+
+
+def power_law(keys: tuple[int, int], symmetry: float, longest: int, region: tuple[int, int, int, int]) -> np.ndarray:
+    """A float32 field of mean 0 and variance 1 in a region, with the power spectrum of breast tissue (Burgess, 1999).
+
+    The power falls as 1/f^3 from wavelengths of about 2 * longest pixels on. The field is a sum of cubic B-splines of
+    periods longest, longest / 2, ..., 1: each level is the refinement of the previous one plus new coefficients, whose
+    deviation falls by the square root of 2 per level.
+
+    Args:
+        keys, symmetry: coefficients are symmetry * those of the first key + sqrt(1 - symmetry^2) * those of the second.
+        longest: a power of two.
+        region: top, bottom, left, right.
+    """
+    levels = longest.bit_length() - 1
+    variance = sum(2.0**level for level in range(levels + 1)) * _SPLINE**2
+    ranges = [region]
+    for _ in range(levels):
+        top, bottom, left, right = ranges[-1]
+        ranges.append((top // 2 - 1, (bottom + 1) // 2 + 2, left // 2 - 1, (right + 1) // 2 + 2))
+    field = _coefficients(keys, symmetry, levels, ranges[-1])
+    field *= np.float32(np.sqrt(2.0**levels / variance))
+    for level in range(levels - 1, -1, -1):
+        field = _refine(_refine(field, ranges[level + 1], ranges[level], 0), ranges[level + 1], ranges[level], 1)
+        new = _coefficients(keys, symmetry, level, ranges[level])
+        new *= np.float32(np.sqrt(2.0**level / variance))
+        field += new
+    return field
+
+
+def _coefficients(keys: tuple[int, int], symmetry: float, level: int, region: tuple[int, int, int, int]) -> np.ndarray:
+    # Levels differ in the high bits of the key, positions by SplitMix64.
+    first, second = ((key + (level + 1) * 0xD1B54A32D192ED03) % 2**64 for key in keys)
+    values = normals(first, *region)
+    if symmetry < 1:
+        values *= np.float32(symmetry)
+        values += np.float32(np.sqrt(1 - symmetry * symmetry)) * normals(second, *region)
+    return values
+
+
+def _refine(
+    coarse: np.ndarray, have: tuple[int, int, int, int], want: tuple[int, int, int, int], axis: int
+) -> np.ndarray:
+    """The same spline at half the period along an axis: 2i from (1, 6, 1) / 8 and 2i + 1 from (4, 4) / 8."""
+    start, (first, last) = have[2 * axis], want[2 * axis : 2 * axis + 2]
+    coarse = coarse if axis == 0 else coarse.T
+    fine = np.empty((last - first, coarse.shape[1]), np.float32)
+    for odd in (0, 1):
+        # Positions of this parity are 2i + odd for i from `low` to `high`, end excluded.
+        low, high = (first - odd + 1) // 2, (last - odd + 1) // 2
+        middle, after = coarse[low - start : high - start], coarse[low - start + 1 : high - start + 1]
+        target = fine[2 * low + odd - first :: 2][: high - low]
+        if odd:
+            np.add(middle, after, out=target)
+            target *= np.float32(0.5)
+        else:
+            np.multiply(middle, np.float32(6), out=target)
+            target += coarse[low - start - 1 : high - start - 1]
+            target += after
+            target *= np.float32(0.125)
+    return fine if axis == 0 else fine.T
+
+
+@dataclass(frozen=True)
+class Ellipse:
+    """height * (1 - r^2)^power inside the ellipse r < 1, 0 outside; a higher power falls off more softly."""
+
+    y: float
+    x: float
+    semi_y: float
+    semi_x: float
+    angle: float
+    """The angle between the semi-axis `semi_x` and the columns axis, in radians."""
+    height: float
+    power: int
+    """1, 2 or 4."""
+
+    @property
+    def reach(self) -> float:
+        """The distance from the centre, in pixels, beyond which the shape is 0."""
+        return max(self.semi_y, self.semi_x)
+
+    def draw(self, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
+        """Values at the offsets (rows, 1) and (1, columns) from the centre."""
+        cos, sin = np.float32(math.cos(self.angle)), np.float32(math.sin(self.angle))
+        along, across = (dx * cos + dy * sin) / np.float32(self.semi_x), (dy * cos - dx * sin) / np.float32(self.semi_y)
+        inside = np.maximum(np.float32(1) - (along * along + across * across), np.float32(0))
+        if self.power > 1:
+            inside *= inside
+        if self.power > 2:
+            inside *= inside
+        return inside * np.float32(self.height)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line with a soft profile of standard deviation `sigma`, fading at its ends."""
+
+    y: float
+    x: float
+    length: float
+    sigma: float
+    angle: float
+    height: float
+
+    @property
+    def reach(self) -> float:
+        """The distance from the centre, in pixels, beyond which the shape is 0."""
+        return self.length / 2 + 3 * self.sigma
+
+    def draw(self, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
+        """Values at the offsets (rows, 1) and (1, columns) from the centre."""
+        cos, sin = np.float32(math.cos(self.angle)), np.float32(math.sin(self.angle))
+        across, along = dx * sin - dy * cos, dx * cos + dy * sin
+        # (1 - t^2 / 8)^4 approximates exp(-t^2 / 2) with a finite support.
+        profile = np.maximum(np.float32(1) - across * across / np.float32(8 * self.sigma**2), np.float32(0))
+        profile *= profile
+        profile *= profile
+        profile *= np.clip((np.float32(self.length / 2) - np.abs(along)) / np.float32(2 * self.sigma), 0, 1)
+        return profile * np.float32(self.height)
+
+
+Shape = Ellipse | Line
+
+
+def box_of(shape: Shape, height: int, width: int) -> Box:
+    """The box of the image outside of which the shape is 0."""
+    reach = shape.reach
+    top, bottom = math.floor(shape.y - reach), math.ceil(shape.y + reach) + 1
+    left, right = math.floor(shape.x - reach), math.ceil(shape.x + reach) + 1
+    return max(top, 0), min(bottom, height), max(left, 0), min(right, width)
+
+
+def overlap(first: Box, second: Box) -> Box | None:
+    """The intersection of two boxes; None if it is empty."""
+    top, bottom = max(first[0], second[0]), min(first[1], second[1])
+    left, right = max(first[2], second[2]), min(first[3], second[3])
+    return (top, bottom, left, right) if top < bottom and left < right else None
+
+
+def add(shape: Shape, image: np.ndarray, region: Box, box: Box) -> None:
+    """Add the shape, whose box is `box`, to the pixels of a region of the image."""
+    shared = overlap(region, box)
+    if shared is None:
+        return
+    dy = (np.arange(shared[0], shared[1], dtype=np.float32) - np.float32(shape.y))[:, None]
+    dx = (np.arange(shared[2], shared[3], dtype=np.float32) - np.float32(shape.x))[None, :]
+    image[_slices(shared, region)] += shape.draw(dy, dx)
+
+
+def _slices(box: Box, region: Box) -> tuple[slice, slice]:
+    """The rows and columns of a box in the pixels of a region that contains it."""
+    return slice(box[0] - region[0], box[1] - region[0]), slice(box[2] - region[2], box[3] - region[2])
+
 
 LESIONS = ("cluster", "mass", "asymmetry")
 Kind = Literal["cluster", "mass", "asymmetry"]
@@ -91,8 +279,7 @@ class PhantomImage:
         self._shapes = self._normal_shapes(rng)
         rng = np.random.default_rng([*np.atleast_1d(own), 3])
         # The cluster is drawn first, so that a seed gives the same breast with and without it.
-        patch, cluster = self._cluster(rng, sharp="cluster" in lesions)
-        self._patches = [patch]
+        self._patch, cluster = self._cluster(rng, sharp="cluster" in lesions)
         self.lesions: tuple[Lesion, ...] = tuple(
             cluster if kind == "cluster" else self._mass(rng) if kind == "mass" else self._asymmetry(rng)
             for kind in lesions
@@ -120,13 +307,10 @@ class PhantomImage:
             image += np.float32(350) * np.clip((np.float32(1) - y - x) * np.float32(15), 0, 1)
         for shape, box in zip(self._shapes, self._boxes, strict=True):
             add(shape, image, region, box)
-        for patch in self._patches:
-            shared = overlap(region, patch.box)
-            if shared is not None:
-                image[shared[0] - top : shared[1] - top, shared[2] - left : shared[3] - left] += patch.pixels[
-                    shared[0] - patch.box[0] : shared[1] - patch.box[0],
-                    shared[2] - patch.box[2] : shared[3] - patch.box[2],
-                ]
+        patch = self._patch
+        shared = overlap(region, patch.box)
+        if shared is not None:
+            image[_slices(shared, region)] += patch.pixels[_slices(shared, patch.box)]
         # Compressed tissue has constant thickness, except for a seam along the skin.
         image *= np.sqrt(np.clip(depth / np.float32(0.06 * self.shape[1]), 0, 1))
         noise = normals(self._noise_key, *region)

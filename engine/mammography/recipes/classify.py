@@ -1,29 +1,134 @@
-"""Classification of whole images: targets, loss, score, and the training of a network with any backbone."""
+"""Classification of whole images: targets, loss, score, training, averaged predictions and evidence maps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ...accelerate import accelerate
 from ...config import to_plain
+from ...datasets.augment import Augment
+from ...datasets.dataset import ImageDataset
+from ...datasets.flips import FLIPS
 from ...datasets.tables import SPLITS, Record, label_columns, read_table
-from ...errors import DataError
-from ...evaluate.cases import Cases
+from ...datasets.views import MirroredSource
+from ...errors import DataError, GigamorphError
+from ...evaluate import odds
+from ...evaluate.cases import Array, Cases
 from ...evaluate.roc import labelwise_auc
+from ...images.pixels import as_stored
+from ...models.outputs import set_outputs
 from ...train.classify import logits_of_items
 from ...train.data import Images
+from ...train.explanation import caption, explain_class, log_odds_of
+from ...train.heatmap import overlay_name, write_overlay
 from ...train.image_task import ImageTask
 from ...train.run import Run
 from ...train.target import Target
 from ...train.task import Score
 from ..data_sets.chestxray14 import FINDINGS
+from .sized import Size, read_sized
 from .splits import Splitting, split_records
-from .tta import PLAIN, predict
+from .tensors import Measure
+
+SHOWN = 4
+
+
+def select_examples(records: Sequence[Record], target: Target, count: int = SHOWN) -> list[tuple[int, int]]:
+    """Return the numbers of at most ``count`` evenly spread images, each with the class or label to show.
+
+    The choice depends only on the truth, so that several networks are shown on the same images: those of the last
+    class, or with labels those that have one.
+    """
+    truth = np.nan_to_num(target.truth(records))
+    if target.kind != "labels":
+        truth[:, :-1] = 0
+    positive = [(number, int(row.argmax())) for number, row in enumerate(truth) if row.any()]
+    return (
+        [positive[n] for n in sorted({round(n) for n in np.linspace(0, len(positive) - 1, count)})] if positive else []
+    )
+
+
+def draw_evidence(net: Any, images: Images, target: Target, run: Run) -> list[str]:
+    """Write ``evidence/NUMBER.png`` into the run's folder, drawn over the stored images; a collective of the group.
+
+    Args:
+        net: accelerated, in evaluation mode.
+        images: images of the test split.
+
+    Returns:
+        A line for each picture, or the reason why there is none.
+    """
+    wanted, group, lines = select_examples(images.records, target), run.group, []
+    if target.outputs is not None:
+        set_outputs(net, target.outputs)
+    for position in range(group.turn, len(wanted), group.at_once):
+        number, which = wanted[position]
+        try:
+            with torch.no_grad():
+                found, logits, _ = explain_class(net, images[number]["image"], which)
+        except GigamorphError as error:
+            lines.append(f"no evidence map: {error}")
+            continue
+        text = caption(target.names[which], float(log_odds_of(logits[None].double(), which, target.outputs)[0]))
+        name = f"evidence/{overlay_name(str(position + 1), as_stored(found.source).shape)}"
+        if group.speaks:
+            (run.out / "evidence").mkdir(parents=True, exist_ok=True)
+            write_overlay(found, run.out / name, stored=True, caption=text)
+        lines.append(f"{name}: {text}")
+    return list(dict.fromkeys(group.in_order(lines))) or ["no map: the test split has no image to show"]
+
+
+PLAIN = ((False, False),)
+
+
+def mirrorings(augment: str) -> tuple[tuple[bool, bool], ...]:
+    """Return the flips that an augmentation draws in training, including none; averaging over others would not be
+    valid."""
+    left_right, up_down = FLIPS.get(Augment.parse(augment).flip, (False, False))
+    return *PLAIN, *((across, down) for across, down in FLIPS.values() if across <= left_right and down <= up_down)
+
+
+def predict(
+    net: Callable[[Any], Any],
+    images: Images,
+    numbers: Sequence[int],
+    flips: Sequence[tuple[bool, bool]] = PLAIN,
+    *,
+    labels: bool = False,
+    batch: int = 1,
+) -> Array:
+    """Return log-odds (images, outputs) of each output's mean probability over mirrored images.
+
+    Args:
+        net: a list of pixel sources -> logits (images, outputs); in evaluation mode.
+        numbers: numbers of the images to predict.
+        labels: outputs are labels with a sigmoid each; otherwise classes with a softmax.
+        batch: number of images per step.
+    """
+    found = []
+    with torch.no_grad():
+        for first in range(0, len(numbers), batch):
+            sources = [images[i]["image"] for i in numbers[first : first + batch]]
+            seen = []
+            for left_right, up_down in flips:
+                mirrored = left_right or up_down
+                views = [MirroredSource(s, left_right=left_right, up_down=up_down) if mirrored else s for s in sources]
+                seen.append(net(views).double().cpu().numpy())
+            logits = np.stack(seen)
+            found.append(odds.mean(logits if labels else odds.of_logits(logits)))
+    return np.concatenate(found) if found else np.empty((0, 0))
+
+
+def averaged(members: Sequence[Cases]) -> Cases:
+    """Return the ensemble of networks that predicted the same images: the mean of their probabilities."""
+    return replace(members[0], scores=odds.mean(np.stack([member.scores for member in members])))
 
 
 def auc_of(cases: Cases) -> tuple[float | None, dict[str, float | None]]:
@@ -151,3 +256,54 @@ class ClassifierTask(ImageTask):
         labels = self.target.kind == "labels"
         rows = predict(self.net, images, own, flips, labels=labels, batch=self.batch)
         return self.target.cases(images.records, np.array(self.group.in_order(list(rows))))
+
+
+class Finetuning(ImageTask):
+    """Training of all layers, on images resized to one size or at their native resolution.
+
+    Args:
+        module: (N, C, H, W) -> (N, classes).
+        images: training images of a subset.
+        val: validation images, which select the best epoch; if empty, the training loss does.
+        record: see `ImageTask`.
+    """
+
+    images: ImageDataset
+    val: ImageDataset
+
+    def __init__(
+        self,
+        module: nn.Module,
+        images: ImageDataset,
+        val: ImageDataset,
+        size: Size,
+        score: Measure,
+        run: Run,
+        batch: int,
+        record: Mapping[str, Any],
+    ) -> None:
+        super().__init__(module, accelerate(module, run.memory_budget, fallback="untiled"), images, val, record)
+        self.size, self.measure, self.best_by_loss = size, score, not len(val)
+        self.batch, self.device = batch, run.device
+
+    def loss(self, batch: Sequence[dict]) -> Tensor:
+        labels = torch.tensor([item["label"] for item in batch], device=self.device)
+        return nn.functional.cross_entropy(self._logits([item["image"] for item in batch]).float(), labels)
+
+    def score(self) -> float | None:
+        if not len(self.val):
+            return None
+        return self.measure(torch.tensor([record.label for record in self.val.records]), self.predict(self.val))
+
+    @torch.no_grad()
+    def predict(self, images: ImageDataset) -> Tensor:
+        """Return logits (n, classes) on the CPU; the module must be in evaluation mode."""
+        starts = range(0, len(images), self.batch)
+        batches = [[images[i]["image"] for i in range(p, min(p + self.batch, len(images)))] for p in starts]
+        return torch.cat([self._logits(batch).float().cpu() for batch in batches])
+
+    def _logits(self, sources: Sequence) -> Tensor:
+        self.meter.image(sum(source.shape[1] * source.shape[2] for source in sources))
+        if self.size.native:
+            return self.net(sources)
+        return self.net(torch.stack([read_sized(source, self.size) for source in sources]).to(self.device))

@@ -24,7 +24,8 @@ from ...datasets.tables import Record
 from ...errors import DataError, GigamorphError
 from ...files import write_atomically
 from ...images.pixels import PixelSource
-from ...train.progress import Meter, Report
+from ...train.progress import Meter
+from ...train.run import Run
 from .sized import Size, read_sized
 
 Array = np.ndarray[Any, Any]
@@ -138,9 +139,7 @@ def frozen_features(
     *,
     size: Size | None = None,
     batch_size: int = 16,
-    memory_budget: int | None = None,
-    device: str = "cpu",
-    report: Report | None = None,
+    run: Run | None = None,
     stage: str = "features",
 ) -> Features:
     """Return the network's output for every image, from ``folder`` or computed and stored there.
@@ -150,13 +149,13 @@ def frozen_features(
         images: their preprocessing is part of the key; they are not augmented.
         size: how images are resized. Native images are computed one at a time, read region by region; others in
             batches.
-        memory_budget: bytes of a forward, see `accelerate`.
+        run: device, memory budget of a forward, and report of progress.
 
     Raises:
         DataError: an image cannot be read. Features computed before it are stored.
         GigamorphError: features are not finite, or files cannot be written.
     """
-    size, folder = size or Size(), Path(folder)
+    size, folder, run = size or Size(), Path(folder), run or Run(Path(folder))
     key = hashlib.sha256((fingerprint(network) + json.dumps(_settings(images, size), sort_keys=True)).encode())
     paths = []
     for record in images.records:
@@ -165,10 +164,10 @@ def frozen_features(
         name = own.hexdigest()
         paths.append(folder / name[:2] / f"{name}.npy")
     missing = [index for index, path in enumerate(paths) if not path.exists()]
-    meter = Meter(report)
+    meter = Meter(run.report)
     meter.start(stage, len(paths), done=len(paths) - len(missing))
     with evaluating(network):
-        net = accelerate(network.to(device), memory_budget, fallback="untiled")
+        net = accelerate(network.to(run.device), run.memory_budget, fallback="untiled")
         net.on_tile = meter.on_tile
         per_batch = 1 if size.native else batch_size
         for first in range(0, len(missing), per_batch):
@@ -176,7 +175,7 @@ def frozen_features(
             sources: list[PixelSource] = [images[index]["image"] for index in batch]
             for source in sources:
                 meter.image(source.shape[1] * source.shape[2])
-            x = sources if size.native else torch.stack([read_sized(s, size) for s in sources]).to(device)
+            x = sources if size.native else torch.stack([read_sized(s, size) for s in sources]).to(run.device)
             for index, feature in zip(batch, net(x), strict=True):
                 _store(paths[index], feature, sources[batch.index(index)].name)
                 meter.image_done()
@@ -205,13 +204,5 @@ def _store(path: Path, feature: Tensor, name: str) -> None:
 def _settings(images: ImageDataset, size: Size) -> Mapping[str, Any]:
     """Return the settings that turn a file into the network's input."""
     normalize = None if images.normalize is None else images.normalize.to_dict()
-    return {
-        "resize": size.resize,
-        "crop": size.crop,
-        "normalize": normalize,
-        "voi": images.voi,
-        "flip": images.flip,
-        "channels": images.channels,
-        "downsample": images.downsample,
-        "for_processing": images.for_processing,
-    }
+    own = {name: getattr(images, name) for name in ("voi", "flip", "channels", "downsample", "for_processing")}
+    return {"resize": size.resize, "crop": size.crop, "normalize": normalize, **own}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,80 @@ from torch import nn
 
 from ...datasets.tables import Finding, Record
 from ...errors import DataError, GigamorphError
+from ...evaluate.cases import Cases
 from ...files import write_atomically
 from ...images.rawfile import brief
 from ...parsing import parse_json
+from ...tiling.memory import format_bytes, peak_bytes
+from ...train.card import Card, write_card
 from ...train.data import Images
 from ...train.record import hash_of_reading
 from ...train.run import Run
 from ...trust import trusted
 from ...versions import versions_of_results
 from .claims import Synthetic, judge
+from .weights import PUBLISHED, RANDOM
+
+
+def recipe_card(
+    run: Run,
+    name: str,
+    config: Any,
+    *,
+    parameters: int,
+    records: Mapping[str, Sequence[Record]],
+    classes: Sequence[str] = (),
+    predictions: Mapping[str, Cases] | None = None,
+    output: str | None = None,
+    measured: Sequence[str] = (),
+    pictures: Sequence[str] = (),
+) -> Path:
+    """Write ``model_card.md`` into the run's folder; return its path.
+
+    Args:
+        name: of the recipe.
+        config: its configuration; the card omits file names.
+        parameters: number of parameters of the trained network.
+        records: the images of each split.
+        classes: names of the classes in order, or of labels.
+        predictions: for the images of "val" and "test".
+        pictures: lines returned by `draw_evidence`.
+        output, measured: output of a network that does not predict for images, and lines with its measures.
+    """
+    settings = {key: _describe(key, value) for key, value in asdict(config).items()}
+    budget = "free memory" if run.memory_budget is None else format_bytes(run.memory_budget)
+    card = Card(
+        title=f"{name}, {settings.get('model', 'see the configuration')}",
+        model={"recipe": name, "parameters": f"{parameters:,}", "output": output or ", ".join(classes)},
+        training={
+            **settings,
+            "seed": run.seed,
+            "precision": run.precision,
+            "device": run.device,
+            "memory budget of a step": budget,
+            "largest memory of the process": format_bytes(peak_bytes(run.device)),
+        },
+        records=records,
+        classes=classes,
+        predictions=predictions or {},
+        measured=measured,
+        pictures=[f"- {line}" for line in pictures],
+    )
+    return write_card(run.out / "model_card.md", card)
+
+
+def _describe(key: str, value: Any) -> Any:
+    """Return a setting as text: "given" or the published name for a file; the settings of several stages in order."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_describe(name, own)}" for name, own in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(str(_describe(key, own)) for own in value) or "none"
+    if key == "weights":
+        name = Path(value).name
+        published = f"{name} ({PUBLISHED[name].source})" if name in PUBLISHED else "given"
+        return "random, without pretraining" if value == RANDOM else published
+    is_file = isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
+    return "given" if is_file or (key == "unlabelled" and value is not None) else value
 
 
 @dataclass(frozen=True)
@@ -50,7 +115,6 @@ class Recipe:
     name: str
     title: str
     paper: str
-    summary: str
     config: type
     """A frozen dataclass whose defaults are the published hyper-parameters; `configs/NAME.toml` lists their sources."""
     train: Callable[[Path, Any, Run], dict[str, Any]]
@@ -88,8 +152,7 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
                 f"{other}: exists, but recipe.json, which names its recipe, is missing; choose another folder"
             )
         run.group.wait()  # all processes have checked the folder
-        text = json.dumps({**note, "versions": versions_of_results()}, indent=1) + "\n"
-        write_atomically(path, lambda p: p.write_text(text), "run's record")
+        _write_json(path, {**note, "versions": versions_of_results()}, "run's record")
         return
     try:
         stored = parse_json(path.read_text())
@@ -97,20 +160,20 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         raise GigamorphError(f"{path}: cannot be read ({error}); choose another folder") from error
     if stored.get("split_sha256") != note["split_sha256"]:
         raise DataError(f"{path}: belongs to other data or another split; resume with the original table")
-    if stored.get("truth_sha256", note["truth_sha256"]) != note["truth_sha256"]:  # older runs do not have it
-        changed = "was begun with other labels, findings, sides, views or exams of the same images"
-        raise DataError(f"{path}: {changed}; resume with the original table")
-    if stored.get("reading_sha256", note["reading_sha256"]) != note["reading_sha256"]:
-        changed = "was begun with other frames, sides or white levels of the same images"
-        raise DataError(f"{path}: {changed}; resume with the original table")
+    for key, other in (
+        ("truth_sha256", "labels, findings, sides, views or exams"),
+        ("reading_sha256", "frames, sides or white levels"),
+    ):
+        if stored.get(key, note[key]) != note[key]:  # older runs do not have it
+            changed = f"was begun with other {other} of the same images"
+            raise DataError(f"{path}: {changed}; resume with the original table")
     for key in ("recipe", "seed", "precision"):
         if stored.get(key) != note[key]:
             raise GigamorphError(f"{path}: was begun with {key} {stored.get(key)!r}, not {note[key]!r}; use the same")
     for key, value in note["config"].items():
-        if stored["config"].get(key) != value:
-            changed = (
-                f"was begun with {key} = {_short(stored['config'].get(key))} in its configuration, not {_short(value)}"
-            )
+        before = stored["config"].get(key)
+        if before != value:
+            changed = f"was begun with {key} = {_short(before)} in its configuration, not {_short(value)}"
             raise GigamorphError(f"{path}: {changed}; resume with the same")
 
 
@@ -126,9 +189,13 @@ def _describe_finding(finding: Finding) -> list[Any]:
 def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Write ``metrics.json``, and return its content."""
     metrics = {**metrics, "seed": run.seed, "versions": versions_of_results()}
-    text = json.dumps(metrics, indent=1) + "\n"
-    write_atomically(run.out / "metrics.json", lambda p: p.write_text(text), "metrics")
+    _write_json(run.out / "metrics.json", metrics, "metrics")
     return metrics
+
+
+def _write_json(path: Path, content: Mapping[str, Any], what: str) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda p: p.write_text(text), what)
 
 
 def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
@@ -154,8 +221,7 @@ def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
     task = recipe.synthetic
     holds, judged = judge(task.rule, rows)
     claim = Claim(task.claim, str(task.rule), rows, judged, holds, seconds)
-    text = json.dumps({"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, indent=1) + "\n"
-    write_atomically(path, lambda p: p.write_text(text), "claim")
+    _write_json(path, {"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, "claim")
     return claim
 
 
@@ -172,7 +238,7 @@ def _rows_of_seed(recipe: Recipe, run: Run) -> dict[str, Any]:
 
     def store(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
         found = {"recipe": recipe.name, "rows": rows, "seconds": time.monotonic() - began}
-        write_atomically(path, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"), "rows of a seed")
+        _write_json(path, found, "rows of a seed")
         return found
 
     began = time.monotonic()

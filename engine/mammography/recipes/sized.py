@@ -1,18 +1,23 @@
-"""Images at a recipe's size: native, or resized and cropped as in published methods."""
+"""Images of recipes: native, or resized and cropped as in published methods; regions of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...datasets.augment import Augment
 from ...datasets.dataset import ImageDataset
+from ...datasets.tables import Record
 from ...datasets.views import DownsampledSource
 from ...errors import GigamorphError
 from ...images.affine import Affine
-from ...images.pixels import DerivedSource, PixelSource, check_region
+from ...images.pixels import DerivedSource, Normalize, PixelSource, check_region
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Size:
         """Whether images keep their native pixels."""
         return not self.resize and not self.crop
 
+    @property
+    def view(self) -> Callable[[PixelSource], PixelSource] | None:
+        """The function that gives an image this size; None if it keeps its own."""
+        return None if self.native else partial(SizedSource, size=self)
+
 
 class SizedSource(DerivedSource):
     """An image at a recipe's size, which is small: it is read whole and stored."""
@@ -50,14 +60,54 @@ class SizedSource(DerivedSource):
         return self._image[:, top:bottom, left:right].clone()
 
 
-class SizedImages(ImageDataset):
-    """Images at a recipe's size."""
+class Window(DerivedSource):
+    """A region of an image, black beyond its borders; a square unless its width is given."""
 
-    size = Size()
+    def __init__(self, source: PixelSource, top: int, left: int, height: int, width: int | None = None) -> None:
+        super().__init__(source, height, height if width is None else width)
+        self.top, self.left = top, left
+        self.back = Affine.shift(left, top) if top or left else None
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        check_region(self.shape, top, bottom, left, right, self.name)
+        channels, height, width = self.source.shape
+        y, y_end, x, x_end = self.top + top, self.top + bottom, self.left + left, self.left + right
+        inside = max(y, 0), min(y_end, height), max(x, 0), min(x_end, width)
+        if inside[0] >= inside[1] or inside[2] >= inside[3]:
+            return torch.zeros(channels, bottom - top, right - left)
+        return F.pad(self.source.read(*inside), (inside[2] - x, x_end - inside[3], inside[0] - y, y_end - inside[1]))
+
+
+class RecipeImages(ImageDataset):
+    """Images of which each passes through `view`, such as that of a `Size`."""
+
+    view: Callable[[PixelSource], PixelSource] | None = None
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
-        return item if self.size.native else {**item, "image": SizedSource(item["image"], self.size)}
+        return item if self.view is None else {**item, "image": self.view(item["image"])}
+
+
+def open_images(
+    records: Sequence[Record],
+    config: Any,
+    *,
+    view: Callable[[PixelSource], PixelSource] | None = None,
+    augment: str | None = None,
+    **options: Any,
+) -> RecipeImages:
+    """Return the images of a recipe, with the normalisation, grey scale and channels of its configuration.
+
+    Args:
+        view: see `RecipeImages`.
+        augment: text of an `Augment`; empty or None for none.
+        options: others of `ImageDataset`.
+    """
+    varied = Augment.parse(augment) if augment else None
+    scale = Normalize(config.mean, config.std)
+    images = RecipeImages(records, normalize=scale, voi=config.voi, channels=config.channels, augment=varied, **options)
+    images.view = view
+    return images
 
 
 def read_sized(source: PixelSource, size: Size) -> Tensor:

@@ -1,9 +1,10 @@
-"""Classification of data in memory: patches or embeddings of one size."""
+"""Classification of data of one size, such as patches or embeddings, and reading of the next batch ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from torch.nn import functional as F
 
 from ...train.task import Task
 
+Read = TypeVar("Read")
 Measure = Callable[[Tensor, Tensor], float | None]
 """(labels (n,), logits (n, classes)) -> score, larger is better; None if undefined."""
+
+_BATCH = 256
 
 
 class Inputs(Protocol):
@@ -59,11 +63,11 @@ class TensorTask(Task):
 
 
 @torch.no_grad()
-def logits_of(module: nn.Module, inputs: Inputs, batch: int = 256) -> Tensor:
-    """Return float32 outputs on the CPU, in batches; the module must be in evaluation mode."""
-    device = next(module.parameters()).device
-    parts = (inputs[first : first + batch] for first in range(0, len(inputs), batch))
-    return torch.cat([module(part.to(device)).float().cpu() for part in parts])
+def logits_of(module: nn.Module, inputs: Inputs, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return float32 outputs of a module, or of a function of it, on the CPU; it must be in evaluation mode."""
+    device, compute = next(module.parameters()).device, compute or module
+    parts = (inputs[first : first + _BATCH] for first in range(0, len(inputs), _BATCH))
+    return torch.cat([compute(part.to(device)).float().cpu() for part in parts])
 
 
 def accuracy(labels: Tensor, logits: Tensor) -> float:
@@ -74,3 +78,39 @@ def accuracy(labels: Tensor, logits: Tensor) -> float:
 def negative_loss(labels: Tensor, logits: Tensor) -> float:
     """Return minus the mean cross-entropy."""
     return -float(F.cross_entropy(logits, labels))
+
+
+class ReadAhead(Generic[Read]):
+    """Batches that another thread reads while the networks compute.
+
+    Args:
+        read: returns a batch by the indices of its examples.
+    """
+
+    def __init__(self, read: Callable[[Sequence[int]], Read]) -> None:
+        self._read, self._reader = read, ThreadPoolExecutor(1, "gigamorph-patches")
+        self._pending: dict[tuple[int, ...], Future[Read]] = {}
+
+    def announce(self, batch: Sequence[int]) -> None:
+        """Start to read a batch."""
+        if len(self._pending) > 1:  # left over by an interrupted epoch
+            self.forget()
+        self._pending[tuple(batch)] = self._reader.submit(self._read, batch)
+
+    def forget(self) -> None:
+        """Discard the batches that were announced and not taken."""
+        self._pending.clear()
+
+    def take(self, batch: Sequence[int]) -> Read:
+        """Return a batch, which is read now unless it was announced."""
+        pending = self._pending.pop(tuple(batch), None)
+        return self._read(batch) if pending is None else pending.result()
+
+    def each(self, batches: Iterable[Sequence[int]]) -> Iterator[Read]:
+        """Yield batches in order; each is read while the one before is used."""
+        pending: list[Future[Read]] = []
+        for batch in batches:
+            pending.append(self._reader.submit(self._read, batch))
+            if len(pending) > 1:
+                yield pending.pop(0).result()
+        yield from (last.result() for last in pending)

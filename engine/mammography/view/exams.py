@@ -26,6 +26,7 @@ from ...images.pixels import PixelSource, as_stored, to_original
 
 _SIDES = {"R": 0, "L": 1}
 _VIEWS = {"CC": 0, "MLO": 1}
+_LOG_ODDS = "log_odds_"
 
 
 @dataclass(frozen=True)
@@ -245,13 +246,16 @@ def _view(rows: Rows, place: str, row: Mapping[str, str], known: ImageRecords, c
     )
     if classes is not None:
         return _masked(rows, place, row, record, classes, () if own is None else masks_of(own))
-    numbers = any(name.startswith(VALUE) for name in rows.header)
-    prefix = VALUE if numbers else PROBABILITY
+    # Tables of a cross-validation have only log-odds.
+    found = (prefix for prefix in (VALUE, PROBABILITY, _LOG_ODDS) if any(n.startswith(prefix) for n in rows.header))
+    prefix = next(found, None)
+    if prefix is None:
+        raise DataError(f"{rows.path}: has no column p_NAME, value_NAME or log_odds_NAME")
     columns = [name for name in rows.header if name.startswith(prefix)]
-    if not columns:
-        return _scored(rows, place, row, record)
     predicted = {name.removeprefix(prefix): _number(rows, place, row, name) for name in columns}
-    return View(record, predicted, _truth(rows, place, row, record, list(predicted)), numbers)
+    if prefix == _LOG_ODDS:
+        predicted = {name: 0.5 * (1 + math.tanh(value / 2)) for name, value in predicted.items()}
+    return View(record, predicted, _truth(rows, place, row, record, list(predicted)), prefix == VALUE)
 
 
 def _masked(
@@ -267,17 +271,6 @@ def _masked(
     files = {"predicted": predicted, "reference": reference}
     known = PredictedMask(classes, dice, {which: paths for which, paths in files.items() if paths})
     return View(record, shares, masks=known)
-
-
-def _scored(rows: Rows, place: str, row: Mapping[str, str], record: Record) -> View:
-    """The view of a row in a table with only log-odds, such as that of a cross-validation."""
-    columns = [name for name in rows.header if name.startswith("log_odds_")]
-    if not columns:
-        raise DataError(f"{rows.path}: has no column p_NAME, value_NAME or log_odds_NAME")
-    predicted = {
-        name.removeprefix("log_odds_"): 0.5 * (1 + math.tanh(_number(rows, place, row, name) / 2)) for name in columns
-    }
-    return View(record, predicted, _truth(rows, place, row, record, list(predicted)))
 
 
 def _truth(rows: Rows, place: str, row: Mapping[str, str], record: Record, names: Sequence[str]) -> dict[str, float]:

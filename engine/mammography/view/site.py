@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,26 @@ from typing import Any
 from ...errors import DataError, GigamorphError
 from ...files import write_atomically
 from ...report.figure import class_colour
+from ...versions import OWN
 from .evidence import Evidence
 from .exams import Exam, View
-from .masks import MaskTiles
-from .pyramid import TILE, Pyramid, png
-from .written_parts import is_current, mark, note_of, remove
+from .pyramid import TILE, MaskTiles, Pyramid, Tiles, png
+
+
+def note_of(settings: object, files: Iterable[Path]) -> str | None:
+    """The hash of a part's sources: settings with a complete `repr`, and files by path, size and time.
+
+    It is a hash because pages must not contain names. None if a file is not local, because its state is unknown.
+    """
+    texts = [OWN, repr(settings)]
+    try:
+        for path in files:
+            inside = sorted(path.rglob("*")) if path.is_dir() else []
+            texts += [repr((one.absolute(), one.stat().st_size, one.stat().st_mtime_ns)) for one in (path, *inside)]
+    except OSError:
+        return None
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
 
 PAGE = Path(__file__).parent / "page"
 _CACHED = 36
@@ -29,11 +45,42 @@ _CACHED = 36
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the folder: its path, a note on its sources, and a function that writes it."""
+    """A part of the folder: its path, the hash of its sources (`note_of`), and a function that writes it.
+
+    The hash is written into a file next to a complete part.
+    """
 
     path: Path
     note: str | None
-    write: Callable[[], object]
+    make: Callable[[], object]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the part is complete and was made from the same sources."""
+        note = _note_path(self.path)
+        return self.note is not None and self.path.exists() and note.is_file() and note.read_text() == self.note
+
+    def write(self) -> None:
+        """Replace the part, its note last."""
+        _remove(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.make()
+        if self.note is not None:
+            note = self.note
+            write_atomically(_note_path(self.path), lambda path: path.write_text(note), "page")
+
+
+def _remove(part: Path) -> None:
+    """Remove a part if it exists, its note first."""
+    _note_path(part).unlink(missing_ok=True)
+    if part.is_dir():
+        shutil.rmtree(part)
+    else:
+        part.unlink(missing_ok=True)
+
+
+def _note_path(part: Path) -> Path:
+    return part.with_name(f"{part.name}.made")
 
 
 class Site:
@@ -48,7 +95,7 @@ class Site:
     def __init__(self, exams: Sequence[Exam], evidence: Evidence | None, *, identifiers: bool) -> None:
         self.exams, self._evidence, self._identifiers = list(exams), evidence, identifiers
         self.views: list[View] = [view for exam in self.exams for view in exam.views]
-        self._cache: OrderedDict[tuple[int, str], Pyramid | MaskTiles] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, str], Tiles] = OrderedDict()
         self._lock = threading.Lock()
 
     def write_page(self, out: Path) -> Path:
@@ -66,12 +113,12 @@ class Site:
             raise GigamorphError(f"{out}: has other files; name another --out")
         text = self.page("js")  # opens all images, so that nothing is written if one fails
         parts = [part for number in range(len(self.views)) for part in self._parts(out, number)]
-        current = {part.path for part in parts if is_current(part.path, part.note)}
+        current = {part.path for part in parts if part.is_current}
         with _write_errors(out):
             for pattern in ("tiles/*", "masks/*/*", "evidence/*.js"):
                 for path in sorted(out.glob(pattern)):
                     if path.suffix != ".made" and path not in current:
-                        remove(path)
+                        _remove(path)
             (out / "data.js").unlink(missing_ok=True)  # earlier versions wrote data there, maybe with names
             out.mkdir(parents=True, exist_ok=True)
             for name in ours - {"index.html"}:
@@ -102,14 +149,11 @@ class Site:
         """
         there = 0
         for number in range(len(self.views)):
-            missing = [part for part in self._parts(out, number) if not is_current(part.path, part.note)]
+            missing = [part for part in self._parts(out, number) if not part.is_current]
             there += not missing
             with _write_errors(out):
                 for part in missing:
-                    remove(part.path)
-                    part.path.parent.mkdir(parents=True, exist_ok=True)
                     part.write()
-                    mark(part.path, part.note)
             done(number)
         return there
 
@@ -132,7 +176,7 @@ class Site:
             note = note_of((shown, self._evidence.made_by), (own.path,))
             yield _Part(path, note, lambda: path.write_text(_script(number, self.evidence(number))))
 
-    def tiles_of(self, number: int, which: str = "") -> Pyramid | MaskTiles:
+    def tiles_of(self, number: int, which: str = "") -> Tiles:
         """The tiles of an image, or of its "predicted" mask or "reference"; the most recently used ones are cached.
 
         Raises:
@@ -213,7 +257,7 @@ def _script(number: int, picture: bytes) -> str:
     return f'gotEvidence({number}, "data:image/png;base64,{base64.b64encode(picture).decode()}");\n'
 
 
-def _write_tiles(folder: Path, tiles: Pyramid | MaskTiles) -> None:
+def _write_tiles(folder: Path, tiles: Tiles) -> None:
     for level in range(tiles.levels + 1):
         columns, rows = tiles.tiles(level)
         (folder / str(level)).mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from gigamorph.engine.images.header import read_info
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.data_sets import detect, read_data_set
 from gigamorph.engine.mammography.data_sets.files import Files
-from gigamorph.engine.mammography.data_sets.pickles import Unread, read_pickle
+from gigamorph.engine.mammography.data_sets.nyu import Unread, read_pickle
 from gigamorph.engine.train.inputs import training_data
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit, logit
 
 from gigamorph.engine.explain.exams import HEADER, View, combined
-from gigamorph.engine.explain.marks import Mark
+from gigamorph.engine.explain.maps import Mark
 from gigamorph.engine.train.metrics import Prediction
 
 NAMES = ("benign", "malignant", "normal")

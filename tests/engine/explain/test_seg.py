@@ -10,7 +10,7 @@ import torch
 
 from gigamorph import DataError
 from gigamorph.engine.explain.maps import Explanation
-from gigamorph.engine.explain.seg import REGION, write_segmentation
+from gigamorph.engine.explain.write import REGION, write_segmentation
 from gigamorph.engine.images.dicom_results import MAY_BE_EMPTY
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import as_stored

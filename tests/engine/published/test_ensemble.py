@@ -11,10 +11,10 @@ from torch import nn
 from gigamorph import create_model
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.explain.write import METHODS
+from gigamorph.engine.published.classifier import open_published
 from gigamorph.engine.published.ensemble import mean_log_odds
 from gigamorph.engine.published.images import PreparedSource
 from gigamorph.engine.published.importing import Wishes, import_ensemble, import_network
-from gigamorph.engine.published.open import open_published
 
 CODE = """
 from torch import nn

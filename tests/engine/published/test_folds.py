@@ -6,7 +6,7 @@ import torch
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.models.folder import digest_of
 from gigamorph.engine.models.folds import fold_checkpoints
-from gigamorph.engine.published.folds import look_at_folds
+from gigamorph.engine.published.classifier import look_at_folds
 from gigamorph.engine.train.mask_target import MaskTarget
 from gigamorph.engine.train.target import Target
 

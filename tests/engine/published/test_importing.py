@@ -17,9 +17,9 @@ from gigamorph.engine.models.outputs import outputs_of
 from gigamorph.engine.models.reference import Reference
 from gigamorph.engine.morph.files import open_network, save_network
 from gigamorph.engine.published import reference
+from gigamorph.engine.published.classifier import open_published
 from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import import_ensemble
-from gigamorph.engine.published.open import open_published
 from gigamorph.engine.train.config import make_config
 from gigamorph.engine.train.network import start_from
 from gigamorph.engine.train.target import Target

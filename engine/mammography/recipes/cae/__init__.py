@@ -10,8 +10,6 @@ RECIPE = Recipe(
     title="Unsupervised deep transfer features",
     paper="Ahn, Kumar, Feng, Fulham, Kim: Unsupervised Deep Transfer Feature Learning for Medical Image "
     "Classification. ISBI 2019, arXiv 1903.06342",
-    summary="Zero-bias convolutional auto-encoders learn, without labels, on the maps of a frozen backbone; a support "
-    "vector machine classifies their codes.",
     config=CaeConfig,
     train=train,
     synthetic=SYNTHETIC,

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....datasets.augment import Augment
-from ....datasets.dataset import ImageDataset
 from ....datasets.tables import SPLITS, Record, read_table
 from ....datasets.tables.folders import LeftOutMasks
 from ....errors import DataError
@@ -23,18 +21,16 @@ from ....evaluate import odds
 from ....evaluate.cases import Cases
 from ....evaluate.read import write_cases
 from ....files import write_atomically
-from ....images.pixels import Normalize
 from ....models import build_model
 from ....train.loop import check_stages, run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ....train.target import Target
 from ....train.task import Task
-from ..card import recipe_card
+from ..classify import Finetuning
 from ..features import Features, UpTo, frozen_features
-from ..finetuning import Finetuning
-from ..recipe import begin, finish
-from ..sized import Size
+from ..recipe import begin, finish, recipe_card
+from ..sized import Size, open_images
 from ..splits import split_records
 from ..tensors import accuracy
 from ..weights import find_weights, load_pretrained
@@ -183,7 +179,7 @@ def _finetuned(
 ) -> dict[str, Any]:
     """Fine-tune the whole backbone on the labels, and return its measures on val and test."""
     images = {
-        part: _images([records[i] for i in own], config, Augment.parse(config.augment) if part == "train" else None)
+        part: open_images([records[i] for i in own], config, augment=config.augment if part == "train" else None)
         for part, own in parts.items()
     }
     batch = max(stage.batch_size for stage in config.finetune)
@@ -262,21 +258,9 @@ def _pool(config: CaeConfig, records: Sequence[Record], run: Run) -> list[Record
 def _maps(backbone: UpTo, records: Sequence[Record], config: CaeConfig, run: Run) -> Features:
     return frozen_features(
         backbone,
-        _images(records, config),
+        open_images(records, config),
         run.out / "maps",
         size=Size(config.resize, config.crop),
         batch_size=config.batch_size,
-        memory_budget=run.memory_budget,
-        device=run.device,
-        report=run.report,
-    )
-
-
-def _images(records: Sequence[Record], config: CaeConfig, augment: Augment | None = None) -> ImageDataset:
-    return ImageDataset(
-        records,
-        normalize=Normalize(config.mean, config.std),
-        voi=config.voi,
-        channels=config.channels,
-        augment=augment,
+        run=run,
     )

@@ -2,23 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....errors import DataError
-from ....train.run import Run
-from ..tensors import logits_of
+from ....evaluate import odds
+from ....evaluate.measures import quadratic_kappa
+from ....evaluate.roc import macro_auc
+from ....train.loop import run_stages
+from ....train.run import Run, seed_of
+from ....train.stages import Stage
+from ..tensors import Measure, TensorTask, logits_of
 from .config import DvmeConfig
-from .protocols import OnEmbeddings, fit_head, measure
-from .subsets import draw_subset
+from .network import DVMEHead
+
+
+def draw_subset(labels: Sequence[int], classes: int, size: int, fold: int, seed: int) -> list[int]:
+    """Return the indices of the images of one repeat ("fold").
+
+    Args:
+        labels: of the images of the training split.
+        size: number of images to draw, equal per class (the first classes get the remainder), without replacement.
+            Classes with too few images repeat them (oversampling). 0 returns all images once.
+        fold: number of the repeat; repeats are independent. A smaller subset is part of a larger one.
+
+    Raises:
+        DataError: a class has no images, or size is smaller than the number of classes.
+    """
+    truth = np.asarray(labels)
+    for number in range(classes):
+        if not (truth == number).any():
+            raise DataError(f"class {number} has no training images, so a fold cannot be balanced; remove the class")
+    if size == 0:
+        return list(range(len(truth)))
+    if size < classes:
+        raise DataError(f"a subset of {size} images is too small for {classes} classes; use {classes} or more")
+    found: list[int] = []
+    for number in range(classes):
+        own = np.flatnonzero(truth == number)
+        order = own[np.random.default_rng(seed_of(seed, fold, number)).permutation(len(own))]
+        wanted = size // classes + (number < size % classes)
+        found += [int(order[i % len(order)]) for i in range(wanted)]
+    return found
+
+
+class Linear(nn.Module):
+    """A linear layer on concatenated embeddings: linear evaluation of one or of all."""
+
+    def __init__(self, dims: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(sum(dims), classes)
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Tensor:
+        return self.fc(torch.cat(list(embeddings), 1))
+
+
+class OnEmbeddings(nn.Module):
+    """A head on concatenated embeddings: (N, sum of dims) -> logits."""
+
+    def __init__(self, dims: Sequence[int], head: nn.Module) -> None:
+        super().__init__()
+        self.dims, self.head = list(dims), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.split(self.dims, 1))
+
+
+def make_head(protocol: str, dims: Sequence[int], classes: int, config: DvmeConfig) -> nn.Module:
+    """Build the head of a protocol for embeddings of these sizes."""
+    if protocol in ("linear", "concat", "finetune"):
+        return Linear(dims, classes)
+    tokens = "none" if protocol in ("no_attention", "single") else config.tokens
+    return DVMEHead(
+        dims, classes, p=config.p, hidden=config.hidden, dropout=config.dropout, tokens=tokens, heads=config.heads
+    )
+
+
+def measure(metric: str, classes: int) -> Measure:
+    """Return "auc" (macro area under the ROC curves, one against the rest) or "kappa" (Cohen's quadratic)."""
+
+    def auc(labels: Tensor, logits: Tensor) -> float | None:
+        return macro_auc(labels.numpy(), odds.of_logits(logits.double().numpy()))
+
+    def kappa(labels: Tensor, logits: Tensor) -> float | None:
+        return quadratic_kappa(labels.numpy(), logits.argmax(1).numpy(), classes)
+
+    return kappa if metric == "kappa" else auc
+
+
+def fit_head(
+    protocol: str,
+    embeddings: Sequence[Tensor],
+    labels: Tensor,
+    val: tuple[Sequence[Tensor], Tensor],
+    classes: int,
+    config: DvmeConfig,
+    run: Run,
+) -> OnEmbeddings:
+    """Train a head on embeddings (n, dims[i]) of frozen extractors; keep the best epoch on validation images."""
+    dims = [embedding.shape[1] for embedding in embeddings]
+    torch.manual_seed(seed_of(run.seed, 1))
+    module = OnEmbeddings(dims, make_head(protocol, dims, classes, config))
+    score, validation = measure(config.metric, classes), (torch.cat(list(val[0]), 1), val[1])
+    task = TensorTask(module, torch.cat(list(embeddings), 1), labels, validation, score)
+    run_stages(task, [make_stage(protocol, config)], run.undealt())
+    return module
+
+
+def make_stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
+    """Return the stage of a protocol; `transformer` selects the rate and batch for transformers."""
+    return Stage(
+        name,
+        config.epochs,
+        config.transformer_lr if transformer else config.lr,
+        plateau=config.plateau,
+        patience=config.patience,
+        batch_size=config.transformer_batch if transformer else config.batch_size,
+        accumulate=config.accumulate,
+    )
+
 
 Embeddings = Mapping[str, Tensor]
 """(n, dim) per extractor, by name."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the comparison.
+
+    Attributes:
+        row: its subset, fold, protocol, extractor ("all" for all that are fused) and number of training images.
+        names: of its extractors.
+        images: indices of its training images.
+        run: its folder and seed.
+    """
+
+    row: dict[str, Any]
+    names: list[str]
+    images: list[int]
+    run: Run
+
+
+def trainings(labels: Sequence[int], classes: int, config: DvmeConfig, run: Run, kind: str) -> Iterator[Training]:
+    """Yield the trainings of all subsets, folds and protocols: those on "embeddings", or on "images"."""
+    names = [extractor.name for extractor in config.extractors]
+    fused = [extractor.name for extractor in config.extractors if extractor.fused]
+    protocols = [name for name in config.protocols if name.startswith("finetune") == (kind == "images")]
+    for size, fold in itertools.product(config.subsets, range(config.folds)):
+        chosen = draw_subset(labels, classes, size, fold, run.seed)
+        for protocol in protocols:
+            for group in [[name] for name in names] if protocol in ("linear", "single", "finetune") else [fused]:
+                what = group[0] if protocol in ("linear", "single", "finetune") else "all"
+                row = {"subset": size, "fold": fold, "protocol": protocol, "extractor": what, "train": len(chosen)}
+                own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
+                yield Training(row, group, chosen, own)
 
 
 def compare_heads(
@@ -33,37 +176,18 @@ def compare_heads(
         One row per head with subset, fold, protocol, extractor, train (number of images) and test (the measure); and
         the DVME heads by (subset, fold).
     """
-    score = measure(config.metric, classes)
     rows, heads = [], {}
-    labels, names = parts["train"][1], list(parts["train"][0])
-    fused = [extractor.name for extractor in config.extractors if extractor.fused]
-    for size in config.subsets:
-        for fold in range(config.folds):
-            subset = draw_subset(labels.tolist(), classes, size, fold, run.seed)
-            for protocol in [p for p in config.protocols if not p.startswith("finetune")]:
-                per_extractor = protocol in ("linear", "single")
-                for group in [[name] for name in names] if per_extractor else [fused]:
-                    what = group[0] if per_extractor else "all"
-                    own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
-                    train, val, test = ([parts[part][0][n] for n in group] for part in ("train", "val", "test"))
-                    head = fit_head(
-                        protocol,
-                        [e[subset] for e in train],
-                        labels[subset],
-                        (val, parts["val"][1]),
-                        classes,
-                        config,
-                        own,
-                    )
-                    found = score(parts["test"][1], logits_of(head, torch.cat(test, 1)))
-                    rows.append(_row(size, fold, protocol, what, len(subset), found))
-                    if protocol == "dvme":
-                        heads[size, fold] = head
+    labels = parts["train"][1]
+    for own in trainings(labels.tolist(), classes, config, run, "embeddings"):
+        train, val, test = ([parts[part][0][n] for n in own.names] for part in ("train", "val", "test"))
+        few = [embedding[own.images] for embedding in train]
+        protocol = own.row["protocol"]
+        head = fit_head(protocol, few, labels[own.images], (val, parts["val"][1]), classes, config, own.run)
+        found = measure(config.metric, classes)(parts["test"][1], logits_of(head, torch.cat(test, 1)))
+        rows.append({**own.row, "test": found})
+        if protocol == "dvme":
+            heads[own.row["subset"], own.row["fold"]] = head
     return rows, heads
-
-
-def _row(size: int, fold: int, protocol: str, what: str, images: int, found: float | None) -> dict[str, Any]:
-    return {"subset": size, "fold": fold, "protocol": protocol, "extractor": what, "train": images, "test": found}
 
 
 def folder(protocol: str, extractor: str, size: int, fold: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ....errors import GigamorphError
+from ..defaults import published
 from ..splits import SplitOf
 
 Protocol = Literal["linear", "dvme", "no_attention", "concat", "single", "finetune", "finetune_dvme"]
@@ -28,20 +29,11 @@ class ExtractorConfig:
     """Whether it is part of the fusion; otherwise it is only compared."""
 
 
-PUBLISHED = (
-    ExtractorConfig("simclr", "timm:resnet50", "model_final_checkpoint_phase999.torch"),
-    ExtractorConfig("swav", "timm:resnet50", "swav_800ep_pretrain.pth.tar"),
-    ExtractorConfig("dino", "timm:vit_small_patch8_224.dino", "dino_deitsmall8_pretrain.pth", blocks=4),
-    ExtractorConfig("supervised", "timm:resnet50", "resnet50-0676ba61.pth", fused=False),
-    ExtractorConfig("random", "timm:resnet50", fused=False),
-)
-
-
 @dataclass(frozen=True)
 class DvmeConfig:
     """Extractors, the protocols on their embeddings, and the numbers of training images."""
 
-    extractors: tuple[ExtractorConfig, ...] = PUBLISHED
+    extractors: tuple[ExtractorConfig, ...] = published("dvme", "extractors", ExtractorConfig)
     channels: int = 3
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from ....config import from_plain
-from ....datasets.augment import Augment
-from ....datasets.dataset import ImageDataset
 from ....datasets.tables import SPLITS, Record, read_table
 from ....errors import DataError
 from ....evaluate import odds
 from ....evaluate.class_names import in_order
 from ....evaluate.read import write_cases
-from ....images.pixels import Normalize
-from ....train.loop import check_stages
+from ....train.loop import check_stages, run_stages
 from ....train.run import Run, seed_of
 from ....train.target import Target
-from ..card import recipe_card
-from ..classify import classifier_record
+from ..classify import Finetuning, classifier_record
 from ..features import frozen_features
-from ..recipe import begin, finish
-from ..sized import Size, SizedImages
+from ..recipe import begin, finish, recipe_card
+from ..sized import Size, open_images
 from ..splits import split_records
 from ..tensors import logits_of
 from ..weights import find_weights
-from .compare import check_parts, compare_heads, folder, summarise
+from .compare import check_parts, compare_heads, folder, make_head, make_stage, measure, summarise, trainings
 from .config import DvmeConfig
-from .extractors import Fused, make_extractor
-from .protocols import fit_networks, make_head, make_stage, measure
-from .subsets import draw_subset
+from .network import Fused, make_extractor
 
 
 def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
@@ -110,13 +102,11 @@ def _embeddings(config: DvmeConfig, parts: dict[str, list[Record]], run: Run) ->
         for name, own in parts.items():
             found = frozen_features(
                 network,
-                _images(own, config),
+                open_images(own, config),
                 run.out / "embeddings",
                 size=Size(config.resize, config.crop),
                 batch_size=config.batch_size,
-                memory_budget=run.memory_budget,
-                device=run.device,
-                report=run.report,
+                run=run,
                 stage=extractor.name,
             )
             embeddings[name][extractor.name] = torch.from_numpy(np.stack(list(found)))
@@ -129,54 +119,32 @@ def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
     chosen = [e for e in config.extractors if e.name in record["extractors"]]
     extractors = [make_extractor(e.model, config.channels, blocks=e.blocks) for e in chosen]
     head = make_head(record["protocol"], record["dims"], len(record["classes"]), config)
-
-    def images(records: Sequence[Record]) -> SizedImages:
-        found = SizedImages(
-            records, normalize=Normalize(config.mean, config.std), voi=config.voi, channels=config.channels
-        )
-        found.size = Size(config.resize, config.crop)
-        return found
-
-    return Fused(extractors, head), images
+    view = Size(config.resize, config.crop).view
+    return Fused(extractors, head), lambda records: open_images(records, config, view=view)
 
 
 def _finetune(
     config: DvmeConfig, parts: dict[str, list[Record]], embeddings: dict[str, Tensor], target: Target, run: Run
 ) -> list[dict[str, Any]]:
+    """Return a row for each training of all layers of one extractor, or of all that are fused with the head."""
     rows, classes = [], len(target.names)
-    test = _images(parts["test"], config)
+    score, size = measure(config.metric, classes), Size(config.resize, config.crop)
+    test, val = open_images(parts["test"], config), open_images(parts["val"], config)
     truth = torch.tensor([record.label for record in parts["test"]])
-    names = [extractor.name for extractor in config.extractors]
-    fused = [extractor.name for extractor in config.extractors if extractor.fused]
-    for size in config.subsets:
-        for fold in range(config.folds):
-            chosen = draw_subset([r.label for r in parts["train"]], classes, size, fold, run.seed)
-            images = _images(
-                [parts["train"][i] for i in chosen], config, Augment.parse(config.augment), run.seed + fold
-            )
-            for protocol in [p for p in config.protocols if p.startswith("finetune")]:
-                for group in [[name] for name in names] if protocol == "finetune" else [fused]:
-                    what = group[0] if protocol == "finetune" else "all"
-                    networks: list[nn.Module] = [_extractor(config, names.index(name), run) for name in group]
-                    own = replace(run.part(folder(protocol, what, size, fold)), seed=run.seed + fold)
-                    dims = [embeddings[name].shape[1] for name in group]
-                    task = fit_networks(
-                        protocol,
-                        networks,
-                        dims,
-                        images,
-                        _images(parts["val"], config),
-                        classes,
-                        config,
-                        own,
-                        transformer=bool(set(group) & set(config.transformers)),
-                        record=classifier_record(
-                            "dvme", config, target, protocol=protocol, extractors=group, dims=dims
-                        ),
-                    )
-                    found = measure(config.metric, classes)(truth, task.predict(test))
-                    row = {"subset": size, "fold": fold, "protocol": protocol, "extractor": what}
-                    rows.append({**row, "train": len(chosen), "test": found})
+    every = [extractor.name for extractor in config.extractors]
+    for own in trainings([r.label for r in parts["train"]], classes, config, run, "images"):
+        protocol, group = own.row["protocol"], own.names
+        networks: list[nn.Module] = [_extractor(config, every.index(name), run) for name in group]
+        dims = [embeddings[name].shape[1] for name in group]
+        record = classifier_record("dvme", config, target, protocol=protocol, extractors=group, dims=dims)
+        records = [parts["train"][i] for i in own.images]
+        images = open_images(records, config, augment=config.augment, seed=own.run.seed)
+        torch.manual_seed(seed_of(own.run.seed, 1))
+        module = Fused(networks, make_head(protocol, dims, classes, config))
+        stage = make_stage(protocol, config, transformer=bool(set(group) & set(config.transformers)))
+        task = Finetuning(module, images, val, size, score, own.run, stage.batch_size, record)
+        run_stages(task, [stage], own.run)
+        rows.append({**own.row, "test": score(truth, task.predict(test))})
     return rows
 
 
@@ -185,16 +153,3 @@ def _extractor(config: DvmeConfig, number: int, run: Run) -> nn.Module:
     torch.manual_seed(seed_of(run.seed, 0, number))  # random weights if there is no file
     weights = find_weights(own.weights, config.mean, config.std)
     return make_extractor(own.model, config.channels, weights, own.blocks)
-
-
-def _images(
-    records: Sequence[Record], config: DvmeConfig, augment: Augment | None = None, seed: int = 0
-) -> ImageDataset:
-    return ImageDataset(
-        records,
-        normalize=Normalize(config.mean, config.std),
-        voi=config.voi,
-        channels=config.channels,
-        augment=augment,
-        seed=seed,
-    )

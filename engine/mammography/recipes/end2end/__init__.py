@@ -9,7 +9,6 @@ RECIPE = Recipe(
     name="end2end",
     title="End-to-end training of a patch classifier into a whole-image classifier",
     paper="Shen, arXiv 1708.09427 (2017); Shen, Margolies, Rothstein, Fluder, McBride, Sieh, Sci. Rep. 9:12495 (2019)",
-    summary="A network learns patches of lesions, becomes a whole-image network, and goes on with image labels only.",
     config=Config,
     train=train,
     synthetic=SYNTHETIC,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from ....errors import GigamorphError
 from ....train.stages import Stage
+from ..defaults import published
 from ..splits import SplitOf
 
 CLASSES = ("background", "calc_mal", "calc_ben", "mass_mal", "mass_ben")
@@ -74,12 +75,6 @@ class Model:
     and weights, the first one has them."""
 
 
-_TUNED = Stage(
-    "all", 20, 1e-5, weight_decay=2e-2, undecayed=("features",), batch_size=2, patience=10, batch_norm="eval"
-)
-"""All layers of a whole-image network."""
-
-
 @dataclass(frozen=True)
 class Config:
     """Shen's all convolutional design: patch network, whole-image network, ensemble, transfer."""
@@ -99,59 +94,13 @@ class Config:
     augment: str = "flip,rotate=25,scale=0.2,shear=11.5,brightness=0.078"
     flips: bool = True
     """Average predictions over the mirrored images that the augmentation draws."""
-    patch: tuple[Stage, ...] = (
-        Stage(
-            "head",
-            3,
-            1e-3,
-            trainable=("head",),
-            weight_decay=2e-2,
-            batch_size=32,
-            patience=10,
-            dropout=0.5,
-            batch_norm="eval",
-        ),
-        Stage(
-            "top",
-            10,
-            1e-4,
-            trainable=("features.layer3.5", "features.layer4", "head"),
-            weight_decay=2e-4,
-            undecayed=("features",),
-            batch_size=32,
-            patience=10,
-            dropout=0.0,
-            batch_norm="trainable",
-        ),
-        Stage(
-            "all",
-            37,
-            1e-5,
-            weight_decay=2e-4,
-            undecayed=("features",),
-            batch_size=32,
-            patience=10,
-            dropout=0.0,
-        ),
-    )
-    whole: tuple[Stage, ...] = (
-        Stage(
-            "top",
-            30,
-            1e-4,
-            trainable=("top", "head"),
-            weight_decay=2e-3,
-            batch_size=2,
-            patience=10,
-            batch_norm="trainable",
-        ),
-        _TUNED,
-    )
-    native: tuple[Stage, ...] = (replace(_TUNED, name="native", batch_size=1, accumulate=2),)
+    patch: tuple[Stage, ...] = published("end2end", "patch", Stage)
+    whole: tuple[Stage, ...] = published("end2end", "whole", Stage)
+    native: tuple[Stage, ...] = published("end2end", "native", Stage)
     """Stages of networks with a front."""
     start: str | None = None
     """Folder of a finished run on another data set, whose whole-image networks are transferred without patches."""
-    transfer: tuple[Stage, ...] = (replace(_TUNED, name="transfer", epochs=50, lr=1e-6, dropout=0.0),)
+    transfer: tuple[Stage, ...] = published("end2end", "transfer", Stage)
     patients: tuple[int, ...] = ()
     """Numbers of training patients in the transfer's learning curve; empty for all."""
 

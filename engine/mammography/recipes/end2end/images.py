@@ -9,21 +9,127 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from ....datasets.augment import Augment, augmented
-from ....datasets.dataset import ImageDataset, open_record
+from ....datasets.dataset import open_record
 from ....datasets.masks import open_inside, read_inside
 from ....datasets.tables import Finding, Record
 from ....datasets.tables.generic import is_absent
 from ....errors import DataError
 from ....files import write_atomically
 from ....images.open import open_pixels
-from ....images.pixels import Normalize, PixelSource, check_region
-from ..sized import Size, SizedImages, read_sized
-from .config import CLASSES, Config
-from .sampler import Lesion, Patch, breast_box, sample
+from ....images.pixels import PixelSource
+from ..sized import RecipeImages, Size, Window, open_images, read_sized
+from .config import CLASSES, Config, Sampling
+
+Mask = NDArray[np.bool_]
+_TRIES = 1000  # consecutive failures before the rule is relaxed
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One lesion of an image."""
+
+    mask: Mask
+    """(height, width)."""
+    label: int
+    """Index into `CLASSES`, 1 to 4."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A square of an image, which may extend beyond it."""
+
+    top: int
+    left: int
+    label: int
+    cutoff: float
+    """The required overlap: as configured, or lower if that was not found; 0 for a centroid's."""
+
+
+def breast_box(image: NDArray[np.float32]) -> tuple[int, int, int, int]:
+    """Return top, bottom, left, right of the largest part (height, width) brighter than 5 % of the maximum."""
+    parts, count = ndimage.label(image > 0.05 * image.max())  # pyright: ignore[reportGeneralTypeIssues]
+    if not count:
+        return 0, image.shape[0], 0, image.shape[1]
+    largest = 1 + int(np.bincount(parts.ravel())[1:].argmax())
+    rows, columns = ndimage.find_objects(parts)[largest - 1]
+    return rows.start, rows.stop, columns.start, columns.stop
+
+
+def sample(
+    box: tuple[int, int, int, int], lesions: Sequence[Lesion], sampling: Sampling, rng: np.random.Generator
+) -> list[Patch]:
+    """Sample the patches of an image: those of each lesion in order, then background (Shen et al., 2019).
+
+    It follows the published rules with three differences: background must not overlap *any* lesion of an image, instead
+    of only the first; every image has its own random numbers; and the patch of a lesion's centroid needs no option.
+
+    Args:
+        box: of the breast, see `breast_box`; it contains the centres of background patches.
+        lesions: their masks have one shape.
+
+    Raises:
+        DataError: a lesion's mask is empty.
+    """
+    tables = [_Overlap(lesion.mask, sampling.side) for lesion in lesions]
+    patches = []
+    for lesion, table in zip(lesions, tables, strict=True):
+        rows, columns = np.nonzero(lesion.mask)
+        if not len(rows):
+            raise DataError(f"the mask of a lesion ({CLASSES[lesion.label]}) is empty; remove the finding")
+        if sampling.per_lesion == 1:
+            centre = round(rows.mean()), round(columns.mean())
+            patches.append(_patch_around(centre, sampling.side, lesion.label, 0.0))
+            continue
+        found, failures, cutoff = 0, 0, sampling.positive
+        while found < sampling.per_lesion:
+            centre = int(rng.integers(rows.min(), rows.max() + 1)), int(rng.integers(columns.min(), columns.max() + 1))
+            patch = _patch_around(centre, sampling.side, lesion.label, cutoff)
+            if table.share(patch) > cutoff:
+                patches.append(patch)
+                found, failures = found + 1, 0
+                continue
+            failures += 1
+            if failures == _TRIES:
+                cutoff, failures = max(cutoff - 0.05, 0.0), 0
+    found, failures = 0, 0
+    while found < sampling.background and failures < _TRIES:  # a breast with many lesions may have less background
+        centre = int(rng.integers(box[0], box[1])), int(rng.integers(box[2], box[3]))
+        patch = _patch_around(centre, sampling.side, 0, sampling.negative)
+        if all(table.share(patch) <= sampling.negative for table in tables):
+            patches.append(patch)
+            found, failures = found + 1, 0
+        else:
+            failures += 1
+    return patches
+
+
+def _patch_around(centre: tuple[int, int], side: int, label: int, cutoff: float) -> Patch:
+    return Patch(centre[0] - side // 2, centre[1] - side // 2, label, cutoff)
+
+
+class _Overlap:
+    """The share of a lesion in a patch: sums of the mask over rectangles from a table of partial sums."""
+
+    def __init__(self, mask: Mask, side: int) -> None:
+        self._sums = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
+        self._sums[1:, 1:] = mask.cumsum(0).cumsum(1)
+        self._side = side
+
+    def share(self, patch: Patch) -> float:
+        """Return the overlap as a share of the lesion or of the patch, whichever is larger."""
+        height, width = self._sums.shape[0] - 1, self._sums.shape[1] - 1
+        top, bottom = (min(max(v, 0), height) for v in (patch.top, patch.top + self._side))
+        left, right = (min(max(v, 0), width) for v in (patch.left, patch.left + self._side))
+        s = self._sums
+        common = int(s[bottom, right] - s[top, right] - s[bottom, left] + s[top, left])
+        return common / min(int(s[-1, -1]), self._side**2) if s[-1, -1] else 0.0
+
 
 _FULL = 65535
 _SCALE_TOLERANCE = 0.03  # allowed difference in the scales of a mask's sides
@@ -60,22 +166,21 @@ def check_findings(records: Sequence[Record]) -> None:
             the image.
     """
     for record in records:
-        boxes = [f.box for f in record.findings if f.pathology and f.mask is None and f.box is not None]
-        if boxes:
-            height, width = open_pixels(record.path, flip=False, frame=record.frame).shape[1:]
-            for top, bottom, left, right in boxes:
+        for finding in record.findings:
+            if finding.pathology and finding.mask is not None:
+                if is_absent(finding.mask):
+                    raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; remove the finding")
+                _check_shape(finding.mask, record)
+            elif finding.pathology and finding.box is not None:
+                top, bottom, left, right = finding.box
+                height, width = open_pixels(record.path, flip=False, frame=record.frame).shape[1:]
                 if max(top, 0) >= min(bottom, height) or max(left, 0) >= min(right, width):
                     raise DataError(
                         f"{record.path}: a finding's box (rows {top} to {bottom}, columns {left} to {right}) is "
                         f"outside the image of {height} x {width} pixels; correct it, or remove the finding"
                     )
-        for finding in record.findings:
-            if finding.pathology and finding.mask is None and finding.box is None:
+            elif finding.pathology:
                 raise _no_location(record)
-            if finding.pathology and finding.mask is not None and is_absent(finding.mask):
-                raise DataError(f"{finding.mask}: the mask of {record.path.name} is missing; remove the finding")
-            if finding.pathology and finding.mask is not None:
-                _check_shape(finding.mask, record)
 
 
 def _check_shape(path: Path, record: Record) -> None:
@@ -156,25 +261,6 @@ def sample_all(originals: Sequence[Record], records: Sequence[Record], config: C
     return places
 
 
-class Window:
-    """A square of an image; black beyond its borders."""
-
-    def __init__(self, source: PixelSource, top: int, left: int, side: int) -> None:
-        self.source, self.top, self.left = source, top, left
-        self.shape = (source.shape[0], side, side)
-        self.name = source.name
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        check_region(self.shape, top, bottom, left, right, self.name)
-        _, height, width = self.source.shape
-        out = torch.zeros(self.shape[0], bottom - top, right - left)
-        y, x = self.top + top, self.left + left
-        overlap = max(y, 0), min(self.top + bottom, height), max(x, 0), min(self.left + right, width)
-        if overlap[0] < overlap[1] and overlap[2] < overlap[3]:
-            out[:, overlap[0] - y : overlap[1] - y, overlap[2] - x : overlap[3] - x] = self.source.read(*overlap)
-        return out
-
-
 class Patches:
     """Patches of images as a sequence of (pixels (C, side, side) float32, class); augmented again in each epoch."""
 
@@ -199,23 +285,11 @@ class Patches:
         return ((grey - mean) / std).expand(self.config.channels, -1, -1), place.patch.label
 
 
-def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> ImageDataset:
+def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> RecipeImages:
     """Return the images for the whole-image network, which already have its size."""
-    return ImageDataset(
-        records,
-        normalize=Normalize(config.mean, config.std),
-        voi=config.voi,
-        flip=False,
-        channels=config.channels,
-        augment=Augment.parse(config.augment) if augment and config.augment else None,
-        seed=seed,
-    )
+    return open_images(records, config, flip=False, augment=config.augment if augment else None, seed=seed)
 
 
-def sized_images(records: Sequence[Record], config: Config) -> SizedImages:
+def sized_images(records: Sequence[Record], config: Config) -> RecipeImages:
     """Return images of any size, resized for the whole-image network."""
-    images = SizedImages(
-        records, normalize=Normalize(config.mean, config.std), voi=config.voi, flip=False, channels=config.channels
-    )
-    images.size = Size(config.resize)
-    return images
+    return open_images(records, config, flip=False, view=Size(config.resize).view)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,11 @@ from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target, batch_weights
 from ....train.task import Score, Task
-from ..card import recipe_card
-from ..classify import ClassifierTask, auc_of, classifier_record, read_target
+from ..classify import PLAIN, ClassifierTask, auc_of, averaged, classifier_record, mirrorings, read_target
 from ..morphhr.config import Config as MorphConfig
 from ..morphhr.grow import grow, without_decay
-from ..recipe import begin, finish
-from ..tta import PLAIN, averaged, mirrorings
+from ..recipe import begin, finish, recipe_card
+from ..tensors import ReadAhead
 from ..weights import find_weights
 from .config import CLASSES, Config, Model
 from .images import Patches, check_findings, sample_all, sized_images, whole_images, write_resized
@@ -50,22 +49,18 @@ class PatchTask(Task):
     def __init__(self, module: PatchNet, train: Patches, val: Patches, batch: int) -> None:
         self.module, self.train, self.val, self.batch = module, train, val, batch
         self.readers = ThreadPoolExecutor(available_cpus(), "gigamorph-patches")
-        self._pending: dict[tuple[int, ...], list[Future[tuple[Tensor, int]]]] = {}
+        self._ahead = ReadAhead(lambda numbers: list(self.readers.map(self.train.__getitem__, numbers)))
 
     def examples(self, epoch: int) -> Sequence[int]:
         self.train.epoch = epoch
-        self._pending.clear()  # left over by an interrupted epoch
+        self._ahead.forget()  # batches that an interrupted epoch has left over have its augmentation
         return range(len(self.train))
 
     def ahead(self, batch: Sequence[int], seed: int) -> None:
-        self._pending[tuple(batch)] = [self.readers.submit(self.train.__getitem__, number) for number in batch]
+        self._ahead.announce(batch)
 
     def loss(self, batch: Sequence[int]) -> Tensor:
-        pending = self._pending.pop(tuple(batch), None)
-        if pending is None:
-            logits, labels = self._logits(self.train, batch)
-        else:
-            logits, labels = self._forward([one.result() for one in pending])
+        logits, labels = self._forward(self._ahead.take(batch))
         return (F.cross_entropy(logits.float(), labels, reduction="none") * batch_weights(labels)).mean()
 
     def score(self) -> Score | None:
@@ -74,19 +69,17 @@ class PatchTask(Task):
         right, loss = 0, 0.0
         for first in range(0, len(self.val), self.batch):
             batch = range(first, min(first + self.batch, len(self.val)))
-            logits, labels = self._logits(self.val, batch)
+            logits, labels = self._forward(self.readers.map(self.val.__getitem__, batch))
             right += int((logits.argmax(1) == labels).sum())
             loss += F.cross_entropy(logits.detach().float(), labels, reduction="sum").item()
         return Score(right / len(self.val), stop=-loss / len(self.val))
 
-    def _logits(self, patches: Patches, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self._forward(list(self.readers.map(patches.__getitem__, numbers)))
-
-    def _forward(self, batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Iterable[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         device = next(self.module.parameters()).device
-        x = torch.stack([pixels for pixels, _ in batch])
+        pixels, labels = zip(*batch, strict=True)
+        x = torch.stack(pixels)
         self.meter.image(len(x) * x.shape[-2] * x.shape[-1])
-        return self.module(x.to(device)), torch.tensor([label for _, label in batch], device=device)
+        return self.module(x.to(device)), torch.tensor(labels, device=device)
 
 
 def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
@@ -114,10 +107,9 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         raise DataError("no training image has a lesion with a pathology; patches need the column findings")
     check_findings(parts["train"] + parts["val"] if config.start is None else ())
     begin(run, "end2end", config, [record for part in parts.values() for record in part])
-    everyone = [record for split in SPLITS for record in parts[split]]
-    run.say(f"{len(everyone)} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
-    sized = iter(write_resized(everyone, config, run.out / "images"))
-    images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+    count = sum(map(len, parts.values()))
+    run.say(f"{count} images of {'native size' if not config.resize else '{} x {}'.format(*config.resize)}")
+    images = _resized(parts, config, run.out / "images")
     if config.start is not None:
         return finish(run, _transfer(images, parts, target, config, run))
     metrics: dict[str, Any] = {}
@@ -160,12 +152,15 @@ def _check_model(model: Model, config: Config, run: Run) -> None:
         check_stages(config.native, run.group, child.network)
 
 
+def _resized(parts: Parts, config: Config, folder: Path) -> Parts:
+    sized = iter(write_resized([record for split in SPLITS for record in parts[split]], config, folder))
+    return {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+
+
 def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, target: Target, run: Run) -> dict[str, Any]:
     """Add a front for larger images to the trained network, exactly, and train it further on them."""
     larger = replace(config, resize=tuple(model.front * side for side in config.resize))
-    everyone = [record for split in SPLITS for record in parts[split]]
-    sized = iter(write_resized(everyone, larger, run.out / f"images_{model.front}"))
-    images = {split: [next(sized) for _ in parts[split]] for split in SPLITS}
+    images = _resized(parts, larger, run.out / f"images_{model.front}")
     run.say(f"{model.name}: training with a front on images of {larger.resize[0]} x {larger.resize[1]}")
     child, _ = _add_front(Grown(net.cpu().eval(), channels=config.channels), model, config, run.seed)
     own = run.part(f"{model.name}-front")

@@ -9,8 +9,6 @@ RECIPE = Recipe(
     name="morphhr",
     title="MorphHR: classifying high-resolution mammograms with function-preserving transformations",
     paper="Wei, Aviles-Rivero, Wang, Huang, Gilbert, Schönlieb, Chen; arXiv 2101.07945 (2021)",
-    summary="A low-resolution network is fine-tuned, gets a front for r times larger images without changing its "
-    "function, and is trained on at high resolution.",
     config=Config,
     train=train,
     synthetic=SYNTHETIC,

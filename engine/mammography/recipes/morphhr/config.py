@@ -7,6 +7,7 @@ from typing import Literal
 
 from ....errors import GigamorphError
 from ....train.stages import Stage
+from ..defaults import published
 from ..splits import SplitOf
 
 Arm = Literal["finetune", "direct", "scratch", "morph"]
@@ -51,10 +52,8 @@ class Config:
     """Weight images so that the classes of a batch have equal weight."""
     flips: bool = True
     """Average predictions over the mirrored images that the augmentation draws."""
-    low: tuple[Stage, ...] = (Stage("finetune", 20, 1e-4, weight_decay=1e-4, batch_size=8),)
-    high: tuple[Stage, ...] = (
-        Stage("high", 20, 1e-5, weight_decay=1e-4, batch_size=1, accumulate=8, batch_norm="eval"),
-    )
+    low: tuple[Stage, ...] = published("morphhr", "low", Stage)
+    high: tuple[Stage, ...] = published("morphhr", "high", Stage)
 
     direct: tuple[Stage, ...] = ()
     """Stages of the arm of that name; empty for those of `high`."""

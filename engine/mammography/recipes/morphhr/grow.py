@@ -60,8 +60,8 @@ def grow(parent: Grown, config: Config, seed: int, *, renew: bool = False) -> tu
     return grown, reports
 
 
-def renew_front(child: nn.Module, step: FrontStep, seed: int) -> list[str]:
-    """Give random weights to the front that a step added and to the stem that reads it; return their names.
+def renew_front(child: nn.Module, step: FrontStep, seed: int) -> None:
+    """Give random weights to the front that a step added and to the stem that reads it.
 
     This is the control of the ablation: the same architecture and trunk, but the front must be learnt. Convolutions get
     He's initialisation; P-activations are ordinary activations from the start.
@@ -71,9 +71,8 @@ def renew_front(child: nn.Module, step: FrontStep, seed: int) -> list[str]:
         step: from the report of `gigamorph.engine.morph.front.front`.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, 2))
-    renewed = []
     for path in step.at or ["front"]:
-        for name, module in child.get_submodule(path).named_modules(prefix=path):
+        for module in child.get_submodule(path).modules():
             if isinstance(module, nn.Conv2d):
                 with torch.no_grad():
                     std = (2 / module.weight[0].numel()) ** 0.5
@@ -82,10 +81,6 @@ def renew_front(child: nn.Module, step: FrontStep, seed: int) -> list[str]:
                         module.bias.zero_()
             elif isinstance(module, PAct):
                 nn.init.ones_(module.a)
-            else:
-                continue
-            renewed.append(name)
-    return renewed
 
 
 def _centre(child: nn.Module, step: FrontStep) -> None:

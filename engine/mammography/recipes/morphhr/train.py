@@ -26,11 +26,8 @@ from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target
 from ...data_sets.chestxray14 import FINDINGS
-from ..card import recipe_card
-from ..classify import ClassifierTask, auc_of, classifier_record, read_target
-from ..evidence import draw_evidence
-from ..recipe import begin, finish
-from ..tta import PLAIN, mirrorings
+from ..classify import PLAIN, ClassifierTask, auc_of, classifier_record, draw_evidence, mirrorings, read_target
+from ..recipe import begin, finish, recipe_card
 from ..weights import find_weights, load_pretrained
 from .config import Config
 from .grow import grow, without_decay

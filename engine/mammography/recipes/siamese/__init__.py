@@ -10,8 +10,6 @@ RECIPE = Recipe(
     title="Siamese networks with soft labels",
     paper="Van Vorst, Shen: Siamese Networks with Soft Labels for Unsupervised Lesion Detection and Patch Pretraining "
     "on Screening Mammograms. arXiv 2401.05570, 2024",
-    summary="Two networks compare pairs of contralateral patches; the distances give soft labels for the pairs that "
-    "differ, which train the networks. They find lesions and initialise patch classifiers.",
     config=SiameseConfig,
     train=train,
     synthetic=SYNTHETIC,

@@ -7,7 +7,6 @@ a distance says that two patches differ, but not which is abnormal.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +14,94 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ....accelerate import accelerate
+from ....datasets.masks import read_inside
 from ....datasets.tables import Record, read_table
 from ....dense import write_map
 from ....errors import DataError
 from ....evaluate.roc import auc
-from ....files import write_atomically
 from ....images.pixels import PixelSource
+from ....predict.tables import write_csv
 from ....train.run import Run
 from ..features import evaluating
 from .config import SiameseConfig
-from .judge import Judge
+from .mixture import Judge
 from .network import AsymmetryMap, Embedding, distance
 from .pairs import Pair, StackedSource
 from .patches import cells_of, original_boxes, sources_of
-from .places import localised
+
+Array = NDArray[np.float64]
+Place = dict[str, float]
+"""Result of `localised` for a pair."""
+
+
+def centres(record: Record) -> list[tuple[float, float]]:
+    """Return row and column of each finding's centre: of its box, or of the extent of its outline or mask."""
+    found = []
+    for finding in record.findings:
+        if finding.box is not None:
+            found.append(((finding.box[0] + finding.box[1]) / 2, (finding.box[2] + finding.box[3]) / 2))
+        elif finding.outline:
+            rows, columns = zip(*finding.outline, strict=True)
+            found.append(((min(rows) + max(rows)) / 2, (min(columns) + max(columns)) / 2))
+        elif finding.mask is not None:
+            rows, columns = np.nonzero(read_inside(finding.mask))
+            if len(rows):
+                found.append(((rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2))
+    return found
+
+
+def holds(boxes: Array, places: Sequence[tuple[float, float]]) -> NDArray[np.bool_]:
+    """Return which boxes (n, 4: left, top, right, bottom) contain at least one of the places (row, column)."""
+    left, top, right, bottom = boxes.T
+    found = np.zeros(len(boxes), bool)
+    for y, x in places:
+        found |= (top <= y) & (y < bottom) & (left <= x) & (x < right)
+    return found
+
+
+def localised(pair: Pair, boxes: Sequence[Array], distances: Array) -> Place | None:
+    """Measure how well distances of patches locate a pair's findings; None if no patch has one, or all have.
+
+    Args:
+        boxes: of the patches, in the files of the left and of the right image.
+        distances: of the patches.
+
+    Returns:
+        hit: whether the patch with the largest distance contains the centre of a finding of either breast; with ties,
+        the share that do. by_chance: the share of all patches that do. auc: of the patches.
+    """
+    sides = zip(boxes, (pair.left, pair.right), strict=True)
+    positive = np.any([holds(own, centres(record)) for own, record in sides], 0)
+    if not 0 < positive.sum() < len(positive):
+        return None
+    return {
+        "hit": float(positive[distances == distances.max()].mean()),
+        "by_chance": float(positive.mean()),
+        "auc": auc(positive.astype(np.int64), distances) or 0.0,
+    }
+
+
+def localisation(found: Sequence[Place | None]) -> Any:
+    """Return the means over the pairs with a result, and their number; a text if there are none."""
+    known = [one for one in found if one is not None]
+    if not known:
+        return "no pair of the test split has a finding in some of its patches"
+    return {"pairs": len(known), **{name: float(np.mean([one[name] for one in known])) for name in known[0]}}
+
+
+def localisation_line(found: Any) -> str:
+    """Format the result of `localisation` as a line of the model card."""
+    if isinstance(found, str):
+        return f"- Locations of findings were not measured: {found}."
+    return (
+        f"- Locations of findings by the distances, means over {found['pairs']} pairs of the test split with one: the "
+        f"patch with the largest distance contains the centre of one in {found['hit']:.0%} ({found['by_chance']:.0%} "
+        f"of all patches do); AUC of patches {found['auc']:.3f}."
+    )
+
 
 SCORES = ("largest_soft_label", "upper_soft_label", "largest_distance", "upper_distance")
 _UPPER = 0.95  # the quantile
@@ -48,10 +119,9 @@ def label_pairs(
     The networks must be in evaluation mode.
     """
     group, found = run.group, []
-    writes = group.leads if group.at_once == 1 else group.rank % group.together == 0
     for number in range(group.turn, len(pairs), group.at_once):
         path = run.out / "maps" / f"{number}.tif"
-        wanted = config.maps and writes and not path.exists()
+        wanted = config.maps and group.speaks and not path.exists()
         sources = sources_of(pairs[number], config) if wanted or config.scores else None
         if sources is not None and wanted:
             _write_map(networks[0], sources, run, path)
@@ -105,7 +175,7 @@ def classes_of(table: Path) -> dict[Key, int]:
         read = read_table(table)
     except DataError:  # the recipe needs no labels, and the rest was read before
         return {}
-    return {_key(r): r.label for r in read.records if r.label >= 0} if len(read.classes) == 2 else {}
+    return {(r.path, r.frame): r.label for r in read.records if r.label >= 0} if len(read.classes) == 2 else {}
 
 
 def write_images(
@@ -131,19 +201,13 @@ def write_images(
                     "pair": number,
                     **{name: own[name] for name in ("patches", *SCORES)},
                     "finding": int(bool(record.findings)) if findings else None,
-                    "label": classes.get(_key(record)),
+                    "label": classes.get((record.path, record.frame)),
                 }
             )
 
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
     if not rows:
         return "the table has no pair in the test split"
-    write_atomically(run.out / "images.csv", write, "scores of images")
+    write_csv(run.out / "images.csv", list(rows[0]), (list(row.values()) for row in rows))
     return _areas(rows) or "the test split does not have both kinds of images, by findings or by labels of two classes"
 
 
@@ -151,10 +215,8 @@ def _areas(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each truth, "finding" and "label", of pairs (either image) and of images."""
     scored, found = [row for row in rows if row["patches"]], []
     for truth in ("finding", "label"):
-        by_pair: dict[int, list[Mapping[str, Any]]] = {}
-        for row in scored:
-            by_pair.setdefault(row["pair"], []).append(row)
-        both = [(own[0], _either([row[truth] for row in own])) for own in by_pair.values()]
+        pairs = zip(scored[::2], scored[1::2], strict=True)  # both images of a pair have patches, or none
+        both = [(left, _either([left[truth], right[truth]])) for left, right in pairs]
         for level, cases in (("pair", both), ("image", [(row, row[truth]) for row in scored])):
             known = [(row, value) for row, value in cases if value is not None]
             positive = sum(value for _, value in known)
@@ -168,7 +230,3 @@ def _areas(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _either(values: Sequence[int | None]) -> int | None:
     """Return 1 if either value is 1; None if either is unknown."""
     return 1 if 1 in values else None if None in values else 0
-
-
-def _key(record: Record) -> Key:
-    return record.path, record.frame

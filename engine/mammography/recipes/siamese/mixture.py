@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.mixture import GaussianMixture
 
 from ....errors import GigamorphError
+from .config import SiameseConfig
 
 Array = NDArray[np.float64]
 Rule = Literal["gmm", "exp", "rank", "hard"]
@@ -97,3 +98,25 @@ def soft_labels(distances: ArrayLike, rule: Rule, mixture: Mixture, among: Array
     others = d if among is None else np.asarray(among, np.float64)
     ranks = np.minimum(np.searchsorted(np.sort(others), d) / max(len(others) - 1, 1), 1)
     return ranks ** (1 / mixture.share)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The distances (n,) of the training pairs, their mixture, and the rule for labels."""
+
+    distances: Array
+    mixture: Mixture
+    rule: Rule
+
+    @classmethod
+    def fit(cls, distances: ArrayLike, config: SiameseConfig) -> Judge:
+        """Fit the mixture of the distances of all training pairs."""
+        d = np.asarray(distances, np.float64)
+        return cls(d, fit_mixture(d, least=config.least_share, most=config.most_share), config.labels)
+
+    def labels(self, distances: ArrayLike) -> Array:
+        """Return soft labels of distances, of these pairs or others; zeros while the mixture is not separated."""
+        d = np.asarray(distances, np.float64)
+        if not self.mixture.separated:
+            return np.zeros(len(d))
+        return soft_labels(d, self.rule, self.mixture, self.distances)

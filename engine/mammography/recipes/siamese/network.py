@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....errors import GigamorphError
-from ..features import UpTo
+from ..features import UpTo, evaluating
 
 _EPS = 1e-8
 
@@ -30,12 +30,8 @@ class Embedding(nn.Module):
     def __init__(self, network: nn.Module, layer: str, dim: int, channels: int, patch: int) -> None:
         super().__init__()
         self.maps = UpTo(network, layer)
-        modes = [(module, module.training) for module in network.modules()]
-        with torch.no_grad():
-            network.eval()
+        with evaluating(network), torch.no_grad():
             found = self.maps(torch.zeros(1, channels, patch, patch))
-        for module, mode in modes:
-            module.training = mode
         if not isinstance(found, Tensor) or found.ndim != 4:
             raise GigamorphError(f"layer {layer!r} does not output a map (N, C, h, w); choose another")
         self.cells = tuple(found.shape[2:])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from ....errors import DataError
 from ....files import write_atomically
@@ -22,6 +22,31 @@ from ..features import record_digest
 from .config import SiameseConfig
 from .pairs import Pair, open_side
 from .register import breast_mask, downsampled, resample_to
+
+
+def mirrored(x: Tensor) -> Tensor:
+    """Flip up-down and left-right, each with probability 1/2, equally for all patches with the same first index."""
+    for axis in (-2, -1):
+        turned = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < 0.5
+        x = torch.where(turned, x.flip(axis), x)
+    return x
+
+
+def jittered(x: Tensor, jitter: float, noise: float) -> Tensor:
+    """Change contrast by a share of up to `jitter`, brightness by up to `jitter` normalised units, and add noise."""
+    shape = (*x.shape[:-3], 1, 1, 1)
+    contrast, brightness = (1 + jitter * (2 * torch.rand(shape, device=x.device) - 1) for _ in range(2))
+    return x * contrast + (brightness - 1) + noise * torch.randn_like(x)
+
+
+def cropped(x: Tensor, least: float) -> Tensor:
+    """Crop a random square of patches (N, C, h, w) with `least` to all of their area, and resize it bilinearly."""
+    side = (least + (1 - least) * torch.rand(len(x), 1, device=x.device)).sqrt()
+    middle = (1 - side) * (2 * torch.rand(len(x), 2, device=x.device) - 1)
+    map_ = torch.cat([torch.diag_embed(side.expand(-1, 2)), middle[:, :, None]], 2)
+    grid = F.affine_grid(map_, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid.to(x), padding_mode="border", align_corners=False)
+
 
 _FULL = 65535
 _SMALL = 16  # blocks per side of a cell for the share of tissue
@@ -111,18 +136,10 @@ def write_patches(pair: Pair, config: SiameseConfig, folder: Path) -> PatchFile:
                 grey = source.read(top, top + side, x, x + side)[0].numpy() * config.std[0] + config.mean[0]
                 found[index, number] = np.rint(np.clip(grey, 0, 1) * _FULL)
         boxes = np.array([original_boxes(source, cells, side) for source in (left, right)]).reshape(2, -1, 4)
-        _save(path, lambda file: np.save(file, found))
-        _save(places, lambda file: np.savez(file, cells=cells, boxes=boxes))
+        write_atomically(path, lambda p: np.save(p, found), "patches")
+        write_atomically(places, lambda p: np.savez(p, cells=cells, boxes=boxes), "patches")
     with np.load(places, allow_pickle=False) as stored:
         return PatchFile(pair, path, stored["cells"], stored["boxes"], config)
-
-
-def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            write(file)
-
-    write_atomically(path, save, "patches")
 
 
 def original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> NDArray[np.float64]:
@@ -138,38 +155,20 @@ class PatchPairs(Sequence[NDArray[Any]]):
         self.files = [file for file in files if len(file.cells)]
         if not self.files:
             raise DataError("no patch has enough tissue in both breasts; lower patch or tissue")
-        self._ends = np.cumsum([len(file.cells) for file in self.files]).tolist()
-        self._open: tuple[int, NDArray[Any]] | None = None
+        self.places = [(number, cell) for number, file in enumerate(self.files) for cell in range(len(file.cells))]
+        """Per patch: its file, and its cell."""
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
         return self.take([index])[0]
 
     def take(self, indices: Sequence[int]) -> NDArray[np.float32]:
         """Return some of them, (n, 2, C, h, w), read per file for speed."""
-        wanted = [self.where(index) for index in indices]
-        pixels: NDArray[np.uint16] | None = None
-        for number in dict.fromkeys(number for number, _ in wanted):
-            own = [n for n, (file, _) in enumerate(wanted) if file == number]
-            found = self._opened(number)[[wanted[n][1] for n in own]]
-            if pixels is None:
-                pixels = np.empty((len(wanted), *found.shape[1:]), np.uint16)
-            pixels[own] = found
-        assert pixels is not None
-        return self.files[0].normalised(pixels)
-
-    def _opened(self, number: int) -> NDArray[Any]:
-        opened = self._open  # local copy: another thread may change it
-        if opened is None or opened[0] != number:
-            self._open = opened = number, self.files[number].open()
-        return opened[1]
-
-    def where(self, index: int) -> tuple[int, int]:
-        """Return the number of a patch's file, and its index in it."""
-        number = bisect_right(self._ends, index)
-        return number, index - (self._ends[number - 1] if number else 0)
+        wanted = [self.places[index] for index in indices]
+        opened = {number: self.files[number].open() for number, _ in wanted}
+        return self.files[0].normalised(np.stack([opened[number][cell] for number, cell in wanted]))
 
     @property
     def patients(self) -> list[str]:

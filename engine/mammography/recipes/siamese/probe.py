@@ -21,10 +21,9 @@ from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ..features import evaluating
 from ..tensors import Inputs, TensorTask, logits_of
-from .augment import mirrored
 from .config import SiameseConfig
 from .network import Embedding
-from .patches import SinglePatches
+from .patches import SinglePatches, mirrored
 
 _C = 0.01  # inverse strength of the penalty; few labels should give a direction, not a perfect fit
 _MIRRORINGS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)
@@ -58,15 +57,9 @@ class Classifier(nn.Module):
         return self.fc(self.maps(x).mean((2, 3)))
 
 
-class _Features(nn.Module):
-    """Features of patches flipped along some axes."""
-
-    def __init__(self, embedding: Embedding, axes: Sequence[int] = ()) -> None:
-        super().__init__()
-        self.embedding, self.axes = embedding, list(axes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.embedding.features(x.flip(self.axes))
+def _features(embedding: Embedding, x: Inputs, axes: Sequence[int] = ()) -> Tensor:
+    """Return features (n, channels) of patches flipped along some axes."""
+    return logits_of(embedding, x, lambda part: embedding.features(part.flip(list(axes))))
 
 
 def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[np.float64]:
@@ -80,8 +73,8 @@ def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[
     if len(y.unique()) < 2:
         raise DataError("the labelled patches have only one class; a probe needs patches with and without a finding")
     with evaluating(embedding):
-        features = torch.cat([logits_of(_Features(embedding, axes), x) for axes in _MIRRORINGS]).numpy()
-        others = logits_of(_Features(embedding), test).numpy()
+        features = torch.cat([_features(embedding, x, axes) for axes in _MIRRORINGS]).numpy()
+        others = _features(embedding, test).numpy()
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=2000))
     return model.fit(features, y.repeat(len(_MIRRORINGS)).numpy()).decision_function(others)
 

@@ -1,28 +1,149 @@
 """Registration: the map between both breasts, computed on small copies.
 
-With SimpleITK see `itk`. Without it the map is affine: phase correlation of the breasts' masks gives the shift, then
-Gauss-Newton steps reduce the mean square difference of the smoothed images (Lucas and Kanade, 1981, with the
-gradient of the warped moving image times the coordinates).
+With SimpleITK see `itk_affine` and `itk_free_form`. Without it the map is affine: phase correlation of the breasts'
+masks gives the shift, then Gauss-Newton steps reduce the mean square difference of the smoothed images (Lucas and
+Kanade, 1981, with the gradient of the warped moving image times the coordinates).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
-from torch.nn import functional as F
 
 from ....datasets.sampling import SampledSource
 from ....datasets.views import DownsampledSource
-from ....errors import DataError
-from ....images.affine import Affine, Map
-from ....images.pixels import PixelSource, check_region, to_original
-from . import itk
+from ....errors import DataError, GigamorphError
+from ....images.affine import Affine, Coordinates, Map
+from ....images.pixels import PixelSource
+from ..sized import Window
+
+_CLOSE, _INVERSE_STEPS = 1e-6, 200  # tolerance in pixels, and maximal iterations of the inverse
+
+
+@dataclass(frozen=True, eq=False)
+class FreeForm(Map):
+    """p -> p + sum over grid points g of moves[g] B((p - origin) / spacing - g); B is the cubic B-spline.
+
+    moves: (2, rows, columns), displacements of the grid points in x and y, in pixels; constant beyond the grid.
+    origin, spacing: of the grid, (x, y) in pixels.
+    """
+
+    moves: NDArray[np.float64]
+    origin: tuple[float, float]
+    spacing: tuple[float, float]
+
+    def at(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
+        move_x, move_y = self.displacement(x, y)
+        return x + move_x, y + move_y
+
+    def displacement(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
+        """Return float64 (x, y) displacements at points."""
+        column, row = ((p - o) / s for p, o, s in zip((x, y), self.origin, self.spacing, strict=True))
+        position = np.stack(np.broadcast_arrays(row, column))
+        found = [ndimage.map_coordinates(m, position, order=3, mode="nearest", prefilter=False) for m in self.moves]
+        return found[0], found[1]
+
+    def inverse(self) -> Map:
+        return _InverseFreeForm(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _InverseFreeForm(Map):
+    """The inverse deformation, by fixed-point iteration."""
+
+    forth: FreeForm
+
+    def at(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
+        back_x, back_y = (axis.astype(np.float64) for axis in np.broadcast_arrays(x, y))
+        for _ in range(_INVERSE_STEPS):
+            move_x, move_y = self.forth.displacement(back_x, back_y)
+            far = max(np.abs(x - move_x - back_x).max(initial=0), np.abs(y - move_y - back_y).max(initial=0))
+            back_x, back_y = x - move_x, y - move_y
+            if far < _CLOSE:
+                return back_x, back_y
+        raise DataError("the free-form deformation folds, so it has no inverse; use an affine registration")
+
+    def inverse(self) -> FreeForm:
+        return self.forth
+
 
 Array = NDArray[np.float64]
+
+_MESH = 4  # cells of the spline's grid along each side; lesions are smaller, so they are not deformed away
+
+
+def simpleitk() -> Any:
+    """Return the module, or None if it is not installed."""
+    try:
+        import SimpleITK
+    except ImportError:
+        return None
+    return SimpleITK
+
+
+def itk_affine(fixed: Array, moving: Array) -> Affine:
+    """Return the affine map from points of `fixed` to those of `moving` (h, w)."""
+    sitk = _require_simpleitk()
+    images = _itk_images(sitk, fixed, moving)
+    method = _itk_method(sitk)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-5, 500, 0.7, 1e-10)
+    method.SetOptimizerScalesFromPhysicalShift()
+    centre = sitk.CenteredTransformInitializer(
+        *images, sitk.AffineTransform(2), sitk.CenteredTransformInitializerFilter.MOMENTS
+    )
+    method.SetInitialTransform(centre, inPlace=False)
+    found = method.Execute(*images)
+    x0, y0 = found.TransformPoint((0.0, 0.0))
+    (xx, yx), (xy, yy) = (found.TransformPoint(point) for point in ((1.0, 0.0), (0.0, 1.0)))
+    return Affine(xx - x0, xy - x0, x0, yx - y0, yy - y0, y0)
+
+
+def itk_free_form(fixed: Array, moving: Array) -> Map:
+    """Return a cubic B-spline deformation followed by `itk_affine`."""
+    sitk = _require_simpleitk()
+    first = itk_affine(fixed, moving)
+    images = _itk_images(sitk, fixed, moving)
+    method = _itk_method(sitk)
+    method.SetOptimizerAsLBFGSB(gradientConvergenceTolerance=1e-6, numberOfIterations=100)
+    method.SetMovingInitialTransform(
+        sitk.AffineTransform([first.xx, first.xy, first.yx, first.yy], [first.x0, first.y0])
+    )
+    spline = sitk.BSplineTransformInitializer(images[0], [_MESH, _MESH])
+    method.SetInitialTransform(spline, inPlace=True)
+    method.Execute(*images)
+    grid = spline.GetCoefficientImages()
+    moves = np.stack([sitk.GetArrayFromImage(own) for own in grid])
+    return first @ FreeForm(moves, grid[0].GetOrigin(), grid[0].GetSpacing())
+
+
+def _require_simpleitk() -> Any:
+    sitk = simpleitk()
+    if sitk is None:
+        raise GigamorphError("this registration needs SimpleITK; pip install SimpleITK")
+    return sitk
+
+
+def _itk_images(sitk: Any, *values: Array) -> list[Any]:
+    images = [sitk.GetImageFromArray(own) for own in values]
+    for image in images:
+        image.SetOrigin((0.5, 0.5))  # same coordinates as `Affine`
+    return images
+
+
+def _itk_method(sitk: Any) -> Any:
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMeanSquares()
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetShrinkFactorsPerLevel([4, 2, 1])
+    method.SetSmoothingSigmasPerLevel([4, 2, 0])
+    method.SetNumberOfThreads(1)  # fixed order of sums, for reproducible maps
+    return method
+
+
 Method = Literal["auto", "simpleitk", "bspline", "gauss_newton", "none"]
 
 _SIDE = 192  # pixels of the longer side of the small copies
@@ -52,9 +173,9 @@ def register(fixed: PixelSource, moving: PixelSource, method: Method = "auto") -
     if method == "none":
         return Affine()
     if method == "auto":
-        method = "simpleitk" if itk.simpleitk() is not None else "gauss_newton"
+        method = "simpleitk" if simpleitk() is not None else "gauss_newton"
     factor = max(1, max(*fixed.shape[1:], *moving.shape[1:]) // _SIDE)
-    methods = {"simpleitk": itk.affine, "bspline": itk.free_form, "gauss_newton": _gauss_newton}
+    methods = {"simpleitk": itk_affine, "bspline": itk_free_form, "gauss_newton": _gauss_newton}
     found = methods[method](*(_small(source, factor) for source in (fixed, moving)))
     return Affine.scale(factor) @ found @ Affine.scale(1 / factor)
 
@@ -63,34 +184,15 @@ def resample_to(fixed: PixelSource, moving: PixelSource, method: Method = "auto"
     """Return `moving` in the geometry of `fixed`, read by region and black outside."""
     back = register(fixed, moving, method)
     if fixed.shape != moving.shape:
-        moving = _Canvas(moving, (max(fixed.shape[1], moving.shape[1]), max(fixed.shape[2], moving.shape[2])))
+        moving = Window(moving, 0, 0, max(fixed.shape[1], moving.shape[1]), max(fixed.shape[2], moving.shape[2]))
     seen = moving if back == Affine() else SampledSource(moving, back, "registered to the other breast")
-    return seen if fixed.shape == seen.shape else _Canvas(seen, fixed.shape[1:])
-
-
-class _Canvas:
-    """A source cropped, or padded with black, at its lower and right border."""
-
-    def __init__(self, source: PixelSource, size: tuple[int, int]) -> None:
-        self.source, self.shape, self.name = source, (source.shape[0], *size), source.name
-
-    @property
-    def to_original(self) -> Map:
-        """Map from this image's coordinates to those of the file."""
-        return to_original(self.source)
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        check_region(self.shape, top, bottom, left, right, self.name)
-        _, height, width = self.source.shape
-        inside = [min(top, height), min(bottom, height), min(left, width), min(right, width)]
-        part = self.source.read(*inside)
-        return F.pad(part, (0, right - left - part.shape[2], 0, bottom - top - part.shape[1]))
+    return seen if fixed.shape == seen.shape else Window(seen, 0, 0, *fixed.shape[1:])
 
 
 def downsampled(source: PixelSource, factor: int) -> PixelSource:
     """Return a `DownsampledSource`; registered images are sampled from averaged pixels instead of from each pixel."""
-    if isinstance(source, _Canvas):
-        return _Canvas(downsampled(source.source, factor), (source.shape[1] // factor, source.shape[2] // factor))
+    if isinstance(source, Window):
+        return Window(downsampled(source.source, factor), 0, 0, source.shape[1] // factor, source.shape[2] // factor)
     if isinstance(source, SampledSource):
         back = Affine.scale(1 / factor) @ source.back @ Affine.scale(factor)
         return SampledSource(DownsampledSource(source.source, factor), back, *source.added)

@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from ....errors import GigamorphError
 from ....train.task import Task
-from .augment import jittered, mirrored
+from ..tensors import ReadAhead
 from .config import SiameseConfig
-from .judge import Judge
-from .mixture import Mixture
+from .mixture import Judge, Mixture
 from .network import Embedding, distance, soft_contrastive
-from .patches import stacked
-from .prefetch import Prefetcher
+from .patches import jittered, mirrored, stacked
 
 _BATCH = 128
 _COLLAPSED = 1e-3  # minimal standard deviation of embeddings, which is 1 / sqrt(dim) if evenly spread
@@ -50,13 +48,13 @@ class SiameseTask(Task):
         """The labels from which each network learns."""
         self.history: list[list[dict[str, float]]] = []
         """Results of `SiameseTask.begin_epoch` for each epoch and network."""
-        self._ahead = Prefetcher(self._pairs, self._vary, device)
+        self._ahead = ReadAhead(lambda indices: stacked(self.pairs, indices))
 
     def examples(self, epoch: int) -> Sequence[int]:
         return range(len(self.pairs))
 
     def ahead(self, batch: Sequence[int], seed: int) -> None:
-        self._ahead.announce(batch, seed)
+        self._ahead.announce(batch)
 
     def begin_epoch(self, epoch: int) -> None:
         if epoch < self.config.warm_up:
@@ -85,14 +83,14 @@ class SiameseTask(Task):
         """Return distances (n,) of all pairs, and the mean standard deviation of the embeddings' values."""
         found, embedded = [], []
         count = len(self.pairs)
-        for x in self._ahead.plain(range(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH)):
-            e = network(x.flatten(0, 1)).unflatten(0, (-1, 2))
+        for x in self._ahead.each(range(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH)):
+            e = network(x.to(self.device).flatten(0, 1)).unflatten(0, (-1, 2))
             found.append(distance(e[:, 0], e[:, 1]).double().cpu())
             embedded.append(e[:, 0].cpu())
         return torch.cat(found).numpy(), float(torch.cat(embedded).std(0).mean())
 
     def loss(self, batch: Sequence[int]) -> Tensor:
-        x = self._ahead.varied(batch)
+        x = self._vary(self._ahead.take(batch).to(self.device))
         others = self._others(batch)
         per_network, total = [], torch.zeros((), device=x.device)
         for network, labels in zip(self._networks(), self.labels, strict=True):
@@ -117,9 +115,6 @@ class SiameseTask(Task):
     def _networks(self) -> list[Embedding]:
         return list(self.module)  # pyright: ignore[reportArgumentType, reportReturnType]
 
-    def _pairs(self, indices: Sequence[int]) -> Tensor:
-        return stacked(self.pairs, indices)
-
     def _others(self, batch: Sequence[int]) -> Tensor:
         """Return indices (m, 2) in the batch of two different patients, one pair for each sample with a partner."""
         patients = self.patients[list(batch)]
@@ -127,9 +122,9 @@ class SiameseTask(Task):
         both = np.stack([order, np.roll(order, 1)], 1)
         return torch.from_numpy(both[patients[both[:, 0]] != patients[both[:, 1]]])
 
-    def _vary(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+    def _vary(self, x: Tensor) -> Tensor:
         """Flip both patches of a pair equally; change contrast, brightness and noise of each patch independently."""
-        return jittered(mirrored(x, generator), self.config.jitter, self.config.noise, generator)
+        return jittered(mirrored(x), self.config.jitter, self.config.noise)
 
 
 def _mixture_row(mixture: Mixture) -> dict[str, float]:

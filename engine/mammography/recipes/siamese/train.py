@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,24 @@ from torch import Tensor
 from ....datasets.tables import SPLITS, read_table
 from ....evaluate.read import write_cases
 from ....evaluate.roc import auc
-from ....files import write_atomically
+from ....predict.tables import write_csv
 from ....train.loop import check_stages, run_stages
 from ....train.run import Run
 from ....train.stages import Stage
-from ..card import recipe_card
-from ..recipe import begin, finish
+from ..recipe import begin, finish, recipe_card
 from ..splits import split_records
 from ..weights import find_weights
 from .config import SiameseConfig
-from .full_images import classes_of, label_pairs, write_images
-from .judge import Judge
+from .full_images import centres, classes_of, holds, label_pairs, localisation, localisation_line, write_images
+from .mixture import Judge
 from .network import Embedding
 from .pairs import find_pairs
 from .patches import PatchFile, PatchPairs, SinglePatches, write_patches
-from .places import centres, holds, localisation, localisation_line
 from .probe import fine_tuned, patch_cases, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
+
+_LABEL_COLUMNS = ("patient_id", "exam_id", "view", "top", "left", "distance", "soft_label")
 
 
 def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
@@ -127,20 +126,13 @@ def _image_lines(images: Any) -> list[str]:
 def _write_labels(run: Run, judges: Sequence[Judge], patches: PatchPairs) -> None:
     distances = np.mean([judge.distances for judge in judges], 0)
     labels = np.mean([judge.labels(judge.distances) for judge in judges], 0)
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["patient_id", "exam_id", "view", "top", "left", "distance", "soft_label"])
-            for index, (d, label) in enumerate(zip(distances.tolist(), labels.tolist(), strict=True)):
-                number, cell = patches.where(index)
-                own = patches.files[number]
-                first = own.pair.left
-                writer.writerow(
-                    [first.patient_id, first.exam_id or "", first.view, *own.cells[cell].tolist(), d, label]
-                )
-
-    write_atomically(run.out / "soft_labels.csv", write, "soft labels")
+    rows = []
+    for index, measured in enumerate(zip(distances.tolist(), labels.tolist(), strict=True)):
+        number, cell = patches.places[index]
+        own = patches.files[number]
+        first = own.pair.left
+        rows.append([first.patient_id, first.exam_id, first.view, *own.cells[cell].tolist(), *measured])
+    write_csv(run.out / "soft_labels.csv", _LABEL_COLUMNS, rows)
 
 
 def _downstream(

@@ -17,7 +17,14 @@ from gigamorph.engine.images.header import read_info
 from gigamorph.engine.images.mammography import VIEW_CODES
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import PixelSource
-from gigamorph.engine.mammography.phantom import make_array, write_phantoms
+from gigamorph.engine.mammography.phantom import PhantomImage, write_phantoms
+
+
+def make(
+    seed, *, cluster: bool, height: int = 1024, width: int = 768, view: str = "CC"
+) -> tuple[PhantomImage, np.ndarray]:
+    image = PhantomImage(height, width, seed=seed, view=view, lesions=("cluster",) if cluster else ())
+    return image, image.read(0, height, 0, width)
 
 
 def blocks(pixels: np.ndarray, factor: int) -> np.ndarray:
@@ -28,27 +35,26 @@ def blocks(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 @pytest.mark.parametrize("view", ["CC", "MLO"])
 def test_array(view: str) -> None:
-    phantom = make_array(7, cluster=True, view=view, height=512, width=384)
-    pixels = phantom.pixels
+    phantom, pixels = make(7, cluster=True, view=view, height=512, width=384)
     assert pixels.shape == (512, 384)
     assert pixels.dtype == np.uint16
     assert pixels.max() <= 4095
     assert 0.3 < (pixels > 0).mean() < 0.8  # breast on black
     assert np.all(pixels[:, -5:] == 0)  # the chest wall is left
     assert (pixels[:, 0] > 0).mean() > 0.6
-    assert phantom.label == 1
-    np.testing.assert_array_equal(make_array(7, cluster=True, view=view, height=512, width=384).pixels, pixels)
-    assert not np.array_equal(make_array(8, cluster=True, view=view, height=512, width=384).pixels, pixels)
+    assert [lesion.kind for lesion in phantom.lesions] == ["cluster"]
+    np.testing.assert_array_equal(make(7, cluster=True, view=view, height=512, width=384)[1], pixels)
+    assert not np.array_equal(make(8, cluster=True, view=view, height=512, width=384)[1], pixels)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cluster_is_specks_and_vanishes_at_low_resolution(seed: int) -> None:
-    sharp, soft = (make_array(seed, cluster=cluster, height=512, width=384) for cluster in (True, False))
-    assert sharp.cluster is not None
-    assert soft.cluster is None
-    assert sharp.masses == soft.masses
-    top, bottom, left, right = sharp.cluster
-    difference = sharp.pixels.astype(np.float64) - soft.pixels
+    (sharp, pixels), (soft, soft_pixels) = (make(seed, cluster=c, height=512, width=384) for c in (True, False))
+    assert [lesion.kind for lesion in sharp.lesions] == ["cluster"]
+    assert not soft.lesions
+    assert sharp.normal_masses == soft.normal_masses
+    top, bottom, left, right = sharp.lesions[0].box
+    difference = pixels.astype(np.float64) - soft_pixels
     inside = difference[top:bottom, left:right].copy()
     difference[top:bottom, left:right] = 0
     assert not difference.any()  # the same breast around it
@@ -57,14 +63,14 @@ def test_cluster_is_specks_and_vanishes_at_low_resolution(seed: int) -> None:
     # do; averaged over 8 x 8 pixels they leave less than the texture has.
     specks = inside > 400
     assert 8 <= specks.sum() <= 20 * 9
-    texture = blocks(soft.pixels[100:400, 20:200], 8).std()
+    texture = blocks(soft_pixels[100:400, 20:200], 8).std()
     assert np.abs(blocks(inside, 8)).max() < 0.5 * texture
 
 
 def test_tissue_has_a_power_law_spectrum() -> None:
     slopes = []
     for seed in range(4):
-        pixels = make_array(seed, cluster=False).pixels[300:684, 20:404].astype(np.float64)
+        pixels = make(seed, cluster=False)[1][300:684, 20:404].astype(np.float64)
         window = np.hanning(384)[:, None] * np.hanning(384)[None, :]
         power = np.abs(np.fft.fft2((pixels - pixels.mean()) * window)) ** 2
         frequency = np.hypot(np.fft.fftfreq(384)[:, None], np.fft.fftfreq(384)[None, :])
@@ -92,7 +98,7 @@ def test_files_are_mammograms_and_read_back(table: Path) -> None:
         assert info.patient_id == record.patient_id
         assert info.is_mammogram
         assert info.spacing == (0.1, 0.1)
-        phantom = make_array(
+        phantom, pixels = make(
             (3, 2, number // 2, number % 2),
             cluster=bool(record.label),
             height=640,
@@ -100,7 +106,7 @@ def test_files_are_mammograms_and_read_back(table: Path) -> None:
             view=str(record.view),
         )
         source = open_pixels(record.path)
-        expected = (phantom.pixels / 4095).astype(np.float32)
+        expected = (pixels / 4095).astype(np.float32)
         np.testing.assert_array_equal(source.read(0, 640, 0, 480)[0].numpy(), expected)
         ds = dcmread(record.path)
         # What dciodvfy of dicom3tools demands of a mammogram.
@@ -111,9 +117,9 @@ def test_files_are_mammograms_and_read_back(table: Path) -> None:
         assert ds.ViewCodeSequence[0].ViewModifierCodeSequence == ds.AcquisitionContextSequence == []
         assert "PatientIdentityRemoved" not in ds  # or it needs a DeidentificationMethod
         stored = ds.pixel_array
-        np.testing.assert_array_equal(stored if record.laterality == "L" else stored[:, ::-1], phantom.pixels)
+        np.testing.assert_array_equal(stored if record.laterality == "L" else stored[:, ::-1], pixels)
         box = record.extra["cluster"]
-        assert box == ("" if phantom.cluster is None else " ".join(map(str, phantom.cluster)))
+        assert box == " ".join(str(side) for lesion in phantom.lesions for side in lesion.box)
 
 
 def test_table_is_split_by_patient_and_balanced(table: Path) -> None:
@@ -157,8 +163,8 @@ def test_label_shows_at_native_resolution_only(table: Path) -> None:
 
 def test_too_small_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="100 x 96"):
-        make_array(0, cluster=True, height=100, width=96)
-    make_array(0, cluster=True, height=128, width=96)
+        make(0, cluster=True, height=100, width=96)
+    make(0, cluster=True, height=128, width=96)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         write_phantoms(tmp_path / "file", patients=2, height=128, width=96)

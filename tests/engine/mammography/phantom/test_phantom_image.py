@@ -15,7 +15,7 @@ from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.phantom import LESIONS, PhantomImage, write_phantoms
 from gigamorph.engine.mammography.phantom import files as phantom_files
 from gigamorph.engine.mammography.phantom.files import write_dicom, write_tiff
-from gigamorph.engine.mammography.phantom.texture import normals, power_law
+from gigamorph.engine.mammography.phantom.image import normals, power_law
 
 HEIGHT, WIDTH = 300, 251
 IMAGE = PhantomImage(HEIGHT, WIDTH, seed=5, side=6, view="MLO", lesions=LESIONS, symmetry=0.7)

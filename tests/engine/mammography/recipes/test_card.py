@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gigamorph.engine.datasets.tables import Record
-from gigamorph.engine.mammography.recipes.card import recipe_card
+from gigamorph.engine.mammography.recipes.recipe import recipe_card
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
 from gigamorph.engine.train.target import Target
@@ -43,7 +43,7 @@ def test_settings_and_figures(tmp_path):
 
 def test_weights_are_told_by_their_published_names():
     """Of others only that they were given; where they are random, that."""
-    from gigamorph.engine.mammography.recipes.card import _describe
+    from gigamorph.engine.mammography.recipes.recipe import _describe
 
     assert _describe("weights", "/secret/resnet50-0676ba61.pth").startswith("resnet50-0676ba61.pth (https://")
     assert _describe("weights", "random") == "random, without pretraining"

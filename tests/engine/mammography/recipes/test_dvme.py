@@ -17,13 +17,10 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.mammography.recipes import default_text
+from gigamorph.engine.mammography.recipes.classify import Finetuning
 from gigamorph.engine.mammography.recipes.dvme import DvmeConfig, ExtractorConfig, train
-from gigamorph.engine.mammography.recipes.dvme.compare import folder
-from gigamorph.engine.mammography.recipes.dvme.extractors import Extractor, make_extractor
-from gigamorph.engine.mammography.recipes.dvme.head import DVMEHead, SelfAttention
-from gigamorph.engine.mammography.recipes.dvme.protocols import Linear, measure
-from gigamorph.engine.mammography.recipes.dvme.subsets import draw_subset
-from gigamorph.engine.mammography.recipes.finetuning import Finetuning
+from gigamorph.engine.mammography.recipes.dvme.compare import Linear, draw_subset, folder, measure
+from gigamorph.engine.mammography.recipes.dvme.network import DVMEHead, Extractor, SelfAttention, make_extractor
 from gigamorph.engine.mammography.recipes.tensors import TensorTask
 from gigamorph.engine.models.compat import make_torchvision_importable
 from gigamorph.engine.published.classifier import open_classifier

@@ -14,8 +14,16 @@ from gigamorph.engine.datasets.tables import Finding, Record
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.recipes.end2end.config import CLASSES, Config, Sampling
-from gigamorph.engine.mammography.recipes.end2end.images import ImagePatch, Patches, Window, lesions
-from gigamorph.engine.mammography.recipes.end2end.sampler import Lesion, Patch, breast_box, sample
+from gigamorph.engine.mammography.recipes.end2end.images import (
+    ImagePatch,
+    Lesion,
+    Patch,
+    Patches,
+    breast_box,
+    lesions,
+    sample,
+)
+from gigamorph.engine.mammography.recipes.sized import Window
 
 
 def share(mask, patch, side):

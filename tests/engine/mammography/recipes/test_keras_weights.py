@@ -13,9 +13,8 @@ from torch import nn
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.pixels import Normalize
 from gigamorph.engine.mammography.recipes.end2end.network import features
-from gigamorph.engine.mammography.recipes.keras_file import read_keras
-from gigamorph.engine.mammography.recipes.published_weights import PUBLISHED, keras_weights
-from gigamorph.engine.mammography.recipes.weights import find_weights, load_pretrained
+from gigamorph.engine.mammography.recipes.keras import read_keras
+from gigamorph.engine.mammography.recipes.weights import PUBLISHED, find_weights, keras_weights, load_pretrained
 from gigamorph.engine.models import create_model
 
 OLD, NEW = "resnet50_v1?eps=0.001&pool_padding=0", "resnet50_v1"

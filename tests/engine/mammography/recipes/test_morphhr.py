@@ -18,14 +18,18 @@ from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import as_stored, to_original
 from gigamorph.engine.mammography.data_sets.chestxray14 import FINDINGS
 from gigamorph.engine.mammography.phantom import PhantomImage
-from gigamorph.engine.mammography.recipes.classify import ClassifierTask, read_target
-from gigamorph.engine.mammography.recipes.evidence import select_examples
+from gigamorph.engine.mammography.recipes.classify import (
+    PLAIN,
+    ClassifierTask,
+    mirrorings,
+    read_target,
+    select_examples,
+)
 from gigamorph.engine.mammography.recipes.morphhr.config import Config
 from gigamorph.engine.mammography.recipes.morphhr.grow import grow, without_decay
 from gigamorph.engine.mammography.recipes.morphhr.images import WholeCells
 from gigamorph.engine.mammography.recipes.morphhr.synthetic import FACTOR, FAINT, HEIGHT, WIDTH, phantom
 from gigamorph.engine.mammography.recipes.morphhr.train import train
-from gigamorph.engine.mammography.recipes.tta import PLAIN, mirrorings
 from gigamorph.engine.models import create_model
 from gigamorph.engine.models.lesionnet import LesionNet
 from gigamorph.engine.morph.activation import PAct

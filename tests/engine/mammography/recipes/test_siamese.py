@@ -19,7 +19,7 @@ from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.mammography.recipes import default_text
 from gigamorph.engine.mammography.recipes.siamese import SiameseConfig, train
-from gigamorph.engine.mammography.recipes.siamese.byol import BYOLTask
+from gigamorph.engine.mammography.recipes.siamese.full_images import centres
 from gigamorph.engine.mammography.recipes.siamese.network import Embedding
 from gigamorph.engine.mammography.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.mammography.recipes.siamese.patches import (
@@ -29,9 +29,8 @@ from gigamorph.engine.mammography.recipes.siamese.patches import (
     sources_of,
     write_patches,
 )
-from gigamorph.engine.mammography.recipes.siamese.places import centres
 from gigamorph.engine.mammography.recipes.siamese.probe import probed
-from gigamorph.engine.mammography.recipes.siamese.simclr import SimCLRTask
+from gigamorph.engine.mammography.recipes.siamese.starts import BYOLTask, SimCLRTask
 from gigamorph.engine.mammography.recipes.siamese.task import SiameseTask
 from gigamorph.engine.train.run import Run
 
@@ -130,7 +129,7 @@ def test_patches_are_those_of_the_images_and_are_kept(table, tmp_path, monkeypat
     found = PatchPairs(files)
     assert len(found) == sum(len(file.cells) for file in files) and len(found.patients) == len(found)
     for index in np.random.default_rng(0).permutation(len(found)):
-        number, place = found.where(int(index))
+        number, place = found.places[index]
         top, left = files[number].cells[place]
         wanted = [s.read(top, top + 32, left, left + 32).numpy() for s in sources_of(pairs[number], SMALL)]
         np.testing.assert_allclose(found[int(index)], np.stack(wanted), rtol=0, atol=0.51 / 65535 / SMALL.std[0])

@@ -1,4 +1,4 @@
-"""siamese: patches of the next batch are read and varied while the networks compute, and it is the same training."""
+"""siamese: patches of the next batch are read while the networks compute, and it is the same training."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 from gigamorph.engine.mammography.recipes.siamese.config import SiameseConfig
 from gigamorph.engine.mammography.recipes.siamese.network import Embedding
-from gigamorph.engine.mammography.recipes.siamese.prefetch import Prefetcher
-from gigamorph.engine.mammography.recipes.siamese.simclr import SimCLRTask
+from gigamorph.engine.mammography.recipes.siamese.starts import SimCLRTask
 from gigamorph.engine.mammography.recipes.siamese.task import SiameseTask
+from gigamorph.engine.mammography.recipes.tensors import ReadAhead
 from gigamorph.engine.train.loop import run_stages
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
@@ -49,21 +49,14 @@ def test_it_is_the_training_of_one_that_reads_when_it_needs_to(made, tmp_path, m
     assert "gigamorph-patches" in read
     if made is None:  # SimCLR looks at some patches between epochs
         assert read == {"gigamorph-patches"}
-    monkeypatch.setattr(Prefetcher, "announce", lambda self, batch, seed: None)
+    monkeypatch.setattr(ReadAhead, "announce", lambda self, batch: None)
     plain, _ = trained(made, tmp_path / "plain")
     assert all(torch.equal(ahead[name], plain[name]) for name in plain)
 
 
-def test_a_batch_of_another_seed_is_varied_anew():
-    """As a batch that a process repeats while others have their last."""
-    drawn = Prefetcher(
-        lambda batch: torch.zeros(len(batch)), lambda x, own: x + torch.rand(len(x), generator=own), "cpu"
-    )
-    torch.manual_seed(1)
-    wanted = torch.rand(2), torch.rand(1)
-    for announced in (None, 1, 2):
-        if announced is not None:
-            drawn.announce([5, 6], announced)
-        torch.manual_seed(1)
-        assert torch.equal(drawn.varied([5, 6]), wanted[0]) and torch.equal(torch.rand(1), wanted[1])
-    assert [len(x) for x in drawn.plain([[1], [2, 3]])] == [1, 2] and list(drawn.plain([])) == []
+def test_batches_are_in_order_and_read_once():
+    read = []
+    ahead = ReadAhead(lambda batch: read.append(list(batch)) or list(batch))
+    ahead.announce([5, 6])
+    assert ahead.take([5, 6]) == [5, 6] and ahead.take([7]) == [7] and read == [[5, 6], [7]]
+    assert list(ahead.each([[1], [2, 3], [4]])) == [[1], [2, 3], [4]] and list(ahead.each([])) == []

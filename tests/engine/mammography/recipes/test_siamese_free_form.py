@@ -14,8 +14,13 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.phantom import PhantomImage
-from gigamorph.engine.mammography.recipes.siamese.free_form import FreeForm
-from gigamorph.engine.mammography.recipes.siamese.register import breast_mask, downsampled, register, resample_to
+from gigamorph.engine.mammography.recipes.siamese.register import (
+    FreeForm,
+    breast_mask,
+    downsampled,
+    register,
+    resample_to,
+)
 
 
 def form(seed=0, size=2.0):

@@ -15,13 +15,18 @@ from torch.nn import functional as F
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.mammography.recipes.siamese import train
-from gigamorph.engine.mammography.recipes.siamese.full_images import SCORES, classes_of, label_pairs, write_images
-from gigamorph.engine.mammography.recipes.siamese.judge import Judge
-from gigamorph.engine.mammography.recipes.siamese.mixture import Mixture
+from gigamorph.engine.mammography.recipes.siamese.full_images import (
+    SCORES,
+    classes_of,
+    label_pairs,
+    localisation,
+    localised,
+    write_images,
+)
+from gigamorph.engine.mammography.recipes.siamese.mixture import Judge, Mixture
 from gigamorph.engine.mammography.recipes.siamese.network import Embedding
 from gigamorph.engine.mammography.recipes.siamese.pairs import Pair, find_pairs
 from gigamorph.engine.mammography.recipes.siamese.patches import PatchPairs, write_patches
-from gigamorph.engine.mammography.recipes.siamese.places import localisation, localised
 from gigamorph.engine.train.run import Run
 
 CONFIG = replace(small_recipes.configs(1)["siamese"], maps=False, patch=16, stride=16)

@@ -11,12 +11,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.mammography.recipes.siamese.augment import cropped, jittered, mirrored
-from gigamorph.engine.mammography.recipes.siamese.byol import BYOLTask, byol_loss, tau_at, update_target
 from gigamorph.engine.mammography.recipes.siamese.config import SiameseConfig
 from gigamorph.engine.mammography.recipes.siamese.network import Embedding
-from gigamorph.engine.mammography.recipes.siamese.simclr import SimCLRTask, nt_xent
-from gigamorph.engine.mammography.recipes.siamese.starts import make_network, self_supervised
+from gigamorph.engine.mammography.recipes.siamese.patches import cropped, jittered, mirrored
+from gigamorph.engine.mammography.recipes.siamese.starts import (
+    BYOLTask,
+    SimCLRTask,
+    byol_loss,
+    make_network,
+    nt_xent,
+    self_supervised,
+    tau_at,
+    update_target,
+)
 from gigamorph.engine.models.compat import make_torchvision_importable
 from gigamorph.engine.train.run import Run
 

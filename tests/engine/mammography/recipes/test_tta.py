@@ -6,7 +6,7 @@ import torch
 
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.mammography.recipes.tta import averaged, mirrorings, predict
+from gigamorph.engine.mammography.recipes.classify import averaged, mirrorings, predict
 from gigamorph.engine.models import create_model
 
 

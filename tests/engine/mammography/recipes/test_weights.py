@@ -9,7 +9,7 @@ import torch
 from gigamorph.engine.datasets.tables import Record, write_table
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.mammography.recipes import RECIPES, get_recipe
-from gigamorph.engine.mammography.recipes.dvme.extractors import make_extractor
+from gigamorph.engine.mammography.recipes.dvme.network import make_extractor
 from gigamorph.engine.mammography.recipes.end2end.network import features
 from gigamorph.engine.mammography.recipes.weights import PUBLISHED, check_inputs, find_weights, load_pretrained
 from gigamorph.engine.models import create_model
