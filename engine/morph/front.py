@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +28,11 @@ from .example import as_inputs
 from .front_layers import Filters, add_zero_columns, downsampler, folded, prime_factors, residual, stages
 from .other_sizes import other_inputs
 from .report import Report
-from .running import eval_mode, failures, output_tensors
 from .stem import Stem, View, find_stem, view
 from .step import Step
 from .stock import as_given, stock
 from .tensors import as_ordered
-from .verify import OtherFunction, verified_report
+from .verify import OtherFunction, OtherShapes, verified_report
 
 MODES = ("fold", "stages", "residual", "keep")
 DOWNSAMPLERS = ("area", "bilinear", "antialias")
@@ -98,13 +96,19 @@ def front(
     stem = find_stem(model, example)
     large = example.repeat_interleave(r, 2).repeat_interleave(r, 3)
     asked = (example.shape[1], r, mode, downsample, filters, act, seed)
-    step = _fitting_step(model, stem, large, *asked)
+    step = plan_front(model, stem, *asked)
     try:
-        step, child, report = _grown(step, model, large, inplace)
-    except OtherFunction:  # the forward branches by the size of the image
+        child, report = _grown(step, model, large, inplace)
+    except (OtherFunction, OtherShapes) as error:  # it branches by the image's size, or upsamples to that size
+        if step.mode == "fold" and isinstance(error, OtherShapes):
+            raise MorphError(
+                "front: the network returns other shapes on the large image, probably because it upsamples to the "
+                "image's size; use mode='stages', 'residual' or 'keep', which put the front before the whole network"
+            ) from error
         if step.mode == "fold" or not step.at:
             raise
-        step, child, report = _grown(_before_all(model, stem, *asked), model, large, inplace)
+        step = plan_front(model, replace(stem, others=("the image's size",)), *asked)  # before the whole network
+        child, report = _grown(step, model, large, inplace)
     before = view(model, (1, example.shape[1], height // r, width // r), example)
     after = view(child, (1, example.shape[1], height, width), example)
     changes = [f"found: {stem}", *step.describe(child), f"before: {before}", f"after: {after}"]
@@ -115,49 +119,11 @@ def front(
     return as_given(child, given), FrontReport(**vars(report), stem=stem, before=before, after=after)
 
 
-def _grown(step: FrontStep, model: nn.Module, large: Tensor, inplace: bool) -> tuple[FrontStep, nn.Module, Report]:
+def _grown(step: FrontStep, model: nn.Module, large: Tensor, inplace: bool) -> tuple[nn.Module, Report]:
     if inplace and not (step.at and step.at[0]):
         raise MorphError("this front wraps the whole network, which cannot be done in place; use inplace=False")
     child = step.repeat(duplicate(model))
-    return step, child, _verified(step, model, child, large)
-
-
-def _before_all(model: nn.Module, stem: Stem, *asked: Any) -> FrontStep:
-    """Plan a front before the whole network, which then only gets images of the small size."""
-    return plan_front(model, replace(stem, others=("the image's size",)), *asked)
-
-
-def _fitting_step(model: nn.Module, stem: Stem, large: Tensor, *asked: Any) -> FrontStep:
-    """Plan the front before the stem, or before the whole network if its output shapes depend on the image's size.
-
-    For example, a segmentation network that upsamples its result to the image's size must get the shrunk image.
-
-    Args:
-        model: the network.
-        stem: its stem.
-        large: an image batch of the child.
-        asked: further arguments of `plan_front`.
-    """
-    step = plan_front(model, stem, *asked)
-    if _gives_the_same_shapes(model, step, large):
-        return step
-    if step.mode == "fold":
-        raise MorphError(
-            "front: the network returns other shapes on the large image, probably because it upsamples to the image's "
-            "size; use mode='stages', 'residual' or 'keep', which put the front before the whole network"
-        )
-    return _before_all(model, stem, *asked)
-
-
-def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> bool:
-    """Return whether the child on the large image and the parent on the shrunk image return the same shapes."""
-    shapes = []
-    small = downsampler(step.downsample, step.r)(large.float())
-    for network, image in ((model, small), (step.repeat(duplicate(model)), large)):
-        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), image.dtype)
-        with eval_mode(network), torch.no_grad(), failures("the network cannot be run on an image of that size"):
-            shapes.append([tuple(t.shape) for t in output_tensors(network(image.to(dtype, copy=True)))])
-    return shapes[0] == shapes[1]
+    return child, _verified(step, model, child, large)
 
 
 def _verified(step: FrontStep, model: nn.Module, child: nn.Module, large: Tensor) -> Report:

@@ -64,14 +64,15 @@ class NetworkRuns:
         inputs: the inputs in eval mode.
     """
 
-    def __init__(self, model: nn.Module, who: str, outputs: Callable[[Any], Any] | None) -> None:
-        self.model, self.who, self.outputs = model, who, outputs
+    inputs: Inputs
+
+    def __init__(self, model: nn.Module, who: str) -> None:
+        self.model, self.who = model, who
         self.runs: Runs = {}
         self.shapes: list[tuple[int, ...]] = []
         self.flops = 0
         self.trained_on: Inputs | None = None
         self.untrained = ""
-        self.inputs: Inputs | None = None
         self.works: dict[torch.dtype, nn.Module] = {}
 
     def run(self, inputs: Inputs, train: Inputs | Callable[[int, int], Inputs] | None, seed: int = 0) -> None:
@@ -113,18 +114,13 @@ class NetworkRuns:
         with torch.no_grad(), torch.random.fork_rng([]), full_precision():
             return self._call(self.works[dtype], inputs, dtype, False)
 
-    def run_eval_after_training(self) -> list[Tensor]:
-        """Run eval mode on the same inputs in float64, with the running statistics after train mode."""
-        assert self.inputs is not None
-        return self.run_eval(self.inputs, torch.float64)
-
     def _train(self, work: nn.Module, train: Inputs, dtype: torch.dtype, short: str) -> None:
-        self.trained_on = train
         with NoDropout():
             try:
                 self.runs[f"{short} train"] = self._call(work, train, dtype, True)
+                self.trained_on = train
             except MorphError as error:
-                self.untrained = str(error)
+                self.untrained, self.trained_on = str(error), None
 
     def _call(self, work: nn.Module, inputs: Inputs, dtype: torch.dtype, training: bool) -> list[Tensor]:
         torch.manual_seed(0)
@@ -134,7 +130,6 @@ class NetworkRuns:
         given = inputs.to(dtype)
         with failures(f"{self.who} cannot be run in {mode} mode"), in_dtype(dtype):
             result = inputs.call(work, given)
-            result = self.outputs(result) if self.outputs else result
         return [t.detach().double() for t in output_tensors(result)]
 
     def finite(self) -> bool:

@@ -37,7 +37,8 @@ class Step:
     @property
     def where(self) -> tuple[str, ...]:
         """Paths of the modules that it changes, if it names them."""
-        return ()
+        path = getattr(self, "path", None)
+        return getattr(self, "paths", ()) if path is None else (path,)
 
     def repeat(self, model: nn.Module) -> nn.Module:
         """Return the grown network, which may be `model` itself; its weights do not matter and may be meta tensors."""
@@ -67,20 +68,12 @@ class EditAt(Edit):
 
     path: str
 
-    @property
-    def where(self) -> tuple[str, ...]:
-        return (self.path,)
-
 
 @dataclass(frozen=True)
 class EditAll(Edit):
     """The same edit of several modules."""
 
     paths: tuple[str, ...]
-
-    @property
-    def where(self) -> tuple[str, ...]:
-        return self.paths
 
 
 def check_seed(seed: int) -> None:
