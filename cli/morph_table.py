@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..engine.morph.planner import Growth, cells, where
+from ..engine.morph.planner import Growth, cells
 from ..engine.morph.report import Report
 from .table import print_whole
 
@@ -50,6 +50,6 @@ def show_growth(growth: Growth, console: Console | None = None) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("members", overflow="fold")
     for row in growth.rows:
-        text = where(row).replace("[", r"\[")
+        text = str(row.space).replace("[", r"\[")
         table.add_row(*cells(row), text, style="dim" if row.cost is None else "")
     console.print(table)

@@ -20,7 +20,7 @@ def pretrained_state(name: str) -> dict[str, Tensor]:
     Raises:
         DataError: they cannot be downloaded. GigamorphError: timm is not installed.
     """
-    timm, spec = _timm(name), Spec.parse(name)
+    timm, spec = import_timm(name), Spec.parse(name)
     if ":" in spec.name:
         raise GigamorphError(f"{name}: is not a timm network, whose names have no colon; use a file or folder")
     try:
@@ -38,7 +38,7 @@ def pretrained_scale(name: str) -> tuple[list[float], list[float]]:
     Raises:
         GigamorphError: timm is not installed, or has no such network.
     """
-    timm, spec = _timm(name), Spec.parse(name)
+    timm, spec = import_timm(name), Spec.parse(name)
     try:
         found = timm.models.get_pretrained_cfg(spec.name)
         if found is None:
@@ -48,10 +48,18 @@ def pretrained_scale(name: str) -> tuple[list[float], list[float]]:
         raise GigamorphError(f"{name}: timm has no pretrained weights for it: {first_line(error)}") from error
 
 
-def _timm(name: str) -> Any:
+def import_timm(name: str) -> Any:
+    """Import timm for a network; `name` names it in the message.
+
+    Raises:
+        GigamorphError: timm cannot be imported.
+    """
     make_torchvision_importable()
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
-        raise GigamorphError(f"{name} needs timm, which cannot be imported ({first_line(error)})") from error
+        raise GigamorphError(
+            f"{name} needs timm, which cannot be imported ({first_line(error)}); pip install timm, with the "
+            "torchvision build that matches torch"
+        ) from error
     return timm

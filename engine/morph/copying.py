@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import ItemsView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from typing import Any
 
 import torch
@@ -62,10 +62,20 @@ def _copies(value: Any, memo: dict[int, Any]) -> bool:
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast a model in place like `model.to(dtype)`, including tensors in plain attributes."""
-    model.to(dtype)
+    return change_attributes(model.to(dtype), lambda value: _cast(value, dtype))
+
+
+def change_attributes(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Replace the tensors in plain attributes of all modules in place, and return the model."""
     for module in model.modules():
-        _cast_attributes(module, dtype)
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(module, key, change(value))
     return model
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def view_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -74,14 +84,14 @@ def view_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Everything else is copied, so a forward may change it. Only the parameters in use are in memory twice.
     """
     work = duplicate(model, {id(p): p for p in model.parameters()})
+    change_attributes(work, lambda value: _cast(value, dtype))
     for module in work.modules():
         if isinstance(module, torch.jit.ScriptModule):  # its copy has its own parameters, which only TorchScript reads
             module.to(dtype)
             continue
         for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[key] = buffer.to(dtype)
-        _cast_attributes(module, dtype)
+            if buffer is not None:
+                module._buffers[key] = _cast(buffer, dtype)
         casting = _CastParameters(module._parameters, dtype)
         if isinstance(module, nn.RNNBase):  # stores a separate list of its weights
             for key, p in casting.items():
@@ -90,12 +100,6 @@ def view_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         elif casting:
             module.__dict__["_parameters"] = casting
     return work
-
-
-def _cast_attributes(module: nn.Module, dtype: torch.dtype) -> None:
-    for key, value in vars(module).items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            setattr(module, key, value.to(dtype))
 
 
 class _CastParameters(dict[str, Any]):

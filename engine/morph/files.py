@@ -18,14 +18,13 @@ from ..errors import MorphError
 from ..models import build_model
 from ..models.folder import is_folder, read_description
 from ..models.registry import open_checked
-from .copying import cast, duplicate
+from ..models.weights import differences
 from .front import FrontStep
 from .front_layers import downsampler
-from .head import HeadStep, OldOutputs, SplitClassStep
+from .head import HeadStep, OldOutputs, SplitClassStep, outputs_on
 from .inputs import InputsStep, Mix
 from .recipe import Recipe, apply
 from .report import Difference, Report
-from .running import failures, output_tensors
 from .step import Step
 from .store import SafetensorsFile, atomic, read_state, read_torch, write_state
 from .verify import FLOAT64_LIMIT, NOISE_RATIO, compare
@@ -207,27 +206,14 @@ def _heads(parent: nn.Module, child: nn.Module, steps: Sequence[Step], example: 
         return parent, child
     split = any(isinstance(step, SplitClassStep) for step in heads)
     softmax = split or any(step.kind == "softmax" for step in heads if isinstance(step, HeadStep))
-    work = cast(duplicate(parent), torch.float32).eval()
-    with torch.no_grad(), failures("the first network cannot be run"):
-        width = output_tensors(work(example.float()))[0].shape[1]
+    width = outputs_on(parent, example)[0].shape[1]
     undo: list[tuple[int, int | None]] = []
     for step in heads:
         parts = isinstance(step, SplitClassStep)
         undo.append((width, step.index if parts else None))
         width = width + len(step.shares) - 1 if parts else step.outputs
-    one, other = (OldOutputs(_First(n), [1], [u], softmax, split) for n, u in ((parent, []), (child, undo[::-1])))
+    one, other = (OldOutputs(n, [1], [u], softmax, split) for n, u in ((parent, []), (child, undo[::-1])))
     return one, other
-
-
-class _First(nn.Module):
-    """Network that returns only its first tensor (N, classes, ...)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return output_tensors(self.network(x))[0]
 
 
 def _weights_path(path: Path) -> Path:
@@ -281,17 +267,9 @@ def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Load all weights in the dtype of the file; BatchNorm's counter may be missing, as in older files."""
     own = network.state_dict()
     state |= {n: t for n, t in own.items() if n not in state and n.endswith("num_batches_tracked")}
-    problems = [f"'{name}' is missing" for name in own if name not in state]
-    problems += [f"'{name}' is not in the network" for name in state if name not in own]
-    problems += [
-        f"'{name}' is {tuple(value.shape)}, the network has {tuple(own[name].shape)}"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problems := differences(own, state):
         raise MorphError(
-            f"the weights do not fit the network: {problems[0]}{more}; give the model, classes and channels of the "
+            f"the weights do not fit the network: {'; '.join(problems)}; give the model, classes and channels of the "
             "original network, and put its recipe in the same folder"
         )
     try:

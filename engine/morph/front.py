@@ -31,6 +31,7 @@ from .report import Report
 from .stem import Stem, View, find_stem, view
 from .step import Step
 from .stock import as_given, stock
+from .surgery import replace as replace_module
 from .tensors import as_ordered
 from .verify import OtherFunction, OtherShapes, verified_report
 
@@ -166,7 +167,7 @@ class FrontStep(Step, op="front"):
         if self.mode == "fold":
             for path in self.at:
                 conv = _conv_at(model, path)
-                model = _replace(model, conv, folded(conv, self.r, self.downsample))
+                model = _replace(model, path, folded(conv, self.r, self.downsample))
             return model
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         layers = as_ordered(self._layers(like), model)
@@ -176,9 +177,8 @@ class FrontStep(Step, op="front"):
             whole.training = model.training
             return whole
         conv = _conv_at(model, self.at[0])
-        pair = nn.Sequential(OrderedDict(front=layers, conv=conv))
-        pair.training = conv.training
-        child = _replace(model, conv, pair)
+        pair = nn.Sequential(OrderedDict(front=layers, conv=conv)).train(conv.training)
+        child = _replace(model, self.at[0], pair)
         if self.extra > 0:
             add_zero_columns(conv, self.extra)
         return child
@@ -300,12 +300,9 @@ def _conv_at(model: nn.Module, path: str) -> nn.Conv2d:
     return conv
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Replace `old` by `new` under all names that it has."""
-    if model is old:
+def _replace(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """Replace the module at `path`, which may be the model itself."""
+    if not path:
         return new
-    for module in [m for m in model.modules() if m is not new]:
-        for name, part in module._modules.items():
-            if part is old:
-                module._modules[name] = new
+    replace_module(model, path, new)
     return model

@@ -18,8 +18,7 @@ from ..errors import MorphError
 from ..torch_private import TorchDispatchMode
 from .copying import view_in_dtype
 from .example import Inputs
-from .precision import full_precision, in_dtype
-from .running import failures, output_tensors
+from .running import failures, full_precision, in_dtype, output_tensors
 
 log = logging.getLogger("gigamorph.morph")
 

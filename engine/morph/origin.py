@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import DataError, MorphError
 from ..models import build_model
+from ..models.registry import head_prefix
 from .files import SUFFIXES, read_weights, recipe_of
 from .head import HeadStep, SplitClassStep
 from .inputs import InputsStep
@@ -45,7 +46,7 @@ class Origin:
         if inputs and inputs[-1].channels != channels:
             raise DataError(f"{weights}: its network takes images of {inputs[-1].channels} channels, not {channels}")
         began = len(inputs[0].matrix) if inputs else channels
-        head = _last_weight(build_model(spec, 2, began)).removesuffix("weight")
+        head = head_prefix(build_model(spec, 2, began).state_dict())
         rows = {t.shape[0] for name, t in read_weights(weights).items() if name.startswith(head) and t.ndim >= 2}
         heads = any(isinstance(m.step, HeadStep | SplitClassStep) for m in recipe.morphs)
         for classes in range(1, max(rows, default=1) + 1) if heads else sorted(rows):
@@ -90,13 +91,8 @@ def create_grown(spec: str, classes: int, channels: int) -> nn.Module:
     return network
 
 
-def _last_weight(network: nn.Module) -> str:
-    """Return the name of the weight of the last layer, the classifier."""
-    return [name for name, p in network.named_parameters() if name.endswith("weight") and p.ndim >= 2][-1]
-
-
 def _set_outputs(network: nn.Module, classes: int) -> None:
-    path = _last_weight(network).removesuffix(".weight")
+    path = head_prefix(network.state_dict()).removesuffix(".")
     head = network.get_submodule(path)
     if isinstance(head, nn.Linear) and head.out_features != classes:
         network.set_submodule(path, nn.Linear(head.in_features, classes, head.bias is not None))

@@ -1,4 +1,7 @@
-"""Helpers to run a network: its output tensors, eval mode, and errors in one line."""
+"""Helpers to run a network: its output tensors, eval mode, errors in one line, and exact arithmetic for checks.
+
+That arithmetic has no TF32 and no autocast, and is in float64 where a forward requests float32 by name.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import GigamorphError, MorphError
-from ..torch_private import tree_flatten
+from ..torch_private import TorchDispatchMode, tree_flatten
 
 
 def output_leaves(result: Any) -> list[Any]:
@@ -86,3 +90,49 @@ def failures(what: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its class name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Disable TF32, autocast and similar settings; a Dirac convolution in TF32 would round its input to 10 bits."""
+    backends: Any = torch.backends
+    settings = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [s.fp32_precision for s in settings]
+    try:
+        for s in settings:
+            s.fp32_precision = "ieee"
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for s, old in zip(settings, before, strict=True):
+            s.fp32_precision = old
+
+
+@contextmanager
+def in_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Let a network that was cast to float64 create and cast to float64 where its forward requests float32.
+
+    This covers `x.float() / 255`, `torch.zeros(...)` and `dtype=torch.float32`. Other dtypes change nothing.
+    """
+    if dtype is not torch.float64:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubles():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Doubles(TorchDispatchMode):
+    """Dispatch mode, because a function mode would disable PyTorch's fast paths."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        if func is torch.ops.aten.lift_fresh.default and args[0].dtype == torch.float32:  # torch.tensor(an array)
+            return args[0].double()
+        return func(*args, **kwargs)

@@ -313,11 +313,6 @@ def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool, ax
     return Site(channels, dims if first else 0, result.ndim, result.numel() // channels)
 
 
-def conv_class(dims: int) -> type[nn.Module]:
-    """Return the layer class for `dims` image axes: Linear, Conv1d, Conv2d or Conv3d."""
-    return (nn.Linear, *CONVS)[dims]
-
-
 def spatial(value: int | Iterable[int], dims: int, name: str) -> tuple[int, ...]:
     """Expand one number, or one number per image axis, to a tuple of `dims` numbers."""
     values = tuple(value) if isinstance(value, Iterable) else (value,) * dims

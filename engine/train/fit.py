@@ -15,8 +15,7 @@ from ... import kernels
 from ...kernels import winograd
 from ..accelerate import Accelerated
 from ..errors import DataError
-from ..models.classifier import check_classifier
-from ..models.segmenter import check_segmenter
+from ..models.classifier import check_classifier, check_segmenter
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from ..torch_private import BatchNorm

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DataError
-from ...models.resnet_v1 import EPS, OLD_EPS
+from ...models.resnet import EPS, OLD_EPS
 from .keras_file import Array, read_keras
 
 _OLD = re.compile(r"(res|bn)([2-5])([a-z])_branch(1|2a|2b|2c)")
