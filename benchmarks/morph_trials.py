@@ -22,8 +22,8 @@ from gigamorph.engine.morph import decompose as dec
 from gigamorph.engine.morph import deepen, front, inputs, kernel_size
 from gigamorph.engine.morph import merge as mer
 from gigamorph.engine.morph import widen as wid
-from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import Spaces, find_spaces
+from gigamorph.engine.morph.step import Report
 
 
 @dataclass

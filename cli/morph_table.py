@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..engine.morph.planner import Growth, cells
-from ..engine.morph.report import Report
+from ..engine.morph.step import Report
 from .table import print_whole
 
 

@@ -8,6 +8,6 @@ A morph builds a child from a parent, checks it (`verify`) and reports its `step
 - Local morphs (`surgery`): `deepen`, `activation`, `decompose`, `kernel_size`, `inputs`, `head`; and `front`.
 - Calling a network: `example` (arguments), `copying` (deep copies, views in another dtype), `running`, `stock`
   (accelerated networks).
-- After growing: `origin` finds the network that a grown file began as, `optimizer` maps the training state, `files` and
-  `store` save networks, `planner` computes costs.
+- After growing: `optimizer` maps the training state, `files` and `store` save networks and find the one that a grown
+  file began as, `planner` computes costs.
 """

@@ -28,8 +28,7 @@ from .activation import PAct, activation, paired
 from .deepen import dirac, layer, layer_name
 from .example import Example
 from .kernel_size import numeric_padding, pad_kernel, set_padding
-from .report import Report
-from .step import EditAt
+from .step import EditAt, Report
 from .surgery import CONVS, cast_like, follow, morphed, plain, replace, site, spatial
 
 METHODS = ("orthogonal", "stable")
@@ -74,10 +73,9 @@ def decompose(
         MorphError: the module is not a plain layer, `middle` is too small, the sizes do not fit, or padding="same" is
             uneven.
     """
-    if method not in METHODS or between not in BETWEEN:
-        raise MorphError(f"unknown method {method!r} or between {between!r}; choose from {METHODS} and from {BETWEEN}")
-    if act is not None:
-        activation(act) if between == "pact" else paired(act)
+    if method not in METHODS:
+        raise MorphError(f"unknown method {method!r}; choose from {METHODS}")
+    _check_act(act, between)
     step = DecomposeStep(path, _sizes(kernels), middle, act, between, seed, method)
     scaled = act is not None and between == "pair" and paired(act)[1] != 1
     return morphed(model, step, example, inplace=inplace, rounded=method == "orthogonal" or scaled)
@@ -100,12 +98,17 @@ def insert_module(
     This is the residual module of Modularized Morphing (Wei et al. 2017). It splits the identity into two halves
     (TYPE-II), and one of them into two convolutions (TYPE-I). Arguments and errors are those of `decompose`.
     """
-    if between not in BETWEEN:
-        raise MorphError(f"unknown between {between!r}; choose from {BETWEEN}")
-    activation(act) if between == "pact" else paired(act)
+    _check_act(act, between)
     at = site(model, path, example)
     step = ModuleStep(path, _sizes(kernels), middle, act, between, seed, at.channels, at.dims)
     return morphed(model, step, example, inplace=inplace, rounded=True)
+
+
+def _check_act(act: str | None, between: str) -> None:
+    if between not in BETWEEN:
+        raise MorphError(f"unknown between {between!r}; choose from {BETWEEN}")
+    if act is not None:
+        activation(act) if between == "pact" else paired(act)
 
 
 def split_parallel(

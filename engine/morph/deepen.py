@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from .activation import PAct, activation, paired
 from .example import Example
-from .report import Report
-from .step import EditAt
+from .step import EditAt, Report
 from .surgery import BATCH_NORMS, CONVS, Site, cast_like, follow, module_at, morphed, site, spatial
 
 

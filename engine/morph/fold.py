@@ -17,13 +17,12 @@ from ..errors import MorphError
 from .attributes import follow_head, get_int, set_int
 from .child_check import run_child
 from .copies import ParameterMap, make_plan
-from .copying import duplicate
+from .copying import Shapes, duplicate, fill, named_tensors, resized
 from .parent_run import Axis
-from .report import Certificate
 from .spaces import Space, Spaces, find_spaces, resize_attributes, skeleton
 from .splits import by_copies, exact_sum
+from .step import Certificate
 from .surgery import CONVS
-from .tensors import Shapes, fill, named_tensors, resized
 from .tracer import Fault, Mismatch
 
 Folds = dict[str, tuple[int, ...]]  # space key -> the first equal unit of each of its units

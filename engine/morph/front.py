@@ -23,16 +23,14 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
-from .copying import cast, duplicate
+from .copying import as_ordered, cast, duplicate
 from .example import as_inputs
 from .front_layers import Filters, add_zero_columns, downsampler, folded, prime_factors, residual, stages
 from .other_sizes import other_inputs
-from .report import Report
 from .stem import Stem, View, find_stem, view
-from .step import Step
+from .step import Report, Step
 from .stock import as_given, stock
 from .surgery import replace as replace_module
-from .tensors import as_ordered
 from .verify import OtherFunction, OtherShapes, verified_report
 
 MODES = ("fold", "stages", "residual", "keep")

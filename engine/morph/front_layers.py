@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .activation import PAct, activation
-from .tensors import channels_last
+from .copying import channels_last
 
 
 class Resize(nn.Module):

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from .copying import cast, duplicate
 from .example import Example, as_inputs
-from .report import Report
 from .running import failures, output_tensors
-from .step import EditAt
+from .step import EditAt, Report
 from .stock import stock
 from .surgery import CONVS, morphed, plain
 from .verify import OtherFunction

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MorphError
-from .report import Report
 from .running import eval_mode, failures
-from .step import EditAll
+from .step import EditAll, Report
 from .surgery import CONVS, morphed, plain, replace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import MorphError
 from .example import Example
-from .report import Report
-from .step import EditAll
+from .step import EditAll, Report
 from .surgery import CONVS, TRANSPOSED, morphed, plain, replace, spatial
 
 Taps = list[tuple[int, int]]  # number of zeros before and after the old taps, per image axis

@@ -21,9 +21,8 @@ from .copying import cast, duplicate
 from .example import Example, Inputs, as_inputs, stand_ins
 from .fold import Folds, Units, find_ties, fold, width_after_fold
 from .other_sizes import other_inputs
-from .report import Certificate, Report
 from .spaces import GROUPS, Spaces, find_spaces
-from .step import Step
+from .step import Certificate, Report, Step
 from .stock import as_given, stock
 from .tracer import Mismatch
 from .verify import verified_report

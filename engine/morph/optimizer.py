@@ -30,10 +30,9 @@ from .copying import duplicate
 from .labels import along
 from .lookup import FREE
 from .merge import MergeStep
-from .report import Report
 from .running import failures
 from .splits import by_copies, kraft_lengths
-from .step import Step
+from .step import Report, Step
 from .stock import stock
 from .verify import require_equal
 from .widen import WidenStep
@@ -128,7 +127,7 @@ def grow_optimizer(
         for factors, members in (made or {_RateFactors(): []}).items():
             groups.append(_scaled(group, factors) | {"params": members})
             origin.append(group)
-    _add_new(growth, parent, groups, origin)
+    _add_new(growth, names, groups, origin)
     return _construct(optimizer, groups, growth.targets, state)
 
 
@@ -324,7 +323,7 @@ def _scaled(group: Mapping[str, Any], factors: _RateFactors) -> dict[str, Any]:
 
 def _add_new(
     growth: _ParameterMapping,
-    parent: nn.Module,
+    names: Mapping[int, str],
     groups: list[dict[str, Any]],
     origin: list[dict[str, Any]],
 ) -> None:
@@ -334,7 +333,6 @@ def _add_new(
     that one. A new parameter belongs to the group of the nearest trained one of its kind, so that it gets the rates of
     its part of the network.
     """
-    names = {id(p): name for name, p in parent.named_parameters()}
     trained = {names[id(p)]: (p, group) for group, old in zip(groups, origin, strict=True) for p in old["params"]}
     heirs = set(growth.heirs.values())
     for name, p in growth.targets.items():

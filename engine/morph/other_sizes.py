@@ -21,11 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import MorphError
 from ..torch_private import tree_map
-from .copying import cast, duplicate
+from .copying import cast, duplicate, named_tensors, of_kind
 from .example import Inputs
 from .families import op_name, reads_no_values
 from .running import eval_mode
-from .tensors import named_tensors, of_kind
 from .tracer import module_paths
 
 log = logging.getLogger("gigamorph.morph")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import families
 from .atoms import FIXED, Atoms, Borders
+from .copying import named_tensors
 from .labels import Label, along, compact, essential, known_atoms, no_atoms, row_vids, varies
 from .lookup import Bags, Join, Rows, Table
 from .primitives import (
@@ -30,7 +31,6 @@ from .primitives import (
     Shape,
     ValueRecord,
 )
-from .tensors import named_tensors
 from .tracer import Tracer
 
 Axis = tuple[str, int]  # parameter or buffer name, axis

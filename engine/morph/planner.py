@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import MorphError
 from ..tiling.memory import format_bytes
 from ..torch_private import DataDependentOutputException
+from .copying import fill
 from .running import failures
 from .spaces import Space, Spaces, find_spaces
 from .stem import activation_bytes
-from .tensors import fill
 from .tracer import Fault
 from .verify import count_parameters
 from .widen import Counts, check_counts, choose_counts

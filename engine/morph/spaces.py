@@ -21,14 +21,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..errors import MorphError
 from .child_check import run_child
 from .copies import Copies, ParameterMap, Plan, make_plan
-from .copying import change_attributes, duplicate
+from .copying import change_attributes, duplicate, fill, named_tensors, of_kind, resized
 from .example import Inputs, as_inputs
 from .labels import Label, no_atoms
 from .lookup import Table
 from .parent_run import Axis, ParentRun
 from .running import first_line, output_leaves
 from .stock import stock
-from .tensors import fill, named_tensors, of_kind, resized
 from .tracer import Mismatch
 
 log = logging.getLogger("gigamorph.morph")

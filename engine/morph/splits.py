@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import MorphError
 from .lookup import FREE
-from .report import Certificate
+from .step import Certificate
 
 SPLITS = ("sterbenz", "kraft")
 BLOCK = 1 << 16  # number of weights per block

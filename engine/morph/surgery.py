@@ -17,16 +17,13 @@ from torch.nn.utils import parametrize
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
-from .copying import cast, duplicate
+from .copying import as_ordered, cast, duplicate, named_tensors
 from .example import Example, Inputs, as_inputs
 from .labels import varies
-from .network_runs import distance, has_fast_path
-from .report import Report
-from .running import failures, output_tensors
+from .running import distance, failures, has_fast_path, output_tensors
 from .spaces import labelled_run
-from .step import Edit
+from .step import Edit, Report
 from .stock import as_given, stock
-from .tensors import as_ordered, named_tensors
 from .verify import verified_report
 
 Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]

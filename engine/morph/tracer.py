@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import MorphError
 from ..torch_private import tree_flatten, tree_unflatten, without_torch_functions
 from . import families
+from .copying import named_tensors
 from .example import Inputs
 from .families import custom_name, op_name, reads_no_values
 from .labels import Label, no_atoms
@@ -28,7 +29,6 @@ from .lookup import Table
 from .op_rules import Call, moved_labels, output_labels, pad_value
 from .primitives import Entry, Primitives
 from .running import eval_mode, first_line, in_dtype
-from .tensors import named_tensors
 
 _STORES = ("_parameters", "_buffers", "_modules")
 

@@ -11,18 +11,17 @@ float64, because only the order of the sums changes. No morph may promise bit eq
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..errors import MorphError
+from .copying import named_tensors
 from .example import Example, Inputs, as_inputs
-from .network_runs import NetworkRuns, distance
 from .other_sizes import Others, other_inputs
-from .report import FLOAT64_ROUNDOFF, Certificate, Difference, Report, worst
-from .step import Step
-from .tensors import named_tensors
+from .running import NetworkRuns, distance
+from .step import FLOAT64_ROUNDOFF, Certificate, Difference, Report, Step, worst
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # limit of the float32 difference over the parent's own rounding noise
@@ -53,7 +52,7 @@ def compare(parent: nn.Module, child: nn.Module, example: Example) -> Difference
     Raises:
         MorphError: the results have different structures or shapes, or a network cannot be run.
     """
-    return _check(parent, child, example).difference
+    return _check(parent, child, example)[0]
 
 
 def require_equal(parent: nn.Module, child: nn.Module, example: Example) -> Difference:
@@ -86,28 +85,18 @@ def verified_report(
         raise MorphError(f"{step.op}: {certificate}; the original is unchanged, report this")
     if others is None:
         others = other_inputs(parent, as_inputs(example)) | other_inputs(child, as_inputs(example))
-    found = _check(parent, child, example, seed, compare_train, others)
-    if math.isnan(found.difference.float64):
+    difference, own, other, sizes = _check(parent, child, example, seed, compare_train, others)
+    if math.isnan(difference.float64):
         _refuse_not_finite(parent)
-    _require(found.difference, train)
+    _require(difference, train)
     parameters = (count_parameters(parent), count_parameters(child))
-    lines = [*(changes or []), *([f"train mode was not compared: {found.untrained}"] if found.untrained else [])]
-    return Report(step, found.difference, parameters, found.flops, lines, certificate, found.sizes)
+    lines = [*(changes or []), *([f"train mode was not compared: {own.untrained}"] if own.untrained else [])]
+    return Report(step, difference, parameters, (own.flops, other.flops), lines, certificate, sizes)
 
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters())
-
-
-@dataclass
-class _Found:
-    """Result of a comparison: difference, FLOPs of parent and child, why train mode was skipped, and other inputs."""
-
-    difference: Difference
-    flops: tuple[int, int]
-    untrained: str
-    sizes: tuple[str, ...]
 
 
 def _check(
@@ -117,7 +106,8 @@ def _check(
     seed: int = 0,
     train: bool = True,
     others: Others | None = None,
-) -> _Found:
+) -> tuple[Difference, NetworkRuns, NetworkRuns, tuple[str, ...]]:
+    """Return the difference, the runs of parent and child, and descriptions of the other inputs."""
     own = _run_parent(parent, as_inputs(example), seed, train)
     other = NetworkRuns(child, "the child")
     other.run(own.inputs, own.trained_on)
@@ -147,7 +137,7 @@ def _check(
     if left:
         off = worst(_distance_after_training(own, other), difference.float64_train)
         difference = replace(difference, float64_train=off)
-    return _Found(difference, (own.flops, other.flops), own.untrained, tuple(sizes))
+    return difference, own, other, tuple(sizes)
 
 
 def _distance_after_training(own: NetworkRuns, other: NetworkRuns) -> float:

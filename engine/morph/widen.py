@@ -26,15 +26,13 @@ from ..models.weights import some
 from ..tiling.memory import freed_pages_kept, return_free_pages
 from .attributes import follow_head, head_changes
 from .copies import Copies, ParameterMap
-from .copying import cast, duplicate
+from .copying import cast, channels_last, duplicate, fill, named_tensors
 from .example import Example, Inputs, as_inputs, stand_ins
 from .other_sizes import other_inputs
-from .report import Certificate, Report
 from .spaces import OUTPUT, Space, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
-from .step import Step, check_seed
+from .step import Certificate, Report, Step, check_seed
 from .stock import as_given, stock
-from .tensors import channels_last, fill, named_tensors
 from .tracer import Mismatch
 from .verify import verified_report
 

@@ -175,7 +175,7 @@ def _with_origin(record: dict[str, Any], data: Data, options: TrainOptions, last
         # The code may be newer than the run, so the versions at the start are recorded too.
         return {**record, **grown, "versions_at_start": stored.get("versions_at_start", stored["versions"])}
     if options.weights:
-        from ..morph.origin import Origin  # imports all morphs
+        from ..morph.files import Origin  # imports all morphs
 
         if origin := Origin.of_file(options.model, options.weights, data.channels):
             return record | {"grown": origin.record()}

@@ -24,7 +24,7 @@ from gigamorph.engine.morph.files import (
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.inputs import add_planes
 from gigamorph.engine.morph.recipe import Recipe
-from gigamorph.engine.morph.report import Difference
+from gigamorph.engine.morph.step import Difference
 from gigamorph.engine.morph.store import read_state, write_state
 from gigamorph.engine.morph.widen import widen
 

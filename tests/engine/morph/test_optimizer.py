@@ -28,8 +28,8 @@ from gigamorph.engine.morph.head import grow_head, split_class
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.optimizer import gradient_shares, grow_ema, grow_optimizer
-from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import find_spaces
+from gigamorph.engine.morph.step import Report
 from gigamorph.engine.morph.widen import WidenStep, widen
 
 LIMIT = 100.0  # times the network's own sensitivity to a relative perturbation of 2^-52 of its parameters

@@ -15,9 +15,8 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models.resnet import resnet18
 from gigamorph.engine.morph.example import as_inputs
 from gigamorph.engine.morph.other_sizes import other_inputs
-from gigamorph.engine.morph.report import Certificate
 from gigamorph.engine.morph.splits import certify
-from gigamorph.engine.morph.step import Step, to_json
+from gigamorph.engine.morph.step import Certificate, Step, to_json
 from gigamorph.engine.morph.verify import compare, require_equal, verified_report
 from gigamorph.engine.morph.widen import widen
 
