@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import families
 from .attributes import Named, name_ints, set_int, unname_ints
 from .copies import ParameterMap, Plan
 from .example import Inputs
@@ -345,8 +346,7 @@ def run_child(
 
 _PLAIN = {m.forward for m in (nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _PLAIN |= {m.forward for m in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
-_SIZED = {*"layer_norm group_norm rms_norm batch_norm instance_norm linear".split()}
-_SIZED |= {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
+_SIZED = {*families.NORMS, *families.CONVOLUTIONS, "linear"}
 
 
 def _equal_arguments(a: list[Any], b: list[Any]) -> bool:

@@ -19,8 +19,7 @@ from ..models import build_model
 from ..models.folder import is_folder, read_description
 from ..models.registry import head_prefix, open_checked
 from ..models.weights import differences
-from .front import FrontStep
-from .front_layers import downsampler
+from .front import FrontStep, downsampler
 from .head import HeadStep, OldOutputs, SplitClassStep, outputs_on
 from .inputs import InputsStep, Mix
 from .recipe import Recipe, apply, matches

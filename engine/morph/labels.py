@@ -87,14 +87,7 @@ def varies(atoms: Tensor, axes: Sequence[int]) -> bool:
     return any(atoms.shape[a] > 1 and bool((atoms != atoms.narrow(a, 0, 1)).any()) for a in axes)
 
 
-def row_vids(
-    at: Tensor,
-    base: int,
-    old: tuple[int, ...],
-    axes: list[int],
-    keeps: bool,
-    shape: tuple[int, ...] | torch.Size,
-) -> Tensor:
+def row_vids(at: Tensor, base: int, old: Sequence[int], axes: list[int], keeps: bool, shape: Sequence[int]) -> Tensor:
     """Return the vids of the output of a row op, given the parent's row of each row (FREE stays FREE).
 
     Args:

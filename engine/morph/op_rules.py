@@ -90,7 +90,7 @@ def _linear(run: Primitives, call: Call) -> list[Label]:
     plain = {k: v for k, v in given.items() if k not in ("input", "weight", "bias", "groups")}
     run.agree(tree_flatten([plain[k] for k in sorted(plain)])[0])
     x = run.need(given["input"])
-    spatial = families.CONVOLUTIONS[call.name][0] if call.name != "linear" else 0
+    spatial = families.CONVOLUTIONS[call.name] if call.name != "linear" else 0
     axis = (x.vids.ndim - spatial - 1) % x.vids.ndim
     groups = given.get("groups", 1) if call.name != "linear" else 1
     out = run.linear(x, LinearCall(weight, axis, transposed or transposed_matrix, groups, call.shapes[0]))

@@ -322,10 +322,7 @@ def _scaled(group: Mapping[str, Any], factors: _RateFactors) -> dict[str, Any]:
 
 
 def _add_new(
-    growth: _ParameterMapping,
-    names: Mapping[int, str],
-    groups: list[dict[str, Any]],
-    origin: list[dict[str, Any]],
+    growth: _ParameterMapping, names: Mapping[int, str], groups: list[dict[str, Any]], origin: list[dict[str, Any]]
 ) -> None:
     """Add each parameter that is not an heir to a group.
 

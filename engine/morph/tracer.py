@@ -161,6 +161,8 @@ class Tracer(TorchFunctionMode, Primitives):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             name, written = op_name(func)
+            if reads_no_values(name):
+                return self._constants(self.call(func, args, kwargs or {}))
             return self._follow(func, args, kwargs or {}, name, written, f"'{name}'")
         except (Mismatch, MorphError):
             raise
@@ -181,7 +183,7 @@ class Tracer(TorchFunctionMode, Primitives):
     def _follow(self, func: Any, args: Any, kwargs: Any, name: str, written: str, what: str) -> Any:
         leaves = tree_flatten((args, kwargs))[0]
         tensors = [a for a in leaves if isinstance(a, Tensor)]
-        if reads_no_values(name) or not any(self.followed(t) for t in tensors):
+        if not any(self.followed(t) for t in tensors):
             return self._constants(self.call(func, args, kwargs))
         self.where_now = f"{what} in {self.where()}"
         self._refuse(name, written, kwargs, tensors[0])
