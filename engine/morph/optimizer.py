@@ -483,14 +483,8 @@ def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Rep
     if not isinstance(step, WidenStep):
         raise MorphError(f"averages can follow a widening only, not '{report.transform}'; start a new average")
     if isinstance(average, AveragedModel):
-        module = average.module
-        average.module = nn.Module()  # avoids a copy of weights that are replaced below
-        try:
-            wrapper = copy.deepcopy(average)
-        finally:
-            average.module = module
-        wrapper.module = grow_ema(module, parent, child, report)
-        return wrapper
+        grown = grow_ema(average.module, parent, child, report)
+        return copy.deepcopy(average, {id(average.module): grown})  # takes the grown network in place of a copy
     shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (parent, average)]
     if shapes[0] != shapes[1]:
         raise MorphError("the average has other parameters than the parent; give an average of the parent's weights")

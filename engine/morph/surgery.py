@@ -240,15 +240,13 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
         raise MorphError(
             f"module '{path}' is TorchScript, so nothing can be inserted in it or after it; give the eager module"
         )
-    hooks = [m.register_forward_hook(look) for m in work.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    for module in work.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_hook(look)
     like = next((p for p in work.parameters() if p.is_floating_point()), torch.empty(0))
     inputs = as_inputs(example)
-    try:
-        with torch.no_grad(), failures("the model cannot be run on the example"):
-            inputs.call(work, inputs.to(like.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), failures("the model cannot be run on the example"):
+        inputs.call(work, inputs.to(like.dtype))
     if not found:
         raise MorphError(f"module '{path}' is not called in the forward; name a module that is")
     if len(found) > 1:

@@ -47,15 +47,9 @@ def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
         if threading.get_ident() == mine:
             path.pop()
 
-    hooks = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    leaving = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    with nn.modules.module.register_module_forward_pre_hook(enter), leaving:
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Mismatch(Exception):
