@@ -37,7 +37,7 @@ from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.morph.activation import PAct
 from gigamorph.engine.morph.deepen import insert_identity
 from gigamorph.engine.morph.optimizer import grow_optimizer
-from gigamorph.engine.morph.report import Report
+from gigamorph.engine.morph.step import Report
 from gigamorph.engine.morph.widen import widen
 
 SEEDS = (0, 1, 2)

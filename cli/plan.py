@@ -100,7 +100,7 @@ def plan(
 
     from ..engine.accelerate import freeze_batch_norm
     from ..engine.models.classifier import record
-    from ..engine.morph.origin import create_grown
+    from ..engine.morph.files import create_grown
     from ..engine.planning import constants
     from ..engine.planning.preview import plan as make_plan
     from ..engine.train.mask_target import WithLoss

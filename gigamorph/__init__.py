@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .engine.images.open import open_pixels
     from .engine.images.pixels import Normalize, PixelSource
     from .engine.models import create_model
-    from .engine.morph.averages import grow_ema
     from .engine.morph.decompose import decompose, insert_module, split_parallel
     from .engine.morph.deepen import deepen, insert_identity, insert_pair, insert_residual
     from .engine.morph.front import front
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from .engine.morph.inputs import add_planes, to_grey, to_rgb
     from .engine.morph.kernel_size import grow_kernel
     from .engine.morph.merge import merge
-    from .engine.morph.optimizer import grow_optimizer
+    from .engine.morph.optimizer import grow_ema, grow_optimizer
     from .engine.morph.planner import plan_growth
     from .engine.morph.recipe import Recipe
     from .engine.morph.spaces import find_spaces
@@ -52,7 +51,6 @@ _NAMES_OF_MODULES = {
     "images.open": "open_pixels",
     "images.pixels": "Normalize PixelSource",
     "models": "create_model",
-    "morph.averages": "grow_ema",
     "morph.decompose": "decompose insert_module split_parallel",
     "morph.deepen": "deepen insert_identity insert_pair insert_residual",
     "morph.front": "front",
@@ -60,7 +58,7 @@ _NAMES_OF_MODULES = {
     "morph.inputs": "add_planes to_grey to_rgb",
     "morph.kernel_size": "grow_kernel",
     "morph.merge": "merge",
-    "morph.optimizer": "grow_optimizer",
+    "morph.optimizer": "grow_ema grow_optimizer",
     "morph.planner": "plan_growth",
     "morph.recipe": "Recipe",
     "morph.spaces": "find_spaces",

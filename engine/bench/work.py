@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..accelerate import accelerate, freeze_batch_norm
 from ..models import build_model
-from ..morph.origin import create_grown
+from ..morph.files import create_grown
 from ..tiling.memory import peak_bytes, return_free_pages, used_bytes
 from ..torch_private import BatchNorm
 from .meter import NvmlPeak, measure

@@ -1,9 +1,12 @@
-"""Checks, before any work, that a network accepts the images and outputs the classes; runs on fake tensors."""
+"""Checks, before any work, that a network accepts the images and outputs the classes, or a map with a channel for each.
+
+They run on fake tensors.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from torch import nn
 from ..capture.program import Program
 from ..capture.recording import capture
 from ..errors import GigamorphError, from_network
+from .weights import first_line
 
 
 def record(model: nn.Module, name: str, shape: tuple[int, int, int, int], device: torch.device | str) -> Program:
@@ -29,17 +33,20 @@ def record(model: nn.Module, name: str, shape: tuple[int, int, int, int], device
 
 
 @contextlib.contextmanager
-def taking_images(model: nn.Module, name: str, shape: tuple[int, int, int, int]) -> Iterator[None]:
-    """Turn an error that a network raises for images (N, C, H, W) into a `GigamorphError` of one line."""
+def taking_images(model: nn.Module, name: str, shape: tuple[int, ...], remedy: str = "") -> Iterator[None]:
+    """Turn an error that a network raises for images (N, C, H, W) into a `GigamorphError` of one line.
+
+    Args:
+        remedy: end of the message; by default it depends on the network's first convolution.
+    """
     try:
         yield
     except Exception as error:
         if not from_network(error):
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
         raise GigamorphError(
-            f"model {name!r} cannot take an image of {_format_shape(shape[1:])} (channels, height, width): "
-            f"{type(error).__name__}: {first}{_remedy(model, shape[1])}"
+            f"model {name!r} cannot take an image of {format_shape(shape[1:])} (channels, height, width): "
+            f"{first_line(error)}{remedy or _remedy(model, shape[1])}"
         ) from error
 
 
@@ -60,12 +67,13 @@ def check_classifier(
     given = tuple(program.values[program.output[0].value].shape)
     if given != (shape[0], classes):
         raise GigamorphError(
-            f"model {name!r} outputs {_format_shape(given)} for {shape[0]} image and {classes} classes; a classifier "
+            f"model {name!r} outputs {format_shape(given)} for {shape[0]} image and {classes} classes; a classifier "
             f"must output one logit per class, {shape[0]} x {classes}"
         )
 
 
-def _format_shape(shape: tuple[int, ...]) -> str:
+def format_shape(shape: Iterable[int]) -> str:
+    """Format sizes for a message."""
     return " x ".join(map(str, shape)) or "a single number"
 
 
@@ -77,3 +85,23 @@ def _remedy(model: nn.Module, channels: int) -> str:
             "every pixel (timm's ViTs accept any size with ?dynamic_img_size=true&dynamic_img_pad=true)"
         )
     return f"; its first convolution takes {first.in_channels} channels, use images with as many (--channels)"
+
+
+_CONTRACT = "a network for masks must output one map with a logit per class and pixel (images, classes, rows, columns)"
+
+
+def check_segmenter(
+    model: nn.Module, name: str, shape: tuple[int, int, int, int], classes: int, device: torch.device | str = "cpu"
+) -> None:
+    """Refuse a network that does not output a map with `classes` channels.
+
+    Raises:
+        GigamorphError: names what it outputs instead; see also `classifier.record`.
+    """
+    program = record(model, name, shape, device)
+    if not program.single:
+        raise GigamorphError(f"model {name!r} outputs several tensors or a container of them; {_CONTRACT}")
+    given = tuple(program.values[program.output[0].value].shape)
+    if len(given) != 4 or given[:2] != (shape[0], classes) or (given[2:] == (1, 1) and shape[2:] != (1, 1)):
+        size = format_shape(given)
+        raise GigamorphError(f"model {name!r} outputs {size} for {shape[0]} image and {classes} classes; {_CONTRACT}")

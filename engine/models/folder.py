@@ -27,6 +27,7 @@ from .weights import sha256
 FORMAT = 1
 DESCRIPTION, WEIGHTS, REFERENCE = "model.json", "model.safetensors", "reference.safetensors"
 _CHANNELS, _LONGEST = 4096, 2**15
+_UNCHANGED = ("licence", "source", "reference", "versions")  # keys that are plain data in a description too
 UNITS = "grey, 0 black to 1 white"
 
 PerImage = Literal["minmax", "standard"]
@@ -119,8 +120,7 @@ class Description:
         found["flips"] = [list(pair) for pair in self.flips]
         found["outputs"] = self.outputs.to_json()
         found["input"] = {"units": UNITS, **asdict(self.preprocessing)}
-        rest = ("licence", "source", "reference", "versions")
-        return found | {name: getattr(self, name) for name in rest}
+        return found | {name: getattr(self, name) for name in _UNCHANGED}
 
     @classmethod
     def from_json(cls, found: dict[str, Any], source: str) -> Description:
@@ -139,13 +139,10 @@ class Description:
             model=found.get("model") or "",
             outputs=outputs,
             preprocessing=preprocessing,
-            source=found["source"],
             key_map=tuple((theirs, ours) for theirs, ours in found.get("key_map") or ()),
-            licence=found["licence"],
-            reference=found["reference"],
-            versions=found["versions"],
             members=tuple(found.get("members") or ()),
             flips=tuple((bool(x), bool(y)) for x, y in found["flips"]),
+            **{name: found[name] for name in _UNCHANGED},
         )
 
 

@@ -176,19 +176,11 @@ class Outputs:
     @classmethod
     def from_json(cls, heads: list[Mapping[str, Any]]) -> Outputs:
         """Invert `to_json`."""
-        return cls(
-            tuple(
-                Head(
-                    tuple(h["classes"]),
-                    h["activation"],
-                    h["outputs"],
-                    h["name"],
-                    tuple(h.get("center", ())),
-                    tuple(h.get("spread", ())),
-                )
-                for h in heads
-            )
-        )
+        own = []
+        for h in heads:
+            center, spread = (tuple(h.get(key, ())) for key in ("center", "spread"))
+            own.append(Head(tuple(h["classes"]), h["activation"], h["outputs"], h["name"], center, spread))
+        return cls(tuple(own))
 
 
 def mean_log_odds(log_odds: Tensor) -> Tensor:

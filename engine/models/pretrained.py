@@ -49,10 +49,17 @@ def pretrained_scale(name: str) -> tuple[list[float], list[float]]:
 
 
 def import_timm(name: str) -> Any:
-    """The module timm; a `GigamorphError` says what needs it if it cannot be imported."""
+    """Import timm for a network; `name` names it in the message.
+
+    Raises:
+        GigamorphError: timm cannot be imported.
+    """
     make_torchvision_importable()
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
-        raise GigamorphError(f"{name} needs timm, which cannot be imported ({first_line(error)})") from error
+        raise GigamorphError(
+            f"{name} needs timm, which cannot be imported ({first_line(error)}); pip install timm, with the "
+            "torchvision build that matches torch"
+        ) from error
     return timm

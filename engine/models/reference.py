@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, GigamorphError, from_network
+from ..errors import DataError, GigamorphError
 from ..files import write_atomically
 from ..versions import versions_of_results
+from .classifier import format_shape, taking_images
 from .folder import REFERENCE, read_description
 from .weights import first_line
 
@@ -55,27 +56,19 @@ def forward(network: nn.Module, image: Tensor, name: str) -> Any:
     Raises:
         GigamorphError: the network does not accept the image.
     """
-    try:
-        with torch.no_grad():
-            return network(image)
-    except Exception as error:
-        if not from_network(error):
-            raise
-        size = " x ".join(map(str, image.shape[1:]))
-        raise GigamorphError(
-            f"model {name!r} cannot take an image of {size} (channels, height, width): {first_line(error)}; use "
-            "another --size, --channels or arguments of its constructor"
-        ) from error
+    remedy = "; use another --size, --channels or arguments of its constructor"
+    with torch.no_grad(), taking_images(network, name, image.shape, remedy):
+        return network(image)
 
 
 def ordinary(network: nn.Module, image: Tensor, name: str) -> Tensor:
     """Run one forward in ordinary PyTorch; the output must be a row of finite numbers, (1, outputs)."""
     found = forward(network, image, name)
     if not isinstance(found, Tensor) or found.ndim != 2:
-        what = " x ".join(map(str, found.shape)) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        what = format_shape(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise GigamorphError(f"model {name!r} outputs {what} for an image, not a tensor (images, outputs)")
     if not bool(found.isfinite().all()):
-        size = " x ".join(map(str, image.shape[1:]))
+        size = format_shape(image.shape[1:])
         raise GigamorphError(f"model {name!r} outputs logits that are not finite for a fixed image of {size}")
     return found
 

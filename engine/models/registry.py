@@ -25,14 +25,13 @@ from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
 from .outputs import set_outputs
 from .own_code import imported, nothing_fetched, working_directory_on_path
-from .pretrained import TIMM, pretrained_state
+from .pretrained import TIMM, import_timm, pretrained_state
 from .reference import require_stored_logits
-from .resnet import resnet18, resnet34, resnet50
-from .resnet_v1 import resnet50_v1
+from .resnet import resnet18, resnet34, resnet50, resnet50_v1
 from .results import Columns
 from .spec import Spec
 from .unet import UNet
-from .weights import common_prefix, first_line, load_exactly, subtree, unwrapped
+from .weights import common_prefix, differences, first_line, load_exactly, subtree, unwrapped
 
 log = logging.getLogger("gigamorph")
 
@@ -163,14 +162,7 @@ def _build_from_folder(folder: Path) -> nn.Module:
 
 
 def _build_from_timm(spec: Spec, num_classes: int, in_channels: int) -> nn.Module:
-    make_torchvision_importable()
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
-        raise GigamorphError(
-            f"model 'timm:{spec.name}' needs timm, which cannot be imported ({first_line(error)}); "
-            "pip install timm, with the torchvision build that matches torch"
-        ) from error
+    timm = import_timm(f"model 'timm:{spec.name}'")
     if ":" in spec.name or spec.arguments.get("pretrained"):
         raise GigamorphError(
             f"model {str(spec)!r} would be downloaded; download its files yourself and pass them to gigamorph import"
@@ -301,19 +293,10 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     skipped = [
         key for key, value in state.items() if key in own and own[key].shape != value.shape and key.startswith(head)
     ]
-    wrong = [
-        f"{key} is {tuple(value.shape)}, the model has {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and own[key].shape != value.shape and key not in skipped
-    ]
-    # Older files lack BatchNorm's counter, which does not affect any result.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    extra = [key for key in state if key not in own]
-    problems = wrong + [f"{key} is missing" for key in missing] + [f"{key} is not in the model" for key in extra]
-    if problems:
-        rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise DataError(f"{path}: weights do not fit the model: {problems[0]}{rest}")
-    model.load_state_dict({key: value for key, value in state.items() if key not in skipped}, strict=False)
+    wanted, fitting = ({k: v for k, v in tensors.items() if k not in skipped} for tensors in (own, state))
+    if problems := differences(wanted, fitting):
+        raise DataError(f"{path}: weights do not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(fitting, strict=False)
     if skipped:
         log.warning("%s: classifier of another shape skipped: %s", path, ", ".join(skipped))
     return skipped

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import MorphError
 from .example import Example
-from .report import Report
-from .step import EditAt
+from .step import EditAt, Report
 from .surgery import cast_like, follow, morphed, site
 
 # All are continuous and elementwise: a random or discontinuous one (RReLU, Threshold, Hardshrink) has no useful slope

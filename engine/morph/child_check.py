@@ -16,25 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import families
 from .attributes import Named, name_ints, set_int, unname_ints
 from .copies import ParameterMap, Plan
 from .example import Inputs
-from .labels import Label, row_vids
-from .log import (
-    AlongChannelsRecord,
-    ArgumentsRecord,
+from .labels import Label, along, row_vids
+from .lookup import FREE, MISSING, Rows
+from .parent_run import ParentRun
+from .primitives import (
     BarrierRecord,
     ElementwiseRecord,
     Entry,
-    GroupWidthRecord,
+    LinearCall,
     LinearRecord,
     Record,
     RowsRecord,
-    StatisticRecord,
+    Shape,
+    ValueRecord,
 )
-from .lookup import FREE, MISSING, Rows
-from .parent_run import ParentRun
-from .primitives import LinearCall, Shape
 from .running import first_line, output_leaves
 from .tracer import Fault, Mismatch, Tracer
 
@@ -65,11 +64,6 @@ class ChildCheck(Tracer):
     def constant_vid(self, value: float) -> int:
         return self.found.constants.get(struct.pack("d", value), MISSING)
 
-    def constant_label(self, tensor: Tensor) -> Label:
-        values, inverse = torch.unique(tensor.detach().double().reshape(-1), return_inverse=True)
-        vids = torch.tensor([self.constant_vid(v) for v in values.tolist()], dtype=torch.int64)
-        return Label(vids[inverse].reshape(tensor.shape), None)
-
     def parameter_label(self, name: str, tensor: Tensor) -> Label:
         old = self.found.parameters.get(name)
         if old is None:
@@ -79,9 +73,7 @@ class ChildCheck(Tracer):
         if made is not None and made.axis is not None and made.parents is not None:
             assert made.free is not None
             vids = vids.index_select(made.axis, made.parents)
-            shape = [1] * vids.ndim
-            shape[made.axis] = -1
-            vids = torch.where(made.free.reshape(shape), FREE, vids)
+            vids = torch.where(along(made.free, made.axis, vids.ndim), FREE, vids)
         return Label(vids, None, parameter=name)
 
     def begin(self, name: str, scalars: list[Any]) -> Entry:
@@ -124,41 +116,37 @@ class ChildCheck(Tracer):
         return Label(torch.where(at < 0, at, at + record.base).reshape(shape), None)
 
     def along_channels(self, label: Label, axes: list[int]) -> bool:
-        return self._next(AlongChannelsRecord).found
+        return self._next(ValueRecord).value
 
     def agree(self, values: list[Any]) -> None:
-        if not _equal_arguments(values, self._next(ArgumentsRecord).values):
+        if not _equal_arguments(values, self._next(ValueRecord).value):
             raise Mismatch("the op has other arguments than in the parent", self.latest)
 
     def group_count(self, channels: int, groups: int) -> int:
-        width = self._next(GroupWidthRecord).width
+        width = self._next(ValueRecord).value
         if channels % width:
             raise Mismatch(f"{channels} channels do not make groups of {width}", self.latest)
         return channels // width
 
     def rows(self, label: Label, axes: list[int], outputs: list[Shape], keeps: bool) -> list[Label]:
+        return self._found_rows(label, axes, keeps, "a reduced slab is not a copy of a slab of the parent")
+
+    def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
+        if bool((label.vids == FREE).any()):
+            raise Mismatch("a statistic over channels would include new channels", [label.vids])
+        what = "an extreme misses channels" if extreme else "a mean over channels needs equal counts"
+        return self._found_rows(label, axes, True, what)[0]
+
+    def _found_rows(self, label: Label, axes: list[int], keeps: bool, what: str) -> list[Label]:
+        """Find the slabs among those of the parent; `what` is the error if one is missing."""
         record = self._next(RowsRecord)
         if axes != record.axes:
             raise Mismatch("other axes are reduced than in the parent", [label.vids])
         at = record.index.find(label.slabs(axes))
         if bool((at == MISSING).any()):
-            raise Mismatch("a reduced slab is not a copy of a slab of the parent", [label.vids])
+            raise Mismatch(what, [label.vids])
         size = label.vids.shape
         return [Label(row_vids(at, base, shape, axes, keeps, size), None) for base, shape in record.outputs]
-
-    def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
-        record = self._next(StatisticRecord)
-        if axes != record.axes:
-            raise Mismatch("other axes are reduced than in the parent", [label.vids])
-        slabs = label.slabs(axes)
-        if bool((slabs == FREE).any()):
-            raise Mismatch("a statistic over channels would include new channels", [label.vids])
-        row = record.bags.find(slabs)
-        if bool((row < 0).any()):
-            what = "an extreme misses channels" if extreme else "a mean over channels needs equal counts"
-            raise Mismatch(what, [label.vids])
-        shape = [1 if a in axes else s for a, s in enumerate(label.vids.shape)]
-        return Label((record.base + row).reshape(shape), None)
 
     def indices(self, label: Label, axes: list[int], shape: Shape) -> Label:
         record = self._next(RowsRecord)
@@ -209,9 +197,9 @@ class ChildCheck(Tracer):
         if bool((at == MISSING).any()):
             bad = int((at == MISSING).nonzero()[0])
             raise Mismatch(f"input channel {bad} is not a copy of a channel of the parent", [label.vids])
-        columns = _distribute(at, record.index.find(record.inputs))
+        columns = _distribute(at, record.index.find(record.index.rows))
         if columns is None:
-            raise Mismatch("input channels of the parent are missing", [label.vids, record.inputs])
+            raise Mismatch("input channels of the parent are missing", [label.vids, record.index.rows])
         rows_axis, columns_axis = call.axes
         self._columns(call.name, columns_axis, columns)
         return self.plan.rows(call.name, rows_axis, len(record.outputs))
@@ -221,7 +209,7 @@ class ChildCheck(Tracer):
     ) -> tuple[Tensor, Tensor, int]:
         """Copy whole groups; return the parent's output channel of each, the free ones, and the number of groups."""
         groups = record.groups
-        inside, outside = len(record.inputs) // groups, len(record.outputs) // groups
+        inside, outside = len(record.index.rows) // groups, len(record.outputs) // groups
         parents, free = self.plan.rows(call.name, 0, self.found.shapes[call.name][0])
         width = inside if call.transposed else outside
         if len(slabs) % inside or len(parents) % width or len(slabs) // inside != len(parents) // width:
@@ -234,7 +222,7 @@ class ChildCheck(Tracer):
             raise Mismatch("a group is copied in part, not as a whole", [label.vids])
         new = slabs.reshape(now, inside, -1)
         empty = marks[:, 0]
-        arrives = (new == record.inputs.reshape(groups, inside, -1)[source]).flatten(1).all(1)
+        arrives = (new == record.index.rows.reshape(groups, inside, -1)[source]).flatten(1).all(1)
         nothing = (new == FREE).any(2).all(1)
         if not bool(torch.where(empty, nothing, arrives).all()):
             raise Mismatch("the input channels of a group are not those of the group that it copies", [label.vids])
@@ -251,7 +239,7 @@ class ChildCheck(Tracer):
         own = torch.arange(groups).repeat_interleave(len(parents) // groups)
         if not torch.equal(parents // (channels // groups), own):
             raise Mismatch("output channels are copied into other groups", [slabs])
-        for new, before in zip(slabs.chunk(groups), record.inputs.chunk(groups), strict=True):
+        for new, before in zip(slabs.chunk(groups), record.index.rows.chunk(groups), strict=True):
             index = Rows(before)
             at = index.find(new)
             columns = None if bool((at == MISSING).any()) else _distribute(at, index.find(before))
@@ -358,8 +346,7 @@ def run_child(
 
 _PLAIN = {m.forward for m in (nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _PLAIN |= {m.forward for m in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
-_SIZED = {*"layer_norm group_norm rms_norm batch_norm instance_norm linear".split()}
-_SIZED |= {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
+_SIZED = {*families.NORMS, *families.CONVOLUTIONS, "linear"}
 
 
 def _equal_arguments(a: list[Any], b: list[Any]) -> bool:

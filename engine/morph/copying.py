@@ -1,9 +1,9 @@
-"""Copies of a network: deep copies, and views that share its parameters and cast them when they are read."""
+"""Tensors of a network by name, deep copies, and views that share parameters and cast them when they are read."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import ItemsView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from typing import Any
 
 import torch
@@ -62,10 +62,20 @@ def _copies(value: Any, memo: dict[int, Any]) -> bool:
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast a model in place like `model.to(dtype)`, including tensors in plain attributes."""
-    model.to(dtype)
+    return change_attributes(model.to(dtype), lambda value: _cast(value, dtype))
+
+
+def change_attributes(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Replace the tensors in plain attributes of all modules in place, and return the model."""
     for module in model.modules():
-        _cast_attributes(module, dtype)
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(module, key, change(value))
     return model
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def view_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -74,14 +84,14 @@ def view_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Everything else is copied, so a forward may change it. Only the parameters in use are in memory twice.
     """
     work = duplicate(model, {id(p): p for p in model.parameters()})
+    change_attributes(work, lambda value: _cast(value, dtype))
     for module in work.modules():
         if isinstance(module, torch.jit.ScriptModule):  # its copy has its own parameters, which only TorchScript reads
             module.to(dtype)
             continue
         for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                module._buffers[key] = buffer.to(dtype)
-        _cast_attributes(module, dtype)
+            if buffer is not None:
+                module._buffers[key] = _cast(buffer, dtype)
         casting = _CastParameters(module._parameters, dtype)
         if isinstance(module, nn.RNNBase):  # stores a separate list of its weights
             for key, p in casting.items():
@@ -90,12 +100,6 @@ def view_in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         elif casting:
             module.__dict__["_parameters"] = casting
     return work
-
-
-def _cast_attributes(module: nn.Module, dtype: torch.dtype) -> None:
-    for key, value in vars(module).items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            setattr(module, key, value.to(dtype))
 
 
 class _CastParameters(dict[str, Any]):
@@ -119,3 +123,55 @@ class _CastParameters(dict[str, Any]):
 
     def values(self) -> ValuesView[Any]:
         return {key: self[key] for key in self}.values()
+
+
+Shapes = tuple[torch.Size, torch.Size]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers; shared ones appear under every name."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def of_kind(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return `value` as a parameter if `tensor` is a parameter."""
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def channels_last(tensor: Tensor) -> torch.memory_format | None:
+    """Return the channels-last memory format of a convolution's weight; None if it has another format."""
+    format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    is_last = format is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=format)
+    return format if is_last else None
+
+
+def as_ordered(new: nn.Module, model: nn.Module) -> nn.Module:
+    """Convert `new` to channels-last formats that weights of the model have."""
+    for order in dict.fromkeys(channels_last(p) for p in model.parameters()):
+        new = new if order is None else new.to(memory_format=order)  # pyright: ignore[reportCallIssue]
+    return new
+
+
+def fill(child: nn.Module, parent: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Set each tensor of the child to `make(t)` of the parent's tensor t; shared tensors stay shared."""
+    made: dict[int, Tensor] = {}
+    for module, source in zip(child.modules(), parent.modules(), strict=True):
+        for store, old in ((module._parameters, source._parameters), (module._buffers, source._buffers)):
+            for key, tensor in old.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    value = make(tensor)
+                    made[id(tensor)] = value if value is tensor else of_kind(tensor, value)
+                store[key] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
+
+
+def resized(module: nn.Module, source: nn.Module) -> dict[str, Shapes]:
+    """Return old and new shape of each of a module's own tensors with another shape than in `source`."""
+    shapes: dict[str, Shapes] = {}
+    for new, old in ((module._parameters, source._parameters), (module._buffers, source._buffers)):
+        for key, before in old.items():
+            after = new.get(key)
+            if before is not None and after is not None and after.shape != before.shape:
+                shapes[key] = before.shape, after.shape
+    return shapes

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from .activation import PAct, activation, paired
 from .example import Example
-from .report import Report
-from .step import EditAt
-from .surgery import BATCH_NORMS, Site, cast_like, conv_class, follow, module_at, morphed, site, spatial
-
-HOW = ("residual", "pair", "identity")
+from .step import EditAt, Report
+from .surgery import BATCH_NORMS, CONVS, Site, cast_like, follow, module_at, morphed, site, spatial
 
 
 def deepen(
@@ -37,10 +34,10 @@ def deepen(
     Raises:
         MorphError: `how` is unknown, or that function raises it.
     """
-    if how not in HOW:
-        raise MorphError(f"unknown how={how!r}; choose from {', '.join(HOW)}")
-    insert: Any = {"residual": insert_residual, "pair": insert_pair, "identity": insert_identity}[how]
-    return insert(model, example, path, **options)
+    inserts: dict[str, Any] = {"residual": insert_residual, "pair": insert_pair, "identity": insert_identity}
+    if how not in inserts:
+        raise MorphError(f"unknown how={how!r}; choose from {', '.join(inserts)}")
+    return inserts[how](model, example, path, **options)
 
 
 def insert_identity(
@@ -173,18 +170,29 @@ def insert_residual(
 
 
 @dataclass(frozen=True)
-class IdentityStep(EditAt, op="identity"):
-    """Step of `insert_identity`; `dims` is the number of image axes, 0 if the channels are on the last axis."""
+class _Insertion(EditAt):
+    """An insertion; `dims` is the number of image axes, 0 if the channels are on the last axis."""
 
     channels: int
     dims: int
     kernel: int | tuple[int, ...]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Size of the kernel along each image axis."""
+        return spatial(self.kernel, self.dims, "kernel")
+
+
+@dataclass(frozen=True)
+class IdentityStep(_Insertion, op="identity"):
+    """Step of `insert_identity`."""
+
     norm: bool
     act: str | None
 
     def edit(self, model: nn.Module) -> list[str]:
         old = module_at(model, self.path)
-        conv = layer(self.channels, self.channels, spatial(self.kernel, self.dims, "kernel"), bias=not self.norm)
+        conv = layer(self.channels, self.channels, self.size, bias=not self.norm)
         with torch.no_grad():
             conv.weight.copy_(dirac(conv.weight))
             if conv.bias is not None:
@@ -198,22 +206,19 @@ class IdentityStep(EditAt, op="identity"):
             added.append(phi if idempotent else cast_like(PAct(phi, self.channels, self.dims), model, self.path))
         follow(model, self.path, *added)
         norm, act = ", BatchNorm" * self.norm, f", {self.act}" if self.act else ""
-        return [f"{self.path}: followed by an identity {_name(conv)}{norm}{act}"]
+        return [f"{self.path}: followed by an identity {layer_name(conv)}{norm}{act}"]
 
 
 @dataclass(frozen=True)
-class PairStep(EditAt, op="pair"):
+class PairStep(_Insertion, op="pair"):
     """Step of `insert_pair`."""
 
-    channels: int
-    dims: int
-    kernel: int | tuple[int, ...]
     act: str
 
     def edit(self, model: nn.Module) -> list[str]:
         phi, scale = paired(self.act)
         channels = self.channels
-        first = layer(channels, 2 * channels, spatial(self.kernel, self.dims, "kernel"))
+        first = layer(channels, 2 * channels, self.size)
         second = layer(2 * channels, channels, (1,) * self.dims)
         with torch.no_grad():
             first.weight[:channels] = dirac(first.weight[:channels])
@@ -224,28 +229,24 @@ class PairStep(EditAt, op="pair"):
             second.bias.zero_()
             second.double().weight.mul_(scale)  # so that the cast to the network's dtype is the only rounding
         follow(model, self.path, *(cast_like(new, model, self.path) for new in (first, phi, second)))
-        what = f"{_name(first)}, {self.act}, {_name(second)}"
+        what = f"{layer_name(first)}, {self.act}, {layer_name(second)}"
         return [f"{self.path}: followed by {what} with phi(x) - phi(-x) = x"]
 
 
 @dataclass(frozen=True)
-class ResidualStep(EditAt, op="residual"):
+class ResidualStep(_Insertion, op="residual"):
     """Step of `insert_residual`."""
 
-    channels: int
-    dims: int
-    kernel: int | tuple[int, ...]
     act: str
     hidden: int
     norm: bool
     seed: int
 
     def edit(self, model: nn.Module) -> list[str]:
-        size = spatial(self.kernel, self.dims, "kernel")
         with torch.random.fork_rng([]):
             torch.manual_seed(self.seed)
-            first = layer(self.channels, self.hidden, size, bias=not self.norm)
-            last = layer(self.hidden, self.channels, size, bias=not self.norm)
+            first = layer(self.channels, self.hidden, self.size, bias=not self.norm)
+            last = layer(self.hidden, self.channels, self.size, bias=not self.norm)
         body: list[nn.Module] = [first, activation(self.act), last]
         zero: nn.Module = last
         if self.norm:
@@ -264,7 +265,8 @@ def layer(inputs: int, outputs: int, kernel: tuple[int, ...], bias: bool = True)
     """Build a convolution of stride 1 that preserves the size, or a linear layer if there are no image axes."""
     if not kernel:
         return nn.Linear(inputs, outputs, bias)
-    return conv_class(len(kernel))(inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel), bias=bias)
+    kind: Any = CONVS[len(kernel) - 1]
+    return kind(inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel), bias=bias)
 
 
 def dirac(weight: Tensor) -> Tensor:
@@ -297,8 +299,10 @@ def _neutral_norm(old: nn.Module, channels: int, dims: int) -> nn.Module:
     return norm
 
 
-def _name(layer: nn.Module) -> str:
-    return f"{type(layer).__name__}{tuple(layer.weight.shape)}"  # pyright: ignore
+def layer_name(layer: nn.Module) -> str:
+    """Return class and shape of the weight, for a report."""
+    weight = getattr(layer, "weight", None)
+    return type(layer).__name__ + (str(tuple(weight.shape)) if isinstance(weight, Tensor) else "")
 
 
 def _plain(kernel: int | tuple[int, ...]) -> int | tuple[int, ...]:

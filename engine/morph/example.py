@@ -82,8 +82,6 @@ class Inputs:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(x: Tensor, repeats: int) -> Tensor:
-            if not x.is_floating_point():
-                return torch.cat([x] * repeats) if repeats > 1 else x
             shape = (x.shape[0] * repeats, *x.shape[1:]) if x.ndim else ()
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
 
@@ -94,16 +92,21 @@ class Inputs:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(x: Tensor, repeats: int) -> Tensor:
-            if not x.is_floating_point():
-                return torch.cat([x] * repeats) if repeats > 1 else x
             shares = [1 - torch.rand(x.shape, generator=generator, dtype=torch.float64) / 2 for _ in range(1, repeats)]
             return torch.cat([x.double(), *(x.double() * share.to(x.device) for share in shares)]) if shares else x
 
         return self._drawn(draw, batch)
 
     def _drawn(self, draw: Any, batch: int) -> Inputs:
-        repeats = -(-batch // max(self.batch, 1))
-        return replace(self, tensors=tuple(draw(x, repeats if self.batched(x) else 1) for x in self.tensors))
+        whole = -(-batch // max(self.batch, 1))
+
+        def value(x: Tensor) -> Tensor:
+            repeats = whole if self.batched(x) else 1
+            if x.is_floating_point():
+                return draw(x, repeats)
+            return torch.cat([x] * repeats) if repeats > 1 else x
+
+        return replace(self, tensors=tuple(map(value, self.tensors)))
 
     def batched(self, x: Tensor) -> bool:
         """Return whether the tensor has one entry for each example of the batch."""
@@ -150,7 +153,8 @@ def _inputs_of(example: Example) -> Inputs:
     }
     if not tensors:
         raise MorphError("the example contains no tensor; give the network's inputs")
-    return Inputs(tuple(tensors), None if len(tensors) == len(args) and _all_tensors(args) else form)
+    plain = len(tensors) == len(args) and all(isinstance(x, Tensor) for x in args)
+    return Inputs(tuple(tensors), None if plain else form)
 
 
 def stand_ins(shapes: Sequence[Sequence[int]], kinds: Sequence[str], form: Any) -> Inputs:
@@ -162,10 +166,6 @@ def stand_ins(shapes: Sequence[Sequence[int]], kinds: Sequence[str], form: Any) 
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
     return Inputs(tensors, form)
-
-
-def _all_tensors(args: list[Any]) -> bool:
-    return all(isinstance(x, Tensor) for x in args)
 
 
 def _encoded(value: Any, tensors: list[Tensor]) -> Any:

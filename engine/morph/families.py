@@ -66,10 +66,8 @@ ROWS = frozenset(
     argmax argmin all any median nansum nanmean count_nonzero normalize topk sort argsort aminmax logcumsumexp
     """.split()
 )
-CONVOLUTIONS = {
-    **{f"conv{n}d": (n, False) for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": (n, True) for n in (1, 2, 3)},
-}
+# Convolutions: op -> number of image axes.
+CONVOLUTIONS = {f"conv{kind}{n}d": n for kind in ("", "_transpose") for n in (1, 2, 3)}
 # Products; with a stored matrix as one operand they are linear ops on channels.
 PRODUCTS = frozenset("matmul mm rmatmul addmm einsum".split())
 # Ops that return the transpose of a stored matrix.

@@ -1,4 +1,4 @@
-"""Files of grown networks: save and open weights with their recipe, and compare two networks.
+"""Files of grown networks: save and open weights with their recipe, compare two networks, find the original one.
 
 A safetensors file stores the recipe in its header, so it is complete; `b.recipe.json` in the same folder repeats the
 text for people. The recipe of a torch file is only in `b.pt.recipe.json`.
@@ -6,7 +6,7 @@ text for people. The recipe of a torch file is only in `b.pt.recipe.json`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MorphError
+from ..errors import DataError, MorphError
 from ..models import build_model
 from ..models.folder import is_folder, read_description
-from ..models.registry import open_checked
-from .copying import cast, duplicate
-from .front import FrontStep
-from .front_layers import downsampler
-from .head import HeadStep, OldOutputs, SplitClassStep
+from ..models.registry import head_prefix, open_checked
+from ..models.weights import differences
+from .front import FrontStep, downsampler
+from .head import HeadStep, OldOutputs, SplitClassStep, outputs_on
 from .inputs import InputsStep, Mix
-from .recipe import Recipe, apply
-from .report import Difference, Report
-from .running import failures, output_tensors
-from .step import Step
+from .recipe import Recipe, apply, matches
+from .step import Difference, Report, Step
 from .store import SafetensorsFile, atomic, read_state, read_torch, write_state
 from .verify import FLOAT64_LIMIT, NOISE_RATIO, compare
 
@@ -207,27 +204,14 @@ def _heads(parent: nn.Module, child: nn.Module, steps: Sequence[Step], example: 
         return parent, child
     split = any(isinstance(step, SplitClassStep) for step in heads)
     softmax = split or any(step.kind == "softmax" for step in heads if isinstance(step, HeadStep))
-    work = cast(duplicate(parent), torch.float32).eval()
-    with torch.no_grad(), failures("the first network cannot be run"):
-        width = output_tensors(work(example.float()))[0].shape[1]
+    width = outputs_on(parent, example)[0].shape[1]
     undo: list[tuple[int, int | None]] = []
     for step in heads:
         parts = isinstance(step, SplitClassStep)
         undo.append((width, step.index if parts else None))
         width = width + len(step.shares) - 1 if parts else step.outputs
-    one, other = (OldOutputs(_First(n), [1], [u], softmax, split) for n, u in ((parent, []), (child, undo[::-1])))
+    one, other = (OldOutputs(n, [1], [u], softmax, split) for n, u in ((parent, []), (child, undo[::-1])))
     return one, other
-
-
-class _First(nn.Module):
-    """Network that returns only its first tensor (N, classes, ...)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return output_tensors(self.network(x))[0]
 
 
 def _weights_path(path: Path) -> Path:
@@ -281,20 +265,95 @@ def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Load all weights in the dtype of the file; BatchNorm's counter may be missing, as in older files."""
     own = network.state_dict()
     state |= {n: t for n, t in own.items() if n not in state and n.endswith("num_batches_tracked")}
-    problems = [f"'{name}' is missing" for name in own if name not in state]
-    problems += [f"'{name}' is not in the network" for name in state if name not in own]
-    problems += [
-        f"'{name}' is {tuple(value.shape)}, the network has {tuple(own[name].shape)}"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problems := differences(own, state):
         raise MorphError(
-            f"the weights do not fit the network: {problems[0]}{more}; give the model, classes and channels of the "
+            f"the weights do not fit the network: {'; '.join(problems)}; give the model, classes and channels of the "
             "original network, and put its recipe in the same folder"
         )
     try:
         network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise MorphError(f"the weights cannot be loaded: {str(error).splitlines()[-1].strip()}") from error
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The morphs of a grown network, and the outputs and image channels of its original network."""
+
+    recipe: Recipe
+    classes: int
+    channels: int
+
+    @classmethod
+    def of_file(cls, spec: str, weights: str | Path, channels: int) -> Origin | None:
+        """Find the origin of the network in a weights file; None if that network never grew.
+
+        Args:
+            spec: the original network, see `create_model`.
+            weights: a file of `gigamorph morph`, or a checkpoint of a grown network that was trained.
+            channels: image channels of the grown network.
+
+        Raises:
+            MorphError: the file cannot be read, or its network was not grown from `spec`.
+            DataError: its network has another number of image channels.
+        """
+        recipe = recipe_of(weights) if Path(weights).is_file() else Recipe()
+        if not recipe.morphs:
+            return None
+        inputs = [m.step for m in recipe.morphs if isinstance(m.step, InputsStep)]
+        if inputs and inputs[-1].channels != channels:
+            raise DataError(f"{weights}: its network takes images of {inputs[-1].channels} channels, not {channels}")
+        began = len(inputs[0].matrix) if inputs else channels
+        head = head_prefix(build_model(spec, 2, began).state_dict())
+        rows = {t.shape[0] for name, t in read_weights(weights).items() if name.startswith(head) and t.ndim >= 2}
+        heads = any(isinstance(m.step, HeadStep | SplitClassStep) for m in recipe.morphs)
+        for classes in range(1, max(rows, default=1) + 1) if heads else sorted(rows):
+            if matches(recipe, build_model(spec, classes, began)):
+                return cls(recipe, classes, began)
+        raise MorphError(
+            f"{weights}: its network was not grown from {spec!r} with {began} image channels; give the model that the "
+            "first gigamorph morph received"
+        )
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Origin:
+        """Restore an origin from the data of `record`."""
+        return cls(Recipe.from_json(record["recipe"]), record["classes"], record["channels"])
+
+    def record(self) -> dict[str, Any]:
+        """Return the origin as plain data for a checkpoint."""
+        return {"recipe": self.recipe.to_json(), "classes": self.classes, "channels": self.channels}
+
+    def build(self, spec: str, classes: int | None = None) -> nn.Module:
+        """Build the grown network with random weights; another number of outputs replaces its last layer."""
+        network = apply(self.recipe, build_model(spec, self.classes, self.channels))
+        if classes is not None:
+            _set_outputs(network, classes)
+        return network
+
+
+def create_grown(spec: str, classes: int, channels: int) -> nn.Module:
+    """Create a model like `create_model`; ``resnet18+wide.safetensors`` loads the grown network of that file.
+
+    Raises:
+        GigamorphError: the network is unknown, or the file's network was not grown from it.
+    """
+    base, plus, file = spec.rpartition("+")
+    if not plus or Path(file).suffix not in (*SUFFIXES, ".ckpt"):
+        return build_model(spec, classes, channels)
+    origin = Origin.of_file(base, file, channels)
+    if origin is None:
+        raise MorphError(f"{file}: contains no recipe of a grown network; omit it, or give a file of gigamorph morph")
+    network = origin.build(base)
+    network.load_state_dict(read_weights(file))
+    return network
+
+
+def _set_outputs(network: nn.Module, classes: int) -> None:
+    path = head_prefix(network.state_dict()).removesuffix(".")
+    head = network.get_submodule(path)
+    if isinstance(head, nn.Linear) and head.out_features != classes:
+        network.set_submodule(path, nn.Linear(head.in_features, classes, head.bias is not None))
+    elif isinstance(head, nn.Conv2d) and head.out_channels != classes:
+        new = nn.Conv2d(head.in_channels, classes, head.kernel_size, head.stride, bias=head.bias is not None)  # pyright: ignore
+        network.set_submodule(path, new)

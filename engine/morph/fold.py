@@ -1,7 +1,12 @@
-"""Folding of tied channels into one; an op-by-op check proves that the given network is a widening of the result."""
+"""Folding of tied channels into one; an op-by-op check proves that the given network is a widening of the result.
+
+Channels are tied, i.e. copies of each other, if all of their stored numbers are equal.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,14 +17,15 @@ from ..errors import MorphError
 from .attributes import follow_head, get_int, set_int
 from .child_check import run_child
 from .copies import ParameterMap, make_plan
-from .copying import duplicate
+from .copying import Shapes, duplicate, fill, named_tensors, resized
 from .parent_run import Axis
-from .report import Certificate
-from .spaces import Spaces, find_spaces, resize_attributes, skeleton
+from .spaces import Space, Spaces, find_spaces, resize_attributes, skeleton
+from .splits import by_copies, exact_sum
+from .step import Certificate
 from .surgery import CONVS
-from .tensors import Shapes, fill, named_tensors, resized
-from .ties import Folds, Units
 from .tracer import Fault, Mismatch
+
+Folds = dict[str, tuple[int, ...]]  # space key -> the first equal unit of each of its units
 
 
 def fold(spaces: Spaces, folds: Folds, tied: bool = True) -> tuple[nn.Module, Certificate]:
@@ -162,34 +168,16 @@ def _prove(reduced: Spaces, rows: dict[Axis, Tensor]) -> dict[str, ParameterMap]
 
 
 def add_columns(weight: Tensor, columns: Tensor, axis: int) -> tuple[Tensor, Certificate]:
-    """Add the columns with the same number; a violation is a sum that the weight's dtype cannot represent.
-
-    Repeated error-free two-sums in float64 distil the sums, so a representable sum is exact in any order of its parts.
-    """
+    """Add the columns with the same number; a violation is a sum that the weight's dtype cannot represent."""
     parts = weight.cpu().double().movedim(axis, 0)
-    counts = torch.bincount(columns)
-    order = torch.argsort(columns, stable=True)
-    starts = torch.cumsum(counts, 0) - counts
-    total = torch.zeros((len(counts), *parts.shape[1:]), dtype=torch.float64)
-    entries = violations = 0
-    for copies in torch.unique(counts).tolist():
-        here = (counts == copies).nonzero().reshape(-1)
-        terms = [parts[order[starts[here] + k]] for k in range(copies)]
-        for _ in range(copies - 1):
-            for k in range(1, copies):
-                a, b = terms[k - 1], terms[k]
-                after = a + b
-                back = after - a
-                terms[k - 1], terms[k] = (a - (after - back)) + (b - back), after
-        result = terms[-1]
-        rest = torch.zeros_like(result, dtype=torch.bool)
-        for term in terms[:-1]:
-            rest |= term != 0
-        rounded = result.to(weight.dtype)
-        violations += int((rest | (rounded.double() != result)).sum())
-        entries += result.numel()
-        total[here] = result
-    return total.movedim(0, axis).to(weight.dtype).contiguous().to(weight.device), Certificate(entries, violations)
+    total = parts.new_zeros((int(columns.max()) + 1, *parts.shape[1:]))
+    violations = 0
+    for into, copies in by_copies(columns):
+        total[into], rest = exact_sum([parts[index] for index in copies])
+        rounded = total[into].to(weight.dtype)
+        violations += int((rest | (rounded.double() != total[into])).sum())
+    certificate = Certificate(total.numel(), violations)
+    return total.movedim(0, axis).to(weight.dtype).contiguous().to(weight.device), certificate
 
 
 def _with_tensors(
@@ -226,3 +214,78 @@ def _fit(module: nn.Module, shapes: dict[str, Shapes], wider: bool) -> None:
         module.in_channels, module.out_channels = sizes[inside], sizes[outside]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = after
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units of a space that are folded as a whole: its classes (channels, groups), or single channels.
+
+    The two differ under a LayerNorm, a GroupNorm or a mean over channels, where a class consists of many channels.
+
+    Attributes:
+        names: the units, in the order of the members.
+        index: for each member, the unit at each index (-1 for a unit of another space).
+    """
+
+    names: list[int]
+    index: dict[Axis, np.ndarray]
+
+    @classmethod
+    def of(cls, spaces: Spaces, space: Space, fine: bool) -> Units:
+        """Build the units: classes, or single channels with `fine`."""
+        atoms = spaces.found.atoms
+        index: dict[Axis, np.ndarray] = {}
+        for member in space.members:
+            roots = atoms.roots(spaces.found.axes[member])
+            inside = np.isin(roots, space.order)
+            index[member] = np.where(inside, atoms.channels(spaces.found.axes[member]) if fine else roots, -1)
+        order = dict.fromkeys(np.concatenate(list(index.values())).tolist()) if fine else dict.fromkeys(space.order)
+        order.pop(-1, None)
+        return cls(list(order), index)
+
+    def ties(self, digests: Mapping[Axis, Sequence[bytes]]) -> tuple[int, ...]:
+        """Return for each unit the first unit with equal slices of all tensors, by the digests of the slices."""
+        number = {unit: i for i, unit in enumerate(self.names)}
+        marks: list[list[bytes]] = [[] for _ in self.names]
+        for member, units_at in self.index.items():
+            for mark in marks:
+                mark.append(b"|")
+            for unit, digest in zip(units_at.tolist(), digests[member], strict=True):
+                if unit >= 0:
+                    marks[number[unit]].append(digest)
+        first: dict[bytes, int] = {}
+        return tuple(first.setdefault(b"".join(mark), i) for i, mark in enumerate(marks))
+
+
+def width_after_fold(spaces: Spaces, space: Space, folds: Folds) -> int:
+    """Return the width of a space after a fold."""
+    first = folds[space.key]
+    units = Units.of(spaces, space, len(first) != len(space.order))
+    remaining = [unit for i, unit in enumerate(units.names) if first[i] == i]
+    return min(int(np.isin(units_at, remaining).sum()) for units_at in units.index.values())
+
+
+def find_ties(spaces: Spaces) -> dict[str, list[Folds]]:
+    """Return the possible folds of each space with ties: classes first, then single channels."""
+    tensors = named_tensors(spaces.model)
+    digests: dict[Axis, list[bytes]] = {}
+    result: dict[str, list[Folds]] = {}
+    for space in spaces:
+        for fine in (False, True):
+            units = Units.of(spaces, space, fine)
+            if len(units.names) < 2 or (fine and len(units.names) == len(space.order)):
+                continue
+            for name, axis in space.members:
+                if (name, axis) not in digests:
+                    digests[name, axis] = _digests(tensors[name], axis)
+            first = units.ties(digests)
+            if len(set(first)) < len(first):
+                result.setdefault(space.key, []).append({space.key: first})
+    return result
+
+
+def _digests(tensor: Tensor, axis: int) -> list[bytes]:
+    """Return a digest of each slice; -0 counts as 0."""
+    rows = (tensor.detach().cpu() + 0.0).movedim(axis, 0).reshape(tensor.shape[axis], -1)
+    data = rows.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in data]

@@ -21,20 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
-from .copying import cast, duplicate
+from .activation import PAct, activation
+from .copying import as_ordered, cast, channels_last, duplicate
 from .example import as_inputs
-from .front_layers import Filters, add_zero_columns, downsampler, folded, prime_factors, residual, stages
 from .other_sizes import other_inputs
-from .report import Report
-from .running import eval_mode, failures, output_tensors
 from .stem import Stem, View, find_stem, view
-from .step import Step
+from .step import Report, Step
 from .stock import as_given, stock
-from .tensors import as_ordered
-from .verify import OtherFunction, verified_report
+from .surgery import replace as replace_module
+from .verify import OtherFunction, OtherShapes, verified_report
 
 MODES = ("fold", "stages", "residual", "keep")
 DOWNSAMPLERS = ("area", "bilinear", "antialias")
@@ -98,13 +97,19 @@ def front(
     stem = find_stem(model, example)
     large = example.repeat_interleave(r, 2).repeat_interleave(r, 3)
     asked = (example.shape[1], r, mode, downsample, filters, act, seed)
-    step = _fitting_step(model, stem, large, *asked)
+    step = plan_front(model, stem, *asked)
     try:
-        step, child, report = _grown(step, model, large, inplace)
-    except OtherFunction:  # the forward branches by the size of the image
+        child, report = _grown(step, model, large, inplace)
+    except (OtherFunction, OtherShapes) as error:  # it branches by the image's size, or upsamples to that size
+        if step.mode == "fold" and isinstance(error, OtherShapes):
+            raise MorphError(
+                "front: the network returns other shapes on the large image, probably because it upsamples to the "
+                "image's size; use mode='stages', 'residual' or 'keep', which put the front before the whole network"
+            ) from error
         if step.mode == "fold" or not step.at:
             raise
-        step, child, report = _grown(_before_all(model, stem, *asked), model, large, inplace)
+        step = plan_front(model, replace(stem, others=("the image's size",)), *asked)  # before the whole network
+        child, report = _grown(step, model, large, inplace)
     before = view(model, (1, example.shape[1], height // r, width // r), example)
     after = view(child, (1, example.shape[1], height, width), example)
     changes = [f"found: {stem}", *step.describe(child), f"before: {before}", f"after: {after}"]
@@ -115,49 +120,11 @@ def front(
     return as_given(child, given), FrontReport(**vars(report), stem=stem, before=before, after=after)
 
 
-def _grown(step: FrontStep, model: nn.Module, large: Tensor, inplace: bool) -> tuple[FrontStep, nn.Module, Report]:
+def _grown(step: FrontStep, model: nn.Module, large: Tensor, inplace: bool) -> tuple[nn.Module, Report]:
     if inplace and not (step.at and step.at[0]):
         raise MorphError("this front wraps the whole network, which cannot be done in place; use inplace=False")
     child = step.repeat(duplicate(model))
-    return step, child, _verified(step, model, child, large)
-
-
-def _before_all(model: nn.Module, stem: Stem, *asked: Any) -> FrontStep:
-    """Plan a front before the whole network, which then only gets images of the small size."""
-    return plan_front(model, replace(stem, others=("the image's size",)), *asked)
-
-
-def _fitting_step(model: nn.Module, stem: Stem, large: Tensor, *asked: Any) -> FrontStep:
-    """Plan the front before the stem, or before the whole network if its output shapes depend on the image's size.
-
-    For example, a segmentation network that upsamples its result to the image's size must get the shrunk image.
-
-    Args:
-        model: the network.
-        stem: its stem.
-        large: an image batch of the child.
-        asked: further arguments of `plan_front`.
-    """
-    step = plan_front(model, stem, *asked)
-    if _gives_the_same_shapes(model, step, large):
-        return step
-    if step.mode == "fold":
-        raise MorphError(
-            "front: the network returns other shapes on the large image, probably because it upsamples to the image's "
-            "size; use mode='stages', 'residual' or 'keep', which put the front before the whole network"
-        )
-    return _before_all(model, stem, *asked)
-
-
-def _gives_the_same_shapes(model: nn.Module, step: FrontStep, large: Tensor) -> bool:
-    """Return whether the child on the large image and the parent on the shrunk image return the same shapes."""
-    shapes = []
-    small = downsampler(step.downsample, step.r)(large.float())
-    for network, image in ((model, small), (step.repeat(duplicate(model)), large)):
-        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), image.dtype)
-        with eval_mode(network), torch.no_grad(), failures("the network cannot be run on an image of that size"):
-            shapes.append([tuple(t.shape) for t in output_tensors(network(image.to(dtype, copy=True)))])
-    return shapes[0] == shapes[1]
+    return child, _verified(step, model, child, large)
 
 
 def _verified(step: FrontStep, model: nn.Module, child: nn.Module, large: Tensor) -> Report:
@@ -200,7 +167,7 @@ class FrontStep(Step, op="front"):
         if self.mode == "fold":
             for path in self.at:
                 conv = _conv_at(model, path)
-                model = _replace(model, conv, folded(conv, self.r, self.downsample))
+                model = _replace(model, path, folded(conv, self.r, self.downsample))
             return model
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         layers = as_ordered(self._layers(like), model)
@@ -210,9 +177,8 @@ class FrontStep(Step, op="front"):
             whole.training = model.training
             return whole
         conv = _conv_at(model, self.at[0])
-        pair = nn.Sequential(OrderedDict(front=layers, conv=conv))
-        pair.training = conv.training
-        child = _replace(model, conv, pair)
+        pair = nn.Sequential(OrderedDict(front=layers, conv=conv)).train(conv.training)
+        child = _replace(model, self.at[0], pair)
         if self.extra > 0:
             add_zero_columns(conv, self.extra)
         return child
@@ -334,12 +300,184 @@ def _conv_at(model: nn.Module, path: str) -> nn.Conv2d:
     return conv
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Replace `old` by `new` under all names that it has."""
-    if model is old:
+def _replace(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """Replace the module at `path`, which may be the model itself."""
+    if not path:
         return new
-    for module in [m for m in model.modules() if m is not new]:
-        for name, part in module._modules.items():
-            if part is old:
-                module._modules[name] = new
+    replace_module(model, path, new)
     return model
+
+
+class Resize(nn.Module):
+    """Bilinear resize (N, C, rH, rW) -> (N, C, H, W), optionally antialiased."""
+
+    def __init__(self, r: int, antialias: bool) -> None:
+        super().__init__()
+        self.r, self.antialias = r, antialias
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (x.shape[-2] // self.r, x.shape[-1] // self.r)
+        return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=self.antialias)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, antialias={self.antialias}"
+
+
+class ResidualFront(nn.Module):
+    """down(x) + gamma * branch(x), with one gamma per channel that starts at zero."""
+
+    def __init__(self, down: nn.Module, branch: nn.Module, channels: int, like: Tensor) -> None:
+        super().__init__()
+        self.down, self.branch = down, branch
+        self.gamma = nn.Parameter(torch.zeros(channels, 1, 1, dtype=like.dtype, device=like.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(x) + self.gamma * self.branch(x)
+
+
+def downsampler(name: str, r: int) -> nn.Module:
+    """Build the layer that shrinks by r: the mean of each r x r cell ("area"), "bilinear" or "antialias"."""
+    if name == "area" or (name == "bilinear" and r == 2):  # the same function
+        return nn.AvgPool2d(r)
+    return Resize(r, antialias=name == "antialias")
+
+
+def cell_weights(downsample: str, r: int) -> Tensor:
+    """Return the weights of a cell's r pixels along one axis, in float64."""
+    cell = torch.full((r,), 1 / r, dtype=torch.float64)
+    if downsample == "bilinear":  # without antialiasing it reads the one or two middle pixels
+        cell.zero_()
+        cell[(r - 1) // 2] += 0.5
+        cell[r // 2] += 0.5
+    return cell
+
+
+def folded(conv: nn.Conv2d, r: int, downsample: str) -> nn.Conv2d:
+    """Build one convolution that equals `conv` after the downsampler; a dilated kernel becomes dense, with zeros."""
+    weight = conv.weight.detach()
+    kernel = [(k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    dense = weight.new_zeros(*weight.shape[:2], *kernel, dtype=torch.float64)
+    dense[:, :, :: conv.dilation[0], :: conv.dilation[1]] = weight.double()
+    # In float64 until the end, so that each weight is rounded only once, and not at all for r = 2^j.
+    cell = cell_weights(downsample, r)
+    cells = torch.outer(cell, cell).reshape(1, 1, r, r).to(dense.device)
+    large = torch.kron(dense, cells)
+    padding, ahead = [0, 0], [0, 0]
+    for axis in (0, 1):
+        if conv.padding == "same":  # an even kernel pads one more at the end; zero taps at the front make it symmetric
+            total = kernel[axis] - 1
+            padding[axis] = (total - total // 2) * r
+            ahead[axis] = (total % 2) * r
+        elif conv.padding != "valid":
+            padding[axis] = int(conv.padding[axis]) * r
+    large = F.pad(large, (ahead[1], 0, ahead[0], 0))
+    new = _new_conv(
+        weight,
+        conv.in_channels,
+        conv.out_channels,
+        tuple(large.shape[2:]),
+        (conv.stride[0] * r, conv.stride[1] * r),
+        tuple(padding),
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+    )
+    new.weight = nn.Parameter(large.to(weight.dtype), requires_grad=conv.weight.requires_grad)
+    new.bias = conv.bias
+    new.training = conv.training
+    return new
+
+
+def prime_factors(r: int) -> list[int]:
+    """Return the prime factors of r in ascending order."""
+    factors, p = [], 2
+    while r > 1:
+        while r % p == 0:
+            factors.append(p)
+            r //= p
+        p += 1
+    return factors
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Configuration of a front's convolutions: each has `filters`, but the last stage has `out`."""
+
+    channels: int  # image channels
+    filters: int
+    out: int
+    act: str | None
+    norm: bool
+    generator: torch.Generator  # for the random filters
+
+
+def stages(r: int, downsample: str, spec: Filters, like: Tensor) -> nn.Sequential:
+    """Build a strided convolution for each prime factor of r; the first channels carry the shrunk image."""
+    layers, width, factors = nn.Sequential(), spec.channels, prime_factors(r)
+    for number, factor in enumerate(factors):
+        out = spec.out if number == len(factors) - 1 else spec.filters
+        conv = _stage(width, out, factor, like, spec.generator)
+        _set_cell(conv, spec.channels, cell_weights(downsample, factor))
+        layers.append(conv)
+        if spec.act is not None:
+            pact = PAct(activation(spec.act), out)
+            with torch.no_grad():
+                pact.a[spec.channels :] = 1  # the extra filters change nothing yet, so they can be non-linear at once
+            layers.append(pact.to(like.device, like.dtype))
+        width = out
+    return layers
+
+
+def residual(r: int, downsample: str, spec: Filters, like: Tensor) -> ResidualFront:
+    """Build the downsampler plus gamma = 0 times a branch of random strided convolutions."""
+    layers, width = nn.Sequential(), spec.channels
+    for factor in prime_factors(r):
+        layers.append(_stage(width, spec.filters, factor, like, spec.generator))
+        if spec.norm:
+            layers.append(nn.BatchNorm2d(spec.filters, dtype=like.dtype, device=like.device))
+        if spec.act is not None:
+            layers.append(activation(spec.act).to(like.device, like.dtype))
+        width = spec.filters
+    end = _new_conv(like, width, spec.channels, 1)
+    _randomize(end, spec.generator)
+    return ResidualFront(downsampler(downsample, r), layers.append(end), spec.channels, like)
+
+
+def add_zero_columns(conv: nn.Conv2d, count: int) -> None:
+    """Extend a convolution by `count` input channels with weight zero."""
+    weight = conv.weight.detach()
+    zeros = weight.new_zeros(weight.shape[0], count, *weight.shape[2:])
+    wider = torch.cat([weight, zeros], 1).contiguous(memory_format=channels_last(weight) or torch.contiguous_format)
+    conv.weight = nn.Parameter(wider, requires_grad=conv.weight.requires_grad)
+    conv.in_channels += count
+
+
+def _new_conv(like: Tensor, *args: Any, **kwargs: Any) -> nn.Conv2d:
+    """Allocate a Conv2d without initial values, so that the global random generator does not advance."""
+    return nn.utils.skip_init(nn.Conv2d, *args, dtype=like.dtype, device=like.device, **kwargs)  # pyright: ignore
+
+
+def _stage(inputs: int, out: int, factor: int, like: Tensor, generator: torch.Generator) -> nn.Conv2d:
+    """Build a convolution that shrinks by a prime: 3x3/2 for two, otherwise kernel size equals stride."""
+    conv = _new_conv(like, inputs, out, 3, 2, 1) if factor == 2 else _new_conv(like, inputs, out, factor, factor)
+    _randomize(conv, generator)
+    return conv
+
+
+def _randomize(conv: nn.Conv2d, generator: torch.Generator) -> None:
+    """Apply He initialisation with the given generator."""
+    weight = conv.weight
+    std = (2 / weight[0].numel()) ** 0.5
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * std)
+        assert conv.bias is not None
+        conv.bias.zero_()
+
+
+def _set_cell(conv: nn.Conv2d, channels: int, cell: Tensor) -> None:
+    """Set the first `channels` filters so that each shrinks one channel and reads nothing else."""
+    with torch.no_grad():
+        conv.weight[:channels] = 0
+        offset = conv.kernel_size[0] - len(cell)  # the taps [1:, 1:] of 3x3/2 with padding 1 never read the padding
+        for c in range(channels):
+            conv.weight[c, c, offset:, offset:] = torch.outer(cell, cell).to(conv.weight)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ..errors import MorphError
 from .copying import cast, duplicate
 from .example import Example, as_inputs
-from .report import Report
 from .running import failures, output_tensors
-from .step import EditAt
+from .step import EditAt, Report
 from .stock import stock
 from .surgery import CONVS, morphed, plain
 from .verify import OtherFunction
@@ -147,32 +146,6 @@ def _explain_failure(path: str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def _grown_rows(
-    path: str, weight: Tensor, bias: Tensor | None, outputs: int, value: float
-) -> tuple[Tensor, Tensor | None]:
-    """Append rows of zeros to the weight (outputs, ...), and `value` to the bias."""
-    new = outputs - len(weight)
-    if new < 1:
-        raise MorphError(f"module '{path}' already has {len(weight)} outputs; give a larger number")
-    if bias is None and value:
-        bias = weight.new_zeros(len(weight))
-    weight = torch.cat([weight, weight.new_zeros(new, *weight.shape[1:])])
-    return weight, None if bias is None else torch.cat([bias, bias.new_full((new,), value)])
-
-
-def _split_rows(
-    path: str, weight: Tensor, bias: Tensor | None, index: int, shares: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Repeat row `index` of weight and bias once per share, and add the logarithm of the share to each logit."""
-    if not 0 <= index < len(weight):
-        raise MorphError(f"module '{path}' has no class {index}; it has {len(weight)}")
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    parts = (bias[index].double() + torch.tensor(shares, dtype=torch.float64, device=bias.device).log()).to(bias.dtype)
-    bias = torch.cat([bias, parts[1:]])
-    bias[index] = parts[0]
-    return torch.cat([weight, weight[index : index + 1].repeat(len(shares) - 1, *[1] * (weight.ndim - 1))]), bias
-
-
 # -- steps -------------------------------------------------------------------------------------------------------
 
 
@@ -186,9 +159,15 @@ class HeadStep(EditAt, op="head"):
 
     def edit(self, model: nn.Module) -> list[str]:
         head = _head(model, self.path)
-        bias = self.bias if self.bias is not None else -1e4 if self.kind == "softmax" else 0.0
+        value = self.bias if self.bias is not None else -1e4 if self.kind == "softmax" else 0.0
+        new = self.outputs - len(head.weight)
+        if new < 1:
+            raise MorphError(f"module '{self.path}' already has {len(head.weight)} outputs; give a larger number")
         with torch.no_grad():
-            return _set(head, self.path, *_grown_rows(self.path, head.weight, head.bias, self.outputs, bias))
+            bias = head.weight.new_zeros(len(head.weight)) if head.bias is None and value else head.bias
+            bias = None if bias is None else torch.cat([bias, bias.new_full((new,), value)])
+            zeros = head.weight.new_zeros(new, *head.weight.shape[1:])
+            return _set(head, self.path, torch.cat([head.weight, zeros]), bias)
 
 
 @dataclass(frozen=True)
@@ -200,8 +179,17 @@ class SplitClassStep(EditAt, op="split_class"):
 
     def edit(self, model: nn.Module) -> list[str]:
         head = _head(model, self.path)
+        weight, count = head.weight, len(self.shares) - 1
+        if not 0 <= self.index < len(weight):
+            raise MorphError(f"module '{self.path}' has no class {self.index}; it has {len(weight)}")
         with torch.no_grad():
-            return _set(head, self.path, *_split_rows(self.path, head.weight, head.bias, self.index, self.shares))
+            bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias
+            logs = torch.tensor(self.shares, dtype=torch.float64, device=bias.device).log()
+            parts = (bias[self.index].double() + logs).to(bias.dtype)  # the share multiplies the probability
+            bias = torch.cat([bias, parts[1:]])
+            bias[self.index] = parts[0]
+            copies = weight[self.index : self.index + 1].repeat(count, *[1] * (weight.ndim - 1))
+            return _set(head, self.path, torch.cat([weight, copies]), bias)
 
 
 def _head(model: nn.Module, path: str) -> Any:
@@ -232,7 +220,7 @@ class _View:
         self.example, self.softmax, self.index = example, softmax, index
 
     def __call__(self, parent: nn.Module, child: nn.Module) -> tuple[nn.Module, nn.Module]:
-        old, new = (_outputs(net, self.example) for net in (parent, child))
+        old, new = (outputs_on(net, self.example) for net in (parent, child))
         axes = _grown_axes(old, new)
         undo = [[] if axis is None else [(a.shape[axis], self.index)] for a, axis in zip(old, axes, strict=True)]
         none: list[Any] = [[] for _ in axes]
@@ -242,7 +230,7 @@ class _View:
     def new_classes(self, model: nn.Module, step: HeadStep) -> tuple[int, Tensor]:
         """Return their number n, and log(p / (1 - n p)) of their probability p for each row of the outputs."""
         child = step.repeat(cast(duplicate(model), torch.float32))  # in float32, so that the bias is not rounded
-        old, new = _outputs(model, self.example), _outputs(child, self.example)
+        old, new = outputs_on(model, self.example), outputs_on(child, self.example)
         found, count = [], 0
         for before, after, axis in zip(old, new, _grown_axes(old, new), strict=True):
             if axis is None:
@@ -256,6 +244,8 @@ class _View:
 
 class OldOutputs(nn.Module):
     """Network with the growth of its head undone: it returns the old outputs, or their preserved probabilities.
+
+    It returns the first outputs, as many as `axes`.
 
     `undo` lists for each output, the last growth first, the number of classes before the growth, and the class that was
     split, if any. The parts of a split class are added up. The old logits of a softmax do not change; if the network
@@ -277,7 +267,7 @@ class OldOutputs(nn.Module):
         outputs = output_tensors(self.network(*args, **kwargs))
         return [
             y if axis is None else self._undo_growth(y, axis, undo)
-            for y, axis, undo in zip(outputs, self.axes, self.undo, strict=True)
+            for y, axis, undo in zip(outputs, self.axes, self.undo, strict=False)
         ]
 
     def _undo_growth(self, y: Tensor, axis: int, undo: Sequence[tuple[int, int | None]]) -> Tensor:
@@ -313,7 +303,8 @@ def _grown_axes(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[int | None
     return axes
 
 
-def _outputs(network: nn.Module, example: Example) -> list[Tensor]:
+def outputs_on(network: nn.Module, example: Example) -> list[Tensor]:
+    """Run a copy of a network in float32 and eval mode on an example."""
     work = cast(duplicate(network), torch.float32).eval()
     with torch.no_grad(), failures("the network cannot be run"):
         inputs = as_inputs(example)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import MorphError
-from .report import Report
 from .running import eval_mode, failures
-from .step import EditAll
+from .step import EditAll, Report
 from .surgery import CONVS, morphed, plain, replace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -182,18 +181,14 @@ def image_convs(model: nn.Module, image: Tensor) -> list[str]:
     names = {id(module): name for name, module in model.named_modules()}
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and args[0] is image and isinstance(module, CONVS):
+        if args and args[0] is image and isinstance(module, CONVS) and id(module) in names:
             found.append(names[id(module)])
 
     like = next((p for p in model.parameters() if p.is_floating_point()), image)
     image = image.to(like)
-    hooks = [module.register_forward_pre_hook(look) for module in model.modules()]
-    try:
-        with eval_mode(model), torch.no_grad(), failures(f"the model cannot be run on {tuple(image.shape)}"):
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hook = nn.modules.module.register_module_forward_pre_hook(look)
+    with hook, eval_mode(model), torch.no_grad(), failures(f"the model cannot be run on {tuple(image.shape)}"):
+        model(image)
     if not found:
         raise MorphError("no convolution reads the image directly; name those that read only the image in paths=")
     return list(dict.fromkeys(found))

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import MorphError
 from .example import Example
-from .report import Report
-from .step import EditAll
+from .step import EditAll, Report
 from .surgery import CONVS, TRANSPOSED, morphed, plain, replace, spatial
 
 Taps = list[tuple[int, int]]  # number of zeros before and after the old taps, per image axis
@@ -73,13 +72,6 @@ def numeric_padding(conv: Any) -> list[tuple[int, int]]:
     return [(p, p) for p in conv.padding]
 
 
-def _growth(path: str, old: Sequence[int], new: Sequence[int]) -> list[int]:
-    growth = [b - a for a, b in zip(old, new, strict=True)]
-    if min(growth) < 0:
-        raise MorphError(f"module '{path}': kernel {tuple(old)} cannot shrink to {tuple(new)}; give a larger size")
-    return growth
-
-
 @dataclass(frozen=True)
 class KernelStep(EditAll, op="kernel"):
     """Step of `grow_kernel`."""
@@ -94,7 +86,9 @@ def _grow_one(model: nn.Module, path: str, kernel: int | tuple[int, ...]) -> str
     conv = plain(model, path, *CONVS, *TRANSPOSED)
     old = tuple(conv.kernel_size)
     new = spatial(kernel, len(old), "kernel")
-    growth = _growth(path, old, new)
+    growth = [b - a for a, b in zip(old, new, strict=True)]
+    if min(growth) < 0:
+        raise MorphError(f"module '{path}': kernel {old} cannot shrink to {new}; give a larger size")
     if not any(growth):
         raise MorphError(f"module '{path}' already has kernel {old}; give a larger size")
     if isinstance(conv, TRANSPOSED) and any(g % 2 for g in growth):

@@ -25,7 +25,7 @@ class Label:
 
     def on_axis(self, axis: int, ndim: int) -> Label:
         """Reshape a vector to `ndim` axes, along one of them."""
-        return self.reshape([-1 if a == axis else 1 for a in range(ndim)])
+        return Label(along(self.vids, axis, ndim), None if self.atoms is None else along(self.atoms, axis, ndim))
 
     def as_channels(self, ndim: int) -> Label:
         """Reshape a vector (C) to (1, C, 1, ...); a scalar stays a scalar."""
@@ -46,6 +46,11 @@ class Label:
     def others(self, axes: list[int]) -> list[int]:
         """Return all axes except these."""
         return [a for a in range(self.vids.ndim) if a not in axes]
+
+
+def along(values: Tensor, axis: int, ndim: int) -> Tensor:
+    """Reshape a vector to `ndim` axes, along one of them."""
+    return values.reshape([-1 if a == axis else 1 for a in range(ndim)])
 
 
 def no_atoms(shape: Sequence[int]) -> Tensor:
@@ -82,14 +87,7 @@ def varies(atoms: Tensor, axes: Sequence[int]) -> bool:
     return any(atoms.shape[a] > 1 and bool((atoms != atoms.narrow(a, 0, 1)).any()) for a in axes)
 
 
-def row_vids(
-    at: Tensor,
-    base: int,
-    old: tuple[int, ...],
-    axes: list[int],
-    keeps: bool,
-    shape: tuple[int, ...] | torch.Size,
-) -> Tensor:
+def row_vids(at: Tensor, base: int, old: Sequence[int], axes: list[int], keeps: bool, shape: Sequence[int]) -> Tensor:
     """Return the vids of the output of a row op, given the parent's row of each row (FREE stays FREE).
 
     Args:
@@ -103,15 +101,12 @@ def row_vids(
     others = [a for a in range(len(shape)) if a not in axes]
     width = math.prod(old[a] for a in axes) if keeps else 1
     sizes = [shape[a] for a in others]
+    table = torch.arange(math.prod(old))
     if keeps:  # the parent's output is numbered in its own axis order, so the numbers are permuted
-        table = torch.arange(math.prod(old)).reshape(old).permute(*others, *axes).reshape(-1, width)
-    else:
-        table = torch.arange(math.prod(old)).reshape(-1, 1)
+        table = table.reshape(old).permute(*others, *axes)
+    table = table.reshape(-1, width)
     vids = torch.where((at < 0)[:, None], at[:, None], table[at.clamp(min=0)] + base)
     if not keeps:
         return vids.reshape(sizes)
-    vids = vids.reshape(*sizes, *(old[a] for a in axes))
-    back = [0] * len(old)
-    for position, axis in enumerate([*others, *axes]):
-        back[axis] = position
-    return vids.permute(back)
+    back = torch.tensor([*others, *axes]).argsort().tolist()
+    return vids.reshape(*sizes, *(old[a] for a in axes)).permute(back)

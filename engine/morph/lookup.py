@@ -152,7 +152,4 @@ def _thinned(rows: Tensor, times: int, otherwise: int) -> Tensor:
 
 def _storage_size(tensor: Tensor) -> int:
     """Return the number of elements, without those that an expanded view repeats."""
-    size = 1
-    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        size *= length if stride else 1
-    return size
+    return math.prod(length for length, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)

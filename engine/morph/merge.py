@@ -19,13 +19,11 @@ from ..tiling.memory import freed_pages_kept
 from .attributes import head_changes
 from .copying import cast, duplicate
 from .example import Example, Inputs, as_inputs, stand_ins
-from .fold import fold
+from .fold import Folds, Units, find_ties, fold, width_after_fold
 from .other_sizes import other_inputs
-from .report import Certificate, Report
 from .spaces import GROUPS, Spaces, find_spaces
-from .step import Step
+from .step import Certificate, Report, Step
 from .stock import as_given, stock
-from .ties import Folds, Units, find_ties, width_after_fold
 from .tracer import Mismatch
 from .verify import verified_report
 from .widen import replace_contents

@@ -1,14 +1,20 @@
-"""Rules of ops on labels in primitive steps: convolutions, norms, reductions, poolings, elementwise functions."""
+"""Rules of ops on labels in primitive steps: convolutions, norms, reductions, poolings, elementwise functions.
+
+Data movements run themselves on the value numbers and on the atoms.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..torch_private import tree_flatten
+from ..torch_private import tree_flatten, tree_map
 from . import families
 from .labels import Label
 from .primitives import LinearCall, Primitives, Shape
@@ -46,18 +52,15 @@ def output_labels(run: Primitives, call: Call) -> list[Label]:
     if not shapes:
         return run.barrier(labels, [], f"'{name}' reads its values")
     ndim, one = call.tensors[0].ndim, len(shapes) == 1
-    if name in ("max", "min") and len(labels) == 2 and call.plain:
-        return [run.elementwise(labels)]
     declared = families.DECLARED.get(name)
-    if declared == "elementwise" and call.plain:
+    elementwise = declared == "elementwise" or name in families.ELEMENTWISE
+    if call.plain and (elementwise or (name in ("max", "min") and len(labels) == 2)):
         return [run.elementwise(labels)]
     if declared == "channelwise" and one and len(shapes[0]) == ndim:
         made = run.rows(labels[0], list(range(2, ndim)), shapes, True)
         return [run.elementwise([*made, *(label.as_channels(ndim) for label in labels[1:])])]
     if name == "prelu" and one:
         return [run.elementwise([labels[0], labels[1].as_channels(ndim)])]
-    if name in families.ELEMENTWISE and call.plain:
-        return [run.elementwise(labels)]
     if name in families.CONVOLUTIONS or name == "linear":
         return _linear(run, call)
     if name in families.PRODUCTS:
@@ -87,7 +90,7 @@ def _linear(run: Primitives, call: Call) -> list[Label]:
     plain = {k: v for k, v in given.items() if k not in ("input", "weight", "bias", "groups")}
     run.agree(tree_flatten([plain[k] for k in sorted(plain)])[0])
     x = run.need(given["input"])
-    spatial = families.CONVOLUTIONS[call.name][0] if call.name != "linear" else 0
+    spatial = families.CONVOLUTIONS[call.name] if call.name != "linear" else 0
     axis = (x.vids.ndim - spatial - 1) % x.vids.ndim
     groups = given.get("groups", 1) if call.name != "linear" else 1
     out = run.linear(x, LinearCall(weight, axis, transposed or transposed_matrix, groups, call.shapes[0]))
@@ -169,8 +172,7 @@ def _reduce(run: Primitives, call: Call) -> list[Label]:
     ndim = label.vids.ndim
     axes = _axes(call, ndim)
     keeps = len(call.shapes[0]) == ndim
-    known = name in families.MEANS or name in families.EXTREMES
-    known = known or name in ("max", "min")
+    known = name in (*families.MEANS, *families.EXTREMES, "max", "min")
     variance = name in families.VARIANCES and _divided_by_the_number(call)
     if (known or variance) and run.along_channels(label, axes):
         indices = len(call.shapes) - 1 if known else 0  # extremes also return indices
@@ -238,3 +240,73 @@ def _axes(call: Call, ndim: int) -> list[int]:
         return list(range(ndim))
     axes = [given] if isinstance(given, int) else list(given)
     return sorted(a % ndim for a in axes) or list(range(ndim))
+
+
+Movement = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # name, function and arguments of a call
+
+
+def moved_labels(call: Movement, labels: dict[int, Label], in_place: bool, fill: int | None) -> list[Label]:
+    """Return the labels of the outputs of a call that moves data.
+
+    Args:
+        call: name, function, positional and keyword arguments.
+        labels: labels of the moved tensors, by id; other tensors are indices.
+        in_place: whether the call changes a tensor.
+        fill: the vid of the constant that a pad writes.
+    """
+    vids = _run(call, {key: label.vids for key, label in labels.items()}, in_place, fill)
+    atoms = {key: label.atoms for key, label in labels.items() if label.atoms is not None}
+    if len(atoms) < len(labels):
+        return [Label(v, None) for v in vids]
+    return [Label(v, a) for v, a in zip(vids, _run(call, atoms, in_place, None), strict=True)]
+
+
+def _run(call: Movement, moved: dict[int, Tensor], in_place: bool, fill: int | None) -> list[Tensor]:
+    """Run the call on other tensors, by id of those that they replace."""
+    name, func, *arguments = call
+
+    def swap(leaf: Any) -> Any:
+        if id(leaf) not in moved:
+            return leaf
+        return moved[id(leaf)].clone() if in_place else moved[id(leaf)]
+
+    def swap_doubles(leaf: Any) -> Any:
+        return moved[id(leaf)].double() if id(leaf) in moved else leaf
+
+    args, kwargs = tree_map(swap, arguments)
+    if name == "pad":
+        return [pad_labels(args, kwargs, fill)]
+    try:
+        out = func(*args, **kwargs)
+    except (RuntimeError, NotImplementedError):  # the op has no kernel for integers
+        args, kwargs = tree_map(swap_doubles, arguments)
+        out = tree_map(lambda t: t.long(), func(*args, **kwargs))
+    return [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+
+
+def pad_value(args: Any, kwargs: Any) -> float:
+    """Return the constant that `F.pad` writes."""
+    value = kwargs.get("value", args[3] if len(args) > 3 else None)
+    return 0.0 if value is None else float(value)
+
+
+def pad_labels(args: Any, kwargs: Any, fill: int | None) -> Tensor:
+    """Apply `F.pad` to labels; constant padding gets vid `fill` and the neighbour's atom (0 next to channels)."""
+    given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
+    labels, pad, mode = given["input"], list(given["pad"]), given.get("mode", "constant")
+    if mode != "constant":
+        return F.pad(labels.double(), pad, mode=mode).long()
+    if fill is not None:
+        return F.pad(labels, pad, value=fill)
+    for i in range(len(pad) // 2):
+        labels = _pad_atoms(labels, labels.ndim - 1 - i, pad[2 * i], pad[2 * i + 1])
+    return labels
+
+
+def _pad_atoms(atoms: Tensor, axis: int, low: int, high: int) -> Tensor:
+    first = atoms.narrow(axis, 0, 1)
+    side = first if bool((atoms == first).all()) else torch.zeros_like(first)
+    if low < 0 or high < 0:
+        atoms = atoms.narrow(axis, max(-low, 0), atoms.shape[axis] - max(-low, 0) - max(-high, 0))
+    before, after = (side.repeat_interleave(max(count, 0), axis) for count in (low, high))
+    return torch.cat([before, atoms, after], axis)

@@ -1,4 +1,4 @@
-"""Optimizer state of a grown network, by the adjoint rule.
+"""Training state of a grown network: the optimizer's state, by the adjoint rule, and averaged weights.
 
 If every consumer splits a space's copies with the same shares s (sum 1), the gradients of the child are those of the
 parent, g' = diag(s_o) g[ro][:, ri]: rows are scaled by their shares, columns are copied. A momentum is a sum of
@@ -16,22 +16,25 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import MorphError
 from .copies import ParameterMap
 from .copying import duplicate
-from .descent import descent, shared_prefix
-from .report import Report
+from .labels import along
+from .lookup import FREE
+from .merge import MergeStep
 from .running import failures
-from .splits import kraft_lengths
-from .step import Step
+from .splits import by_copies, kraft_lengths
+from .step import Report, Step
 from .stock import stock
+from .verify import require_equal
 from .widen import WidenStep
 
 RATES = (SGD, Adam, AdamW)  # optimizers with known rates per tensor that make training commute
@@ -124,7 +127,7 @@ def grow_optimizer(
         for factors, members in (made or {_RateFactors(): []}).items():
             groups.append(_scaled(group, factors) | {"params": members})
             origin.append(group)
-    _add_new(growth, parent, groups, origin)
+    _add_new(growth, names, groups, origin)
     return _construct(optimizer, groups, growth.targets, state)
 
 
@@ -142,20 +145,11 @@ def gradient_shares(made: ParameterMap, split: str) -> Tensor | None:
     """
     if made.parents is None or made.free is None:
         return None
-    copied = ~made.free
-    counts = torch.bincount(made.parents[copied])
     shares = torch.zeros(len(made.parents), dtype=torch.float64)
-    if split != "kraft":
-        shares[copied] = 1.0 / counts[made.parents[copied]].double()
-        return shares
-    rows = copied.nonzero().reshape(-1)
-    order = rows[torch.argsort(made.parents[rows], stable=True)]
-    starts = torch.cumsum(counts, 0) - counts
-    rank = torch.arange(len(order)) - starts[made.parents[order]]
-    for copies in torch.unique(counts[counts > 0]).tolist():
-        parts = torch.tensor([2.0**-length for length in kraft_lengths(copies)], dtype=torch.float64)
-        here = counts[made.parents[order]] == copies
-        shares[order[here]] = parts[rank[here]]
+    for _, copies in by_copies(made.parents.masked_fill(made.free, FREE)):
+        lengths = kraft_lengths(len(copies))
+        for index, length in zip(copies, lengths, strict=False):
+            shares[index] = 2.0**-length if split == "kraft" else 1 / len(copies)
     return shares
 
 
@@ -305,21 +299,17 @@ def _grown_moment(moment: Tensor, made: ParameterMap, power: int, split: str) ->
     if made.columns is not None and made.columns_axis is not None:
         columns = made.columns.to(moment.device)
         result = result.index_select(made.columns_axis, columns.clamp(min=0))
-        fresh = fresh | _along(columns < 0, made.columns_axis, moment.ndim)
+        fresh = fresh | along(columns < 0, made.columns_axis, moment.ndim)
     shares = gradient_shares(made, split)
     if shares is not None and made.parents is not None and made.free is not None and made.axis is not None:
         result = result.index_select(made.axis, made.parents.to(moment.device))
-        result = result * _along(shares.to(moment.device, moment.dtype) ** power, made.axis, moment.ndim)
-        fresh = fresh | _along(made.free.to(moment.device), made.axis, moment.ndim)
+        result = result * along(shares.to(moment.device, moment.dtype) ** power, made.axis, moment.ndim)
+        fresh = fresh | along(made.free.to(moment.device), made.axis, moment.ndim)
     if bool(fresh.any()):
         fresh = fresh.expand(result.shape)
         typical = result[~fresh].double().mean().item() if power == 2 else 0.0
         result = result.masked_fill(fresh, typical)
     return result
-
-
-def _along(values: Tensor, axis: int, ndim: int) -> Tensor:
-    return values.reshape([-1 if a == axis else 1 for a in range(ndim)])
 
 
 def _scaled(group: Mapping[str, Any], factors: _RateFactors) -> dict[str, Any]:
@@ -332,10 +322,7 @@ def _scaled(group: Mapping[str, Any], factors: _RateFactors) -> dict[str, Any]:
 
 
 def _add_new(
-    growth: _ParameterMapping,
-    parent: nn.Module,
-    groups: list[dict[str, Any]],
-    origin: list[dict[str, Any]],
+    growth: _ParameterMapping, names: Mapping[int, str], groups: list[dict[str, Any]], origin: list[dict[str, Any]]
 ) -> None:
     """Add each parameter that is not an heir to a group.
 
@@ -343,7 +330,6 @@ def _add_new(
     that one. A new parameter belongs to the group of the nearest trained one of its kind, so that it gets the rates of
     its part of the network.
     """
-    names = {id(p): name for name, p in parent.named_parameters()}
     trained = {names[id(p)]: (p, group) for group, old in zip(groups, origin, strict=True) for p in old["params"]}
     heirs = set(growth.heirs.values())
     for name, p in growth.targets.items():
@@ -387,4 +373,139 @@ def _construct(
     return result
 
 
-__all__ = ["gradient_shares", "grow_optimizer"]
+@dataclass(frozen=True)
+class Descent:
+    """Mapping between the parameters of a parent and of a child that was not widened.
+
+    The morph is repeated on a copy without weights. A module that is still in the copy retains its parameters, under
+    any name. A missing module was replaced by the module that is now at its path. Names alone are ambiguous: after a
+    block with the layer `block.1` is followed by a new layer, the new one is `block.1` and the old one is `block.0.1`.
+
+    Attributes:
+        heirs: parent's name -> child's name, for each parameter that still exists with its values.
+        origins: child's name -> parent's name, for every other parameter that replaces one of the parent's: grown,
+            split, or computed from it. A parameter in neither mapping is new.
+    """
+
+    heirs: Mapping[str, str]
+    origins: Mapping[str, str]
+
+
+def descent(step: Step, parent: nn.Module, child: nn.Module) -> Descent:
+    """Find the parameters that still exist, and those that replace others.
+
+    Args:
+        step: the step of the morph.
+        parent: the network before the morph, with its weights of that time; it is not changed.
+        child: the network after the morph, with its weights of that time.
+
+    Raises:
+        MorphError: a parameter that the morph does not change has other values in the child.
+    """
+    moved = _moved(step, parent)
+    old, new = dict(parent.named_parameters()), dict(child.named_parameters())
+    heirs: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    unreplaced = {_join(where, leaf) for where in moved.values() for leaf in _leaves(child, where)}
+    for name, p in old.items():
+        path, _, leaf = name.rpartition(".")
+        mine = _join(moved[path], leaf) if path in moved else ""
+        nearby = [n for n in new if n not in unreplaced and n.startswith(f"{path}.") and n.rpartition(".")[2] == leaf]
+        if mine not in new:
+            equal = [n for n in nearby if _shares_values(new[n], p)]
+            if len(equal) == 1:
+                heirs[name] = equal[0]
+            origins |= dict.fromkeys((n for n in nearby if n not in equal or len(equal) > 1), name)
+        elif _shares_values(new[mine], p):
+            heirs[name] = mine
+        else:
+            # If a weight lost a part of its values but not its shape, other parameters below the path hold the rest.
+            rest = [n for n in nearby if new[n].shape == p.shape == new[mine].shape]
+            if new[mine].shape == p.shape and not rest:
+                raise MorphError(
+                    f"'{mine}' of the child has other values than '{name}' of the parent, but this morph does not "
+                    "change it; call grow_optimizer before either network is trained or cast"
+                )
+            origins |= dict.fromkeys([mine, *rest], name)
+    return Descent(heirs, origins)
+
+
+def shared_prefix(a: str, b: str) -> int:
+    """Return the number of leading components that two names have in common."""
+    parts = [x == y for x, y in zip(a.split("."), b.split("."), strict=False)]
+    return parts.index(False) if False in parts else len(parts)
+
+
+def _moved(step: Step, parent: nn.Module) -> dict[str, str]:
+    """Return parent's path -> child's path, for each module that the morph does not replace."""
+    if isinstance(step, MergeStep):  # it runs the network, which needs weights, and moves nothing
+        return {path: path for path, _ in parent.named_modules()}
+    copy = duplicate(parent, {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parent.parameters()})
+    before = {module: path for path, module in copy.named_modules()}
+    return {before[module]: path for path, module in step.repeat(copy).named_modules() if module in before}
+
+
+def _leaves(model: nn.Module, path: str) -> list[str]:
+    return [name for name, _ in model.get_submodule(path).named_parameters(recurse=False)]
+
+
+def _join(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if path else leaf
+
+
+def _shares_values(child: Tensor, parent: Tensor) -> bool:
+    return child.shape == parent.shape and torch.equal(child.to(parent), parent)
+
+
+Averaged = TypeVar("Averaged", bound=nn.Module)
+
+
+@torch.inference_mode(False)
+def grow_ema(average: Averaged, parent: nn.Module, child: nn.Module, report: Report) -> Averaged:
+    """Widen an average of the parent's weights by the same linear map as the weights.
+
+    Seed and tensor name determine the shares, so the average of widened weights equals the widened average. New
+    channels have no history and get the child's weights.
+
+    Args:
+        average: a network of the parent's architecture (an EMA or momentum copy) or an `AveragedModel` of one; it is
+            not changed.
+        parent: the network before the widening.
+        child: the network after the widening.
+        report: the report of the widening.
+
+    Raises:
+        MorphError: the morph is not a widening, the average has another architecture, or a check fails.
+    """
+    parent, child = stock(parent), stock(child)
+    average = stock(average)  # pyright: ignore[reportAssignmentType]  the same class, or the network it accelerates
+    step = report.step
+    if not isinstance(step, WidenStep):
+        raise MorphError(f"averages can follow a widening only, not '{report.transform}'; start a new average")
+    if isinstance(average, AveragedModel):
+        grown = grow_ema(average.module, parent, child, report)
+        return copy.deepcopy(average, {id(average.module): grown})  # takes the grown network in place of a copy
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (parent, average)]
+    if shapes[0] != shapes[1]:
+        raise MorphError("the average has other parameters than the parent; give an average of the parent's weights")
+    # The recorded inputs are float32 on the CPU, so the architecture is rebuilt there before the weights are set.
+    grown = step.repeat(duplicate(average).float().cpu())
+    maps = step.tensor_maps(duplicate(parent).float().cpu())
+    targets, sources = child.state_dict(), average.state_dict()
+    for name, tensor in [*grown.named_parameters(), *grown.named_buffers()]:
+        if name not in sources:
+            continue
+        value, made = sources[name], maps.get(name)
+        if made is None:
+            value = value.detach().clone()
+        else:
+            value, _ = step.grow_tensor(name, value, made)
+            if made.free is not None and made.axis is not None and bool(made.free.any()):
+                at = made.free.nonzero().reshape(-1).to(value.device)
+                value.index_copy_(made.axis, at, targets[name].to(value).index_select(made.axis, at))
+        tensor.data = value
+    device = next((p.device for p in average.parameters()), torch.device("cpu"))
+    given = step.inputs()
+    example = replace(given, tensors=tuple(x.to(device) for x in given.tensors))
+    require_equal(average, grown, example)
+    return grown.train(average.training)

@@ -12,7 +12,6 @@ import math
 import operator
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,11 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import MorphError
 from ..torch_private import tree_map
-from .copying import cast, duplicate
+from .copying import cast, duplicate, named_tensors, of_kind
 from .example import Inputs
 from .families import op_name, reads_no_values
 from .running import eval_mode
-from .tensors import named_tensors, of_kind
 from .tracer import module_paths
 
 log = logging.getLogger("gigamorph.morph")
@@ -96,30 +94,27 @@ class _Search:
 
     def run(self) -> Others:
         log.info("looking for branches by image size, batch and precision")
-        with suppress(_NotFollowed):
-            first = self._trace(self.base, 1)
-            if first.failed:
-                raise _NotFollowed
-            second = next((k for k in self._seconds() if k != (self.base, 1) and not self._trace(*k).failed), None)
-            if second is not None:
-                self.found.second = resized(self.example, *second)
-            whole = self._trace(self.base, self.batch)
-            if second is not None:
-                self.found.alike = self._trace(*second).branches == first.branches == whole.branches
-            if first.asks:
-                self._search()
-            known = set(first.pairs)
-            for (lengths, batch), trace in sorted(
-                self.seen.items(), key=lambda item: math.prod(item[0][0]) * item[0][1]
-            ):
-                if not trace.failed and not trace.pairs <= known:
-                    known |= trace.pairs
-                    self.found.branching.append(resized(self.example, lengths, batch))
-            if first.asks_dtype:
-                self._halves(first)
+        first = self._trace(self.base, 1)
+        if first.failed:  # the network cannot run without values, so the check itself tries one other size
+            self.found.second = resized(self.example, *next(self._seconds()))
             return self.found
-        # The network cannot run without values, so the check itself tries one other size.
-        self.found.second = resized(self.example, *next(self._seconds()))
+        second = next((k for k in self._seconds() if k != (self.base, 1) and not self._trace(*k).failed), None)
+        if second is not None:
+            self.found.second = resized(self.example, *second)
+        whole = self._trace(self.base, self.batch)
+        if second is not None:
+            self.found.alike = self._trace(*second).branches == first.branches == whole.branches
+        if first.asks:
+            self._search()
+        known = set(first.pairs)
+        for (lengths, batch), trace in sorted(self.seen.items(), key=lambda item: math.prod(item[0][0]) * item[0][1]):
+            if not trace.failed and not trace.pairs <= known:
+                known |= trace.pairs
+                self.found.branching.append(resized(self.example, lengths, batch))
+        for dtype in HALVES if first.asks_dtype else ():
+            trace = _run(cast(self.model, dtype), self.example, dtype)
+            if not trace.failed and not trace.pairs <= first.pairs:
+                self.found.halves.append(dtype)
         return self.found
 
     def _seconds(self) -> Iterator[tuple[Lengths, int]]:
@@ -200,16 +195,6 @@ class _Search:
             self.seen[lengths, batch] = _run(self.model, resized(self.example, lengths, batch))
         return self.seen[lengths, batch]
 
-    def _halves(self, first: _Trace) -> None:
-        for dtype in HALVES:
-            trace = _run(cast(self.model, dtype), self.example, dtype)
-            if not trace.failed and not trace.pairs <= first.pairs:
-                self.found.halves.append(dtype)
-
-
-class _NotFollowed(Exception):
-    """The network cannot run on the meta device."""
-
 
 # -- one run -----------------------------------------------------------------------------------------------------
 
@@ -238,41 +223,35 @@ def _threshold(found: Sequence[_Comparison]) -> bool:
     return any(len(one) > 1 and len(other) == 1 and max(other) > 0 for one, other in ((left, right), (right, left)))
 
 
-@dataclass
-class _Trace:
-    """Record of one run: its comparisons, its pairs of consecutive ops, and its queries."""
-
-    compared: list[_Comparison] = field(default_factory=list)
-    pairs: set[tuple[Any, Any]] = field(default_factory=set)
-    failed: bool = False
-    asks: bool = False  # whether it reads sizes
-    asks_dtype: bool = False
-
-    @property
-    def branches(self) -> tuple[Any, Any]:
-        """Key that differs between two runs that take different branches."""
-        return self.pairs, {(c.key, c.outcome) for c in self.compared}
-
-
 def _run(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) -> _Trace:
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     given = [torch.empty_like(x, device="meta", dtype=dtype if x.is_floating_point() else None) for x in inputs.tensors]
-    watch = _Watch()
+    watch = _Trace()
     with eval_mode(model), torch.no_grad(), module_paths(model, watch.path), torch.device("meta"), watch:
         try:
             inputs.call(model, given)
         except Exception:  # the network's code may raise anything at this size
-            watch.trace.failed = True
-    return watch.trace
+            watch.failed = True
+    return watch
 
 
-class _Watch(TorchFunctionMode):
-    """Function mode that records ops, and returns sizes that record comparisons."""
+class _Trace(TorchFunctionMode):
+    """Function mode that records ops, and returns sizes that record comparisons.
+
+    Attributes:
+        compared: the comparisons of one run.
+        pairs: its pairs of consecutive ops.
+        failed: whether the network failed on the inputs.
+        asks: whether it reads sizes.
+        asks_dtype: whether it reads a dtype.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
-        self.trace = _Trace()
+        self.compared: list[_Comparison] = []
+        self.pairs: set[tuple[Any, Any]] = set()
+        self.failed = self.asks = self.asks_dtype = False
         self.latest: Any = None
         self.met: dict[Any, int] = {}
 
@@ -280,13 +259,13 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name, _ = op_name(func)
         if name in ("shape", "size", "numel", "nelement"):
-            self.trace.asks = True
+            self.asks = True
             return torch.Size(self._side(n) for n in result) if isinstance(result, tuple) else self._side(result)
-        self.trace.asks |= name in ("len", "stride")
-        self.trace.asks_dtype |= name == "dtype" or name in ("is_floating_point", "element_size", "itemsize")
+        self.asks |= name in ("len", "stride")
+        self.asks_dtype |= name == "dtype" or name in ("is_floating_point", "element_size", "itemsize")
         if not reads_no_values(name):
             now = (self.path[-1] if self.path else "", name)
-            self.trace.pairs.add((self.latest, now))
+            self.pairs.add((self.latest, now))
             self.latest = now
         return result
 
@@ -295,24 +274,29 @@ class _Watch(TorchFunctionMode):
         side.watch = self
         return side
 
-    def compared(self, op: str, left: Any, right: Any, outcome: bool) -> None:
+    @property
+    def branches(self) -> tuple[Any, Any]:
+        """Key that differs between two runs that take different branches."""
+        return self.pairs, {(c.key, c.outcome) for c in self.compared}
+
+    def compare(self, op: str, left: Any, right: Any, outcome: bool) -> None:
         frame = sys._getframe(2)
         if frame.f_globals.get("__name__", "").startswith("torch._"):  # PyTorch's shape computation on the meta device
             return
         location = (self.path[-1] if self.path else "", frame.f_code.co_filename, frame.f_lineno)
         self.met[location] = self.met.get(location, -1) + 1
-        self.trace.compared.append(_Comparison((*location, self.met[location]), op, int(left), int(right), outcome))
+        self.compared.append(_Comparison((*location, self.met[location]), op, int(left), int(right), outcome))
 
 
 class _Side(int):
     """A size, or a number computed from sizes, that records comparisons."""
 
-    watch: _Watch
+    watch: _Trace
 
     __hash__ = int.__hash__
 
     def __bool__(self) -> bool:
-        self.watch.compared("!=", self, 0, int(self) != 0)
+        self.watch.compare("!=", self, 0, int(self) != 0)
         return int(self) != 0
 
 
@@ -333,7 +317,7 @@ def _compares(name: str, op: str) -> Any:
         if not isinstance(other, int | float):
             return NotImplemented
         outcome = plain(int(self), int(other) if isinstance(other, int) else other)
-        self.watch.compared(op, self, other, outcome)
+        self.watch.compare(op, self, other, outcome)
         return outcome
 
     return method

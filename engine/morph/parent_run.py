@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from . import families
-from .atoms import Atoms
-from .borders import Borders
-from .broadcasting import meet
-from .labels import Label, compact, essential, known_atoms, no_atoms, row_vids, varies
-from .log import (
-    AlongChannelsRecord,
-    ArgumentsRecord,
+from .atoms import FIXED, Atoms, Borders
+from .copying import named_tensors
+from .labels import Label, along, compact, essential, known_atoms, no_atoms, row_vids, varies
+from .lookup import Bags, Join, Rows, Table
+from .primitives import (
     BarrierRecord,
     ElementwiseRecord,
     Entry,
-    GroupWidthRecord,
+    LinearCall,
     LinearRecord,
     Record,
     RowsRecord,
-    StatisticRecord,
+    Shape,
+    ValueRecord,
 )
-from .lookup import Bags, Join, Rows, Table
-from .primitives import LinearCall, Shape
-from .tensors import named_tensors
 from .tracer import Tracer
 
 Axis = tuple[str, int]  # parameter or buffer name, axis
@@ -82,11 +79,6 @@ class ParentRun(Tracer):
             self.constants[key] = int(self.number(no_atoms((1,))))
         return self.constants[key]
 
-    def constant_label(self, tensor: Tensor) -> Label:
-        values, inverse = torch.unique(tensor.detach().double().reshape(-1), return_inverse=True)
-        vids = torch.tensor([self.constant_vid(v) for v in values.tolist()], dtype=torch.int64)
-        return Label(vids[inverse].reshape(tensor.shape), no_atoms(tensor.shape))
-
     def parameter_label(self, name: str, tensor: Tensor) -> Label:
         wide = [a for a in range(tensor.ndim) if tensor.shape[a] > 1]
         if name in self.linear_names:
@@ -96,9 +88,7 @@ class ParentRun(Tracer):
         axis = _channel_axis(tensor, wide)
         if axis is not None and name not in self.linear_names:
             self.axes[name, axis] = self.atoms.new(tensor.shape[axis])
-            shape = [1] * tensor.ndim
-            shape[axis] = -1
-            atoms = torch.from_numpy(self.axes[name, axis]).reshape(shape).expand(tensor.shape)
+            atoms = along(torch.from_numpy(self.axes[name, axis]), axis, tensor.ndim).expand(tensor.shape)
         return Label(self.number(atoms), atoms, parameter=name)
 
     # ---------------------------------------------------------------- bookkeeping
@@ -150,25 +140,23 @@ class ParentRun(Tracer):
             first, inner = self._joined([labels[i] for i in small])
             labels = [*(label for i, label in enumerate(labels) if i not in small), first]
         atoms = meet(labels, shape, self.atoms, self.borders, self.where_now)
-        vids = self.number(atoms)
+        base, vids = self.next_vid, self.number(atoms)
         columns = [label.vids.expand(shape) for label in labels]
         join = Join(self.table, columns)
-        base = first_vid(vids)
         if join.main is None and vids.numel():  # equal operands give equal values
             vids = vids.reshape(-1)[join.find(columns)].reshape(shape)
         return Label(vids, atoms), ElementwiseRecord(join, base, small, inner)
 
     def along_channels(self, label: Label, axes: list[int]) -> bool:
         found = varies(known_atoms(label), axes)
-        self._record(AlongChannelsRecord(found))
+        self._record(ValueRecord(found))
         return found
 
     def agree(self, values: list[Any]) -> None:
-        self._record(ArgumentsRecord(values))
+        self._record(ValueRecord(values))
 
     def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
-        atoms = known_atoms(label).movedim(axis, 0)
-        self.sized[len(self.log), what] = atoms[(slice(None), *[0] * (atoms.ndim - 1))].numpy()
+        self.sized[len(self.log), what] = _channels(label, axis)
 
     def rows(self, label: Label, axes: list[int], outputs: list[Shape], keeps: bool) -> list[Label]:
         atoms = known_atoms(label)
@@ -184,8 +172,8 @@ class ParentRun(Tracer):
             atoms = atoms.reshape([atoms.shape[a] for a in label.others(axes)])
         results, bases = [], []
         for shape in outputs:
-            vids = self.number(atoms.expand(shape))
-            base = first_vid(vids)
+            base = self.next_vid
+            self.number(atoms.expand(shape))
             vids = row_vids(canonical, base, shape, axes, keeps, label.vids.shape)
             results.append(Label(vids, atoms.expand(shape)))
             bases.append((base, shape))
@@ -197,15 +185,15 @@ class ParentRun(Tracer):
         self._unite_slabs(Label(known_atoms(label), None).slabs(axes), extreme)
         shape = tuple(1 if a in axes else s for a, s in enumerate(label.vids.shape))
         atoms = no_atoms(shape)
-        base = first_vid(self.number(atoms))
+        base = self.next_vid
+        self.number(atoms)
         bags = Bags(slabs, extreme)
-        self._record(StatisticRecord(bags, base, axes))
+        self._record(RowsRecord(bags, ((base, shape),), axes))
         return Label((base + bags.find(slabs)).reshape(shape), atoms)
 
     def indices(self, label: Label, axes: list[int], shape: Shape) -> Label:
-        vids = self.number(no_atoms(shape))
-        self._record(RowsRecord(Rows(label.slabs(axes)), ((first_vid(vids), shape),), axes))
-        return Label(vids, no_atoms(shape))
+        self._record(RowsRecord(Rows(label.slabs(axes)), ((self.next_vid, shape),), axes))
+        return Label(self.number(no_atoms(shape)), no_atoms(shape))
 
     def _unite_slabs(self, atoms: Tensor, extreme: bool) -> None:
         """Require equal counts of channels (rows of atoms) that a statistic reduces, or freeze them."""
@@ -225,7 +213,7 @@ class ParentRun(Tracer):
         return torch.from_numpy(self.atoms.roots(atoms.numpy()))
 
     def group_count(self, channels: int, groups: int) -> int:
-        self._record(GroupWidthRecord(channels // groups))
+        self._record(ValueRecord(channels // groups))
         return groups
 
     def barrier(self, labels: list[Label], outputs: list[Shape], why: str) -> list[Label]:
@@ -248,10 +236,7 @@ class ParentRun(Tracer):
             why = self.fixed.get(name, "a linear op runs across its channels")
             self._fix(name, f"{why} ({self.where_now})")
             return self.barrier([label], [call.shape], why)[0]
-        arriving = known_atoms(label)
-        for a in others:
-            arriving = arriving.narrow(a, 0, 1)
-        arriving = np.ascontiguousarray(arriving.reshape(-1).numpy())
+        arriving = _channels(label, call.axis)
         wider = False
         if call.groups == 1:
             rows = self._dense(call, arriving)
@@ -260,11 +245,11 @@ class ParentRun(Tracer):
             inside = self.shapes[name][1]  # input channels per group, or output channels if transposed
             self.has_groups |= inside > 1 and not call.transposed
             wider = self.groups == "wider" and inside > 1 and not call.transposed
-            rows = (self._wider_groups if wider else self._more_groups)(call, arriving)
-        atoms = Label(torch.from_numpy(rows), None).on_axis(call.axis, label.vids.ndim).vids.expand(call.shape)
+            rows = self._grouped(call, arriving, wider)
+        atoms = along(torch.from_numpy(rows), call.axis, label.vids.ndim).expand(call.shape)
         vids = self.number(atoms)
         slabs = label.vids.movedim(call.axis, 0).reshape(label.vids.shape[call.axis], -1)
-        self._record(LinearRecord(slabs, Rows(slabs), vids.movedim(call.axis, 0), call.groups, wider))
+        self._record(LinearRecord(Rows(slabs), vids.movedim(call.axis, 0), call.groups, wider))
         return Label(vids, atoms)
 
     def _new_axis(self, name: str, axis: int) -> np.ndarray:
@@ -281,28 +266,26 @@ class ParentRun(Tracer):
         self.borders.meet(seen, arriving)
         return rows
 
-    def _wider_groups(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
-        """Unite channels at the same index of all groups, which are copied equally within their groups."""
-        rows = self._new_axis(call.name, 0)
-        own, inside = rows.reshape(call.groups, -1), arriving.reshape(call.groups, -1)
-        why = f"a grouped convolution reads fixed channels ({self.where_now})"
-        seen = self.columns.setdefault((call.name, call.axes[1]), inside[0])
-        self.atoms.unite(seen, inside[0], why)
-        for part in (own, inside):
-            self.atoms.unite(np.broadcast_to(part[:1], part.shape), part, why)
-            self.borders.cut(part[:-1, -1], part[1:, 0])
-        return rows
+    def _grouped(self, call: LinearCall, arriving: np.ndarray, wider: bool) -> np.ndarray:
+        """Unite the channels within each group, which is copied as a whole; or, if groups get wider, their indices.
 
-    def _more_groups(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
-        """Unite the channels within each group, because groups are copied as a whole."""
+        Channels at the same index of all groups are then copied equally within their groups.
+        """
         rows = self._new_axis(call.name, 0)
         own, inside = rows.reshape(call.groups, -1), arriving.reshape(call.groups, -1)
         why = f"a grouped convolution reads fixed channels ({self.where_now})"
-        first = inside[:, :1]
-        self.atoms.unite(np.broadcast_to(first, own.shape), own, why)
-        self.atoms.unite(np.broadcast_to(first, inside.shape), inside, why)
+        if wider:
+            seen = self.columns.setdefault((call.name, call.axes[1]), inside[0])
+            self.atoms.unite(seen, inside[0], why)
+        for part in (own, inside):
+            first = part[:1] if wider else inside[:, :1]
+            self.atoms.unite(np.broadcast_to(first, part.shape), part, why)
+            if wider:
+                self.borders.cut(part[:-1, -1], part[1:, 0])
+        if wider:
+            return rows
         self.borders.step((inside[:-1, -1], inside[1:, 0]), (own[:-1, -1], own[1:, 0]))
-        return np.repeat(first.reshape(-1), self.shapes[call.name][1]) if call.transposed else rows
+        return np.repeat(inside[:, 0], self.shapes[call.name][1]) if call.transposed else rows
 
     # ---------------------------------------------------------------- fixed indices
 
@@ -330,9 +313,10 @@ class ParentRun(Tracer):
                 self.atoms.unite(first.numpy(), part.numpy(), f"a chunk ({self.where_now})")
 
 
-def first_vid(vids: Tensor) -> int:
-    """Return the first of new value numbers; 0 if there are none."""
-    return int(vids.reshape(-1)[0]) if vids.numel() else 0
+def _channels(label: Label, axis: int) -> np.ndarray:
+    """Return the atoms along an axis, at the first index of all other axes."""
+    atoms = known_atoms(label).movedim(axis, 0)
+    return atoms[(slice(None), *[0] * (atoms.ndim - 1))].contiguous().numpy()
 
 
 def _channel_axis(tensor: Tensor, wide: list[int]) -> int | None:
@@ -346,3 +330,72 @@ def _channel_axis(tensor: Tensor, wide: list[int]) -> int | None:
         batch = tensor.ndim > 2 and tensor.shape[0] == 1
         return ({3: 2, 4: 1} if batch else {2: 1, 3: 0}).get(tensor.ndim)
     return wide[0] if wide else min(tensor.ndim - 1, 1)
+
+
+def meet(labels: list[Label], shape: Shape, atoms: Atoms, borders: Borders, where: str) -> Tensor:
+    """Unite the atoms of broadcast operands, and return the atoms of the result.
+
+    Args:
+        labels: labels of the operands.
+        shape: shape of the result.
+        atoms: union-find over the channels.
+        borders: borders between runs of channels.
+        where: name of the op in messages.
+    """
+    operands = [_Operand.of(label, len(shape)) for label in labels]
+    # The channel axis of a parameter is a guess. If it conflicts with known channels, it is an axis of positions.
+    known: set[int] = set().union(*(operand.varies for operand in operands if not operand.stored))
+    for i, operand in enumerate(operands):
+        if operand.stored and operand.varies and operand.stretched(shape) & known:
+            atoms.freeze(operand.atoms, f"it runs along an axis that has no channels ({where})")
+            operands[i] = operand.without_channels()
+    # After a concatenation along the tokens, only this op shows that all tokens have the same channels.
+    operands.sort(key=lambda operand: len(operand.varies) > 1)
+    main = set().union(*(operand.varies for operand in operands))
+    for operand in operands:
+        if operand.one_channel() and operand.stretched(shape) & main:
+            atoms.freeze(operand.atoms, f"its one channel is broadcast ({where})")
+    joined: Tensor | None = None
+    for operand in operands:
+        if operand.stretched(shape) & main:
+            if operand.varies:
+                for other in operands:
+                    atoms.freeze(other.atoms, f"channels of two axes are multiplied ({where})")
+                return no_atoms(shape)
+        elif joined is None:
+            joined = operand.atoms if main or bool((operand.atoms != FIXED).any()) else None
+        elif main or bool((operand.atoms != FIXED).any()):
+            a, b = torch.broadcast_tensors(joined, operand.atoms)
+            atoms.unite(a.numpy(), b.numpy(), f"it meets a tensor of fixed size ({where})")
+            borders.meet(a.numpy(), b.numpy())
+            joined = torch.where(a == FIXED, b, a)
+    return (no_atoms(()) if joined is None else joined).expand(shape)
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One operand: its atoms (expanded axes have size 1), its size, its channel axes, and whether it is a parameter."""
+
+    atoms: Tensor
+    size: Shape
+    varies: set[int]
+    stored: bool
+
+    @classmethod
+    def of(cls, label: Label, ndim: int) -> _Operand:
+        """Build the operand with `ndim` axes, aligned as in broadcasting."""
+        atoms = compact(known_atoms(label))
+        atoms = atoms.reshape((1,) * (ndim - atoms.ndim) + tuple(atoms.shape))
+        size = (1,) * (ndim - label.vids.ndim) + tuple(label.vids.shape)
+        return cls(atoms, size, {a for a in range(ndim) if varies(atoms, [a])}, label.parameter is not None)
+
+    def without_channels(self) -> _Operand:
+        return replace(self, atoms=no_atoms((1,) * len(self.size)), varies=set())
+
+    def stretched(self, shape: Shape) -> set[int]:
+        """Return the axes along which broadcasting to `shape` repeats it."""
+        return {a for a, s in enumerate(shape) if self.size[a] == 1 and s > 1}
+
+    def one_channel(self) -> bool:
+        """Return whether it is a single channel that may grow."""
+        return not self.varies and self.atoms.numel() > 0 and int(self.atoms.reshape(-1)[0]) != FIXED

@@ -7,8 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..report.figure import png
-from ..tiling.memory import format_bytes
-from .planner import Growth, Row, short
+from .planner import Growth, Row, cells
 from .store import atomic
 
 _ROW = 0.26  # inches
@@ -49,11 +48,9 @@ def save_picture(growth: Growth, path: str | Path, title: str = "") -> None:
 
 
 def _annotation(row: Row) -> str:
-    costs = row.per_channel()
-    if costs is None:
+    if row.cost is None:
         why = row.space.frozen
         return f"{row.space.width}: {why if len(why) <= _REASON else why[: _REASON - 3] + '...'}"
-    parameters, flops, memory = costs
+    _, width, _, parameters, flops, memory = cells(row)
     step = f", in steps of {row.step}" if row.step > 1 else ""
-    each = f"{parameters:,.0f} parameters, {short(flops)}FLOP, {format_bytes(round(memory))}"
-    return f"{row.space.width}{step}; each more: {each}"
+    return f"{width}{step}; each more: {parameters} parameters, {flops}FLOP, {memory}"

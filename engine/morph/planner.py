@@ -7,7 +7,7 @@ a channel, norms, groups, and a flattened map in front of a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import MorphError
 from ..tiling.memory import format_bytes
 from ..torch_private import DataDependentOutputException
-from .copies import Copies
+from .copying import fill
 from .running import failures
 from .spaces import Space, Spaces, find_spaces
 from .stem import activation_bytes
-from .tensors import fill
-from .tracer import Fault, Mismatch
+from .tracer import Fault
 from .verify import count_parameters
-from .widen import check_counts
-from .widths import Counts, choose_counts
+from .widen import Counts, check_counts, choose_counts
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,16 @@ class Growth:
             MorphError: a space cannot be widened in this way.
         """
         chosen, new = choose_counts(self.spaces, counts or {}, factor, free or {}, seed)
-        child, _ = check_counts(self.spaces, chosen, new)
-        return _cost_of(child, self.shape, self.spaces.inputs.tensors[0])
+        return _cost_after(self.spaces, chosen, new, self.shape)
 
     def __str__(self) -> str:
         _, _, *size = self.shape
         image = " x ".join(map(str, size))
         head = f"{'id':>3}  {'width':>6}  {'step':>5}  {'parameters':>10}  {'FLOPs':>8}  {'memory':>10}  members"
         lines = [f"on images of {image}: {self.total}; each further channel costs", head]
-        lines += [
-            "  ".join([*(f"{c:>{w}}" for c, w in zip(cells(r), _WIDTHS, strict=True)), where(r)]) for r in self.rows
-        ]
+        for row in self.rows:
+            columns = [f"{cell:>{width}}" for cell, width in zip(cells(row), _WIDTHS, strict=True)]
+            lines.append("  ".join([*columns, str(row.space)]))
         return "\n".join(lines)
 
 
@@ -119,7 +116,7 @@ def plan_growth(model: nn.Module, example: Tensor, size: tuple[int, int] | None 
     """
     shape = (1, *example.shape[1:-2], *(size or example.shape[-2:]))
     spaces = find_spaces(model, example)
-    total = _cost_after(spaces, {}, shape)
+    total = _cost_after(spaces, {}, {}, shape)
     rows = []
     for space in spaces:
         first = space.order[0]
@@ -131,26 +128,11 @@ def plan_growth(model: nn.Module, example: Tensor, size: tuple[int, int] | None 
 
 def cells(row: Row) -> list[str]:
     """Return id, width, step and cost per channel as text."""
-    costs = row.per_channel()
-    space = row.space
+    space, costs = row.space, row.per_channel()
     if costs is None:
         return [str(space.id), str(space.width), "-", "-", "-", "-"]
-    parameters, flops, memory = costs
-    return [
-        str(space.id),
-        str(space.width),
-        str(row.step),
-        f"{parameters:,.0f}",
-        short(flops),
-        format_bytes(round(memory)),
-    ]
-
-
-def where(row: Row) -> str:
-    """Return the first members of a space, and the reason if it cannot grow."""
-    members = [f"{name}:{axis}" for name, axis in row.space.members]
-    text = ", ".join(members[:2]) + (f" and {len(members) - 2} more" if len(members) > 2 else "")
-    return f"{text}  [{row.space.frozen}]" if row.space.frozen else text
+    each = f"{costs[0]:,.0f}", short(costs[1]), format_bytes(round(costs[2]))
+    return [str(space.id), str(space.width), str(row.step), *each]
 
 
 def short(number: float) -> str:
@@ -163,9 +145,9 @@ def short(number: float) -> str:
 
 def _step_cost(spaces: Spaces, space: Space, shape: tuple[int, ...]) -> Cost:
     """Return the cost after the smallest step: one more copy of the first class, or of all if counts must be equal."""
-    for classes in (space.order[:1], space.order):
+    for counts in ((2, *[1] * (len(space.order) - 1)), (2,) * len(space.order)):
         try:
-            return _cost_after(spaces, dict.fromkeys(classes, (2, 0)), shape)
+            return _cost_after(spaces, {space.key: counts}, {}, shape)
         except Fault:
             raise
         except MorphError as error:
@@ -173,17 +155,11 @@ def _step_cost(spaces: Spaces, space: Space, shape: tuple[int, ...]) -> Cost:
     raise reason
 
 
-def _cost_after(spaces: Spaces, copies: Copies, shape: tuple[int, ...]) -> Cost:
-    try:
-        child, _ = spaces.check(copies)
-    except Mismatch as error:
-        raise MorphError(
-            f"these counts would change the function: {error}; choose others, nothing was changed"
-        ) from None
-    return _cost_of(child, shape, spaces.inputs.tensors[0])
+def _cost_after(
+    spaces: Spaces, copies: Mapping[str, Sequence[int]], free: Mapping[str, Sequence[int]], shape: tuple[int, ...]
+) -> Cost:
+    child, _ = check_counts(spaces, copies, free)
 
-
-def _cost_of(child: nn.Module, shape: tuple[int, ...], example: Tensor) -> Cost:
     def blank(tensor: Tensor) -> Tensor:
         # One stored number represents the whole tensor, because only its shape matters. So a view of a weight that
         # autograd stores (a linear layer's transpose) does not count as an activation.
@@ -195,7 +171,7 @@ def _cost_of(child: nn.Module, shape: tuple[int, ...], example: Tensor) -> Cost:
     counter = FlopCounterMode(display=False)
     with failures(f"the network cannot be run on images of {shape}"):
         try:
-            stored = activation_bytes(_Counted(child, counter), shape, example)  # pyright: ignore[reportArgumentType]
+            stored = activation_bytes(_Counted(child, counter), shape, spaces.inputs.tensors[0])  # pyright: ignore[reportArgumentType]
         except DataDependentOutputException as error:
             raise MorphError(
                 "the forward depends on a value of a tensor (.item(), bool), so its cost cannot be counted without "

@@ -1,14 +1,19 @@
-"""Interface of the primitive steps that make up every op; the parent's run and the check of a child implement it."""
+"""Interface of the primitive steps that make up every op, and the log of the parent's run.
+
+The parent's run and the check of a child implement the interface. The log has an entry per op, with a record per step.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from ..torch_private import TreeSpec
 from .labels import Label
+from .lookup import Bags, Join, Rows
 
 Shape = tuple[int, ...]
 
@@ -29,65 +34,123 @@ class LinearCall:
         return (1, 0) if self.transposed else (0, 1)
 
 
-class Primitives(ABC):
+class Primitives(Protocol):
     """Primitive steps on labels."""
 
-    @abstractmethod
-    def need(self, tensor: Tensor) -> Label:
-        """Return the tensor's label; for a constant it is derived from the values."""
+    # Return the tensor's label; for a constant it is derived from the values.
+    def need(self, tensor: Tensor) -> Label: ...
 
-    @abstractmethod
-    def stored_name(self, tensor: Tensor) -> str | None:
-        """Return the name of a parameter or buffer; None for other tensors."""
+    # Return the name of a parameter or buffer; None for other tensors.
+    def stored_name(self, tensor: Tensor) -> str | None: ...
 
-    @abstractmethod
-    def matrix(self, tensor: Tensor) -> tuple[str, bool] | None:
-        """Return the name of a stored matrix, and whether the tensor is its transpose; None for other tensors."""
+    # Return the name of a stored matrix, and whether the tensor is its transpose; None for other tensors.
+    def matrix(self, tensor: Tensor) -> tuple[str, bool] | None: ...
 
-    @abstractmethod
-    def constant_vid(self, value: float) -> int:
-        """Return the vid of a constant."""
+    # Return the vid of a constant.
+    def constant_vid(self, value: float) -> int: ...
 
-    @abstractmethod
-    def elementwise(self, labels: list[Label]) -> Label:
-        """Apply a function of the elements at the same broadcast position."""
+    # Apply a function of the elements at the same broadcast position.
+    def elementwise(self, labels: list[Label]) -> Label: ...
 
-    @abstractmethod
-    def rows(self, label: Label, axes: list[int], outputs: list[Shape], keeps: bool) -> list[Label]:
-        """Apply a function of each slab along `axes`; with `keeps` the output has as many axes as the input."""
+    # Apply a function of each slab along `axes`; with `keeps` the output has as many axes as the input.
+    def rows(self, label: Label, axes: list[int], outputs: list[Shape], keeps: bool) -> list[Label]: ...
 
-    @abstractmethod
-    def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label:
-        """Apply a mean-like function (or extreme) of the multiset of each slab along `axes`, which get size 1."""
+    # Apply a mean-like function (or extreme) of the multiset of each slab along `axes`, which get size 1.
+    def statistic(self, label: Label, axes: list[int], extreme: bool) -> Label: ...
 
-    @abstractmethod
-    def indices(self, label: Label, axes: list[int], shape: Shape) -> Label:
-        """Label indices into each slab along `axes`, e.g. of its maximum; they differ as soon as the slab differs."""
+    # Label indices into each slab along `axes`, e.g. of its maximum; they differ as soon as the slab differs.
+    def indices(self, label: Label, axes: list[int], shape: Shape) -> Label: ...
 
-    @abstractmethod
-    def linear(self, label: Label, call: LinearCall) -> Label:
-        """Apply a linear op to channels."""
+    # Apply a linear op to channels.
+    def linear(self, label: Label, call: LinearCall) -> Label: ...
 
-    @abstractmethod
-    def barrier(self, labels: list[Label], outputs: list[Shape], why: str) -> list[Label]:
-        """Apply an unknown function, which needs unchanged values."""
+    # Apply an unknown function, which needs unchanged values.
+    def barrier(self, labels: list[Label], outputs: list[Shape], why: str) -> list[Label]: ...
 
-    @abstractmethod
-    def along_channels(self, label: Label, axes: list[int]) -> bool:
-        """Return whether these axes contain a channel axis of the parent."""
+    # Return whether these axes contain a channel axis of the parent.
+    def along_channels(self, label: Label, axes: list[int]) -> bool: ...
 
-    @abstractmethod
-    def agree(self, values: list[Any]) -> None:
-        """Record or compare plain arguments, which must be the same in both runs."""
+    # Record or compare plain arguments, which must be the same in both runs.
+    def agree(self, values: list[Any]) -> None: ...
 
-    @abstractmethod
-    def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None:
-        """Handle an argument that depends on the number of channels on an axis; `wanted` is its value at this width."""
+    # Handle an argument that depends on the number of channels on an axis; `wanted` is its value at this width.
+    def size(self, what: str, given: int, wanted: int, label: Label, axis: int) -> None: ...
 
-    @abstractmethod
-    def group_count(self, channels: int, groups: int) -> int:
-        """Return the number of groups of a group norm at this width."""
+    # Return the number of groups of a group norm at this width.
+    def group_count(self, channels: int, groups: int) -> int: ...
 
-    @abstractmethod
-    def pick(self, name: str, label: Label, results: list[Label]) -> None:
-        """Handle a data movement that picks by fixed indices."""
+    # Handle a data movement that picks by fixed indices.
+    def pick(self, name: str, label: Label, results: list[Label]) -> None: ...
+
+    # Create the label of a parameter or buffer at its first read.
+    def parameter_label(self, name: str, tensor: Tensor) -> Label: ...
+
+    # Begin an op, and return its entry in the log.
+    def begin(self, name: str, scalars: list[Any]) -> Entry: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ElementwiseRecord:
+    """An elementwise function: the vid of a result is `base` + the position that `join` finds."""
+
+    join: Join
+    base: int
+    first: tuple[int, ...] = ()  # small operands that were joined before the others, at their own size
+    inner: ElementwiseRecord | None = None  # the record of that first join
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRecord:
+    """A function of slabs along `axes`: `index` finds the parent's slab; `outputs` are pairs of first vid and shape.
+
+    The index of a mean or an extreme compares the values in a slab, not their order.
+    """
+
+    index: Rows | Bags
+    outputs: tuple[tuple[int, tuple[int, ...]], ...]
+    axes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRecord:
+    """A linear op: input channels as rows of vids, and the vids of the output with the channels first."""
+
+    index: Rows
+    outputs: Tensor
+    groups: int
+    wider: bool  # whether channels are copied within their group
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierRecord:
+    """An unknown function, which needs unchanged values: the vids that it read and those that it returned."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRecord:
+    """A plain value: arguments of an op, whether axes contain channels, or the channels in each group of a norm."""
+
+    value: Any
+
+
+Record = ElementwiseRecord | RowsRecord | LinearRecord | BarrierRecord | ValueRecord
+
+
+@dataclass(slots=True)
+class Entry:
+    """One op of the parent's log."""
+
+    name: str
+    scalars: list[Any]
+    where: str
+    structure: TreeSpec | None = None
+    outputs: list[tuple[tuple[int, ...], torch.dtype] | None] = field(default_factory=list)
+    constants: list[Any] = field(default_factory=list)  # outputs that are not tensors
+    plain: bool = False  # whether it has one output of the operands' broadcast shape
+    in_place: int | None = None  # index of the argument tensor that is the result
+    changed: bool = False  # whether that tensor changed; `x.float()` may return x itself without a change
+    records: list[Record] = field(default_factory=list)

@@ -23,13 +23,11 @@ from ..errors import GigamorphError, MorphError
 from ..files import temporary_name
 from ..parsing import parse_json
 from ..tiling.memory import large_blocks_on_own_pages
-from .copying import duplicate
+from .copying import duplicate, fill, named_tensors, of_kind
 from .operations import import_all
-from .report import Report
 from .running import first_line
-from .step import Step, from_json, to_json
+from .step import Report, Step, from_json, to_json
 from .store import Computed, Layout, SafetensorsFile, atomic, layout, read_state, tensor_bytes, write_state
-from .tensors import fill, named_tensors, of_kind
 from .widen import WidenStep
 
 import_all()  # registers all steps

@@ -21,14 +21,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..errors import MorphError
 from .child_check import run_child
 from .copies import Copies, ParameterMap, Plan, make_plan
-from .copying import duplicate
+from .copying import change_attributes, duplicate, fill, named_tensors, of_kind, resized
 from .example import Inputs, as_inputs
 from .labels import Label, no_atoms
 from .lookup import Table
 from .parent_run import Axis, ParentRun
 from .running import first_line, output_leaves
 from .stock import stock
-from .tensors import fill, named_tensors, of_kind, resized
 from .tracer import Mismatch
 
 log = logging.getLogger("gigamorph.morph")
@@ -68,6 +67,12 @@ class Space:
     def order(self) -> list[int]:
         """Its distinct classes in the order of the channels."""
         return list(dict.fromkeys(self.classes))
+
+    def __str__(self) -> str:
+        """Return the first members, and the reason if it cannot grow."""
+        more = f" and {len(self.members) - 2} more" if len(self.members) > 2 else ""
+        text = ", ".join(f"{name}:{axis}" for name, axis in self.members[:2]) + more
+        return f"{text}  [{self.frozen}]" if self.frozen else text
 
 
 @dataclass(eq=False)
@@ -122,9 +127,7 @@ class Spaces:
     def __str__(self) -> str:
         lines = [f"{'id':>3}  {'width':>6}  {'unit':>5}  members and, if frozen, why"]
         for s in self.spaces:
-            unit = s.width // max(len(s.order), 1)
-            names = ", ".join(f"{n}:{a}" for n, a in s.members[:2]) + (", ..." if len(s.members) > 2 else "")
-            lines.append(f"{s.id:>3}  {s.width:>6}  {unit:>5}  {names}" + (f"  [{s.frozen}]" if s.frozen else ""))
+            lines.append(f"{s.id:>3}  {s.width:>6}  {s.width // max(len(s.order), 1):>5}  {s}")
         return "\n".join(lines)
 
 
@@ -173,7 +176,7 @@ def labelled_run(model: nn.Module, example: Inputs, groups: str = "more") -> tup
         MorphError: the forward cannot be followed.
     """
     _require_eager(model)
-    followed = _on_cpu(model) if _is_off_cpu(model) else model
+    followed = change_attributes(duplicate(model).cpu(), Tensor.cpu) if _is_off_cpu(model) else model
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     first = example.first()
     inputs = replace(first, tensors=tuple(x.cpu() for x in first.to(dtype)))
@@ -211,15 +214,6 @@ def _require_eager(model: nn.Module) -> None:
 
 def _is_off_cpu(model: nn.Module) -> bool:
     return any(t.device.type not in ("cpu", "meta") for t in [*model.parameters(), *model.buffers()])
-
-
-def _on_cpu(model: nn.Module) -> nn.Module:
-    model = duplicate(model).cpu()
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor):
-                setattr(module, key, value.cpu())
-    return model
 
 
 def _classes(found: ParentRun) -> list[int]:

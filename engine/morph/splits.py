@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import MorphError
 from .lookup import FREE
-from .report import Certificate
+from .step import Certificate
 
 SPLITS = ("sterbenz", "kraft")
 BLOCK = 1 << 16  # number of weights per block
@@ -71,7 +71,7 @@ def split_columns(
         raise MorphError(f"unknown split '{split}'; choose from {', '.join(SPLITS)}")
     result = weight.new_empty((weight.shape[0], len(columns), *weight.shape[2:]))
     deviation = float(weight.double().std(unbiased=False)) if noise else 0.0
-    groups = _by_copies(columns, weight.shape[1])
+    groups = by_copies(columns, weight.shape[1])
     several = [(old, indices) for old, indices in groups if len(indices) > 1]
     once = any(len(indices) == 1 for _, indices in groups)
     for rows in _blocks(weight):
@@ -91,8 +91,13 @@ def split_columns(
     return result
 
 
-def _by_copies(columns: Tensor, width: int) -> list[tuple[Index, list[Index]]]:
-    """Group old columns by number of copies; for each copy, list the new columns in the order of the old ones."""
+def by_copies(columns: Tensor, width: int = 0) -> list[tuple[Index, list[Index]]]:
+    """Group old columns by number of copies; for each copy, list the new columns in the order of the old ones.
+
+    Args:
+        columns: old column of each new one, FREE for none.
+        width: number of old columns; by default up to the last one that is copied.
+    """
     used = (columns != FREE).nonzero().reshape(-1)
     counts = torch.bincount(columns[used], minlength=width)
     order = used[torch.argsort(columns[used], stable=True)]
@@ -133,7 +138,7 @@ def _add_noise(parts: list[Tensor], scale: float, generator: torch.Generator) ->
 def certify(weight: Tensor, grown: Tensor, columns: Tensor) -> Certificate:
     """Check exactly that the stored new columns (axis 1) of each old column add up to it.
 
-    Sums are computed in float64 with an error term (two-sum), so rounding hides nothing.
+    Sums are computed by `exact_sum`, so rounding hides nothing.
 
     Args:
         weight: (O, I, ...).
@@ -141,7 +146,7 @@ def certify(weight: Tensor, grown: Tensor, columns: Tensor) -> Certificate:
         columns: old column of each new one (I'), FREE for zero columns.
     """
     violations = int((grown[:, columns == FREE] != 0).sum())
-    groups = _by_copies(columns, weight.shape[1])
+    groups = by_copies(columns, weight.shape[1])
     for rows in _blocks(weight):
         for old, indices in groups:
             violations += _violations(_columns(weight[rows], old), [_columns(grown[rows], p) for p in indices])
@@ -159,12 +164,23 @@ def _violations(want: Tensor, parts: list[Tensor]) -> int:
         a, b = parts
         if torch.equal(a + b, want) and torch.equal(want - a, b) and torch.equal(want - b, a):
             return 0
-    # A single two-sum is exact in all of these formats; for longer sums float64 can hold the error terms.
-    exact = torch.float32 if len(parts) <= 2 and want.dtype != torch.float64 else torch.float64
-    total, error = parts[0].to(exact), torch.zeros_like(want, dtype=exact)
-    for part in (part.to(exact) for part in parts[1:]):
-        after = total + part
-        back = after - total
-        error += (part - back) + (total - (after - back))
-        total = after
-    return int(((total - want.to(exact)) + error != 0).sum())
+    total, rest = exact_sum([part.double() for part in parts])
+    return int((rest | (total != want.double())).sum())
+
+
+def exact_sum(terms: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum of float64 tensors, and where it is rounded.
+
+    Repeated error-free two-sums distil the sum, so a representable sum is exact in any order of its terms.
+    """
+    terms = [*terms]
+    for _ in terms[1:]:
+        for k in range(1, len(terms)):
+            a, b = terms[k - 1], terms[k]
+            after = a + b
+            back = after - a
+            terms[k - 1], terms[k] = (a - (after - back)) + (b - back), after
+    rest = torch.zeros_like(terms[-1], dtype=torch.bool)
+    for term in terms[:-1]:
+        rest |= term != 0
+    return terms[-1], rest

@@ -7,6 +7,7 @@ pixels (subtracting a mean, dividing by a deviation, repeating a channel).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ..capture.call_trees import Ref, refs
 from ..capture.program import Op, Program
 from ..capture.recording import capture
 from ..errors import GigamorphError, MorphError
+from ..lowering.receptive_field import receptive_fields
+from ..lowering.stages import lower
 from ..torch_private import FakeTensor, FakeTensorMode, tree_leaves
 from .running import eval_mode, failures
 
@@ -88,7 +91,9 @@ def view(model: nn.Module, shape: Shape, example: Tensor) -> View:
     Raises:
         MorphError: the network cannot be recorded at that size.
     """
-    field, stride = _reach(record(model, shape, example))
+    axes = [*zip(*receptive_fields(lower(record(model, shape, example), "untiled")).values(), strict=True)]
+    rows, columns = ((ceil(max(f.extent for f in axis)), ceil(max(f.stride for f in axis))) for axis in axes)
+    field, stride = zip(rows, columns, strict=True)
     return View((shape[2], shape[3]), field, stride, activation_bytes(model, shape, example))
 
 
@@ -187,46 +192,3 @@ def _is_plain(module: nn.Conv2d, path: str, program: Program, affine: set[int]) 
     pads = [op for op in program.ops if op.module == path and op.name == "pad"]  # of padding modes other than zeros
     entered = {op.outputs[0] for op in pads if affine.intersection(op.inputs)}
     return all(op.name == "conv2d" and op.module == path and op.inputs[0] in affine | entered for op in uses)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)  # pyright: ignore
-
-
-def _reach(program: Program) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the largest receptive field and stride of all maps: field += (kernel - 1) * dilation * stride."""
-    seen: dict[int, list[tuple[int, int]]] = {program.image: [(1, 1), (1, 1)]}  # per axis: field, stride
-    for op in program.ops:
-        states = [seen[n] for n in op.inputs if n in seen]
-        if not states:
-            continue
-        here = [(max(s[axis][0] for s in states), max(s[axis][1] for s in states)) for axis in (0, 1)]
-        for axis, (kernel, stride, up) in enumerate(_window(op, program)):
-            field, step = here[axis]
-            reach = -(-(kernel - 1) // up) if up > 1 else kernel - 1
-            here[axis] = (field + reach * step, max(step * stride // up, 1))
-        seen.update(dict.fromkeys(op.outputs, here))
-    fields = [max(state[axis][0] for state in seen.values()) for axis in (0, 1)]
-    strides = [max(state[axis][1] for state in seen.values()) for axis in (0, 1)]
-    return (fields[0], fields[1]), (strides[0], strides[1])
-
-
-def _window(op: Op, program: Program) -> list[tuple[int, int, int]]:
-    """Return per axis the extent of the taps, stride and upsampling; (1, 1, 1) for an op that reads one position."""
-
-    def argument(index: int, name: str, default: Any) -> tuple[int, int]:
-        value = op.kwargs.get(name, op.args[index] if len(op.args) > index else default)
-        return _pair(default if value is None or value == [] else value)
-
-    if op.name in ("conv2d", "conv_transpose2d"):
-        kernel = program.values[op.inputs[1]].shape[-2:]
-        transposed = op.name == "conv_transpose2d"
-        stride, dilation = argument(3, "stride", 1), argument(7 if transposed else 5, "dilation", 1)
-        spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
-        return [(n, 1, s) if transposed else (n, s, 1) for n, s in zip(spans, stride, strict=True)]
-    if "pool2d" in op.name and "adaptive" not in op.name:
-        kernel = argument(1, "kernel_size", 1)
-        stride = argument(2, "stride", kernel)
-        dilation = argument(4, "dilation", 1) if "max" in op.name else (1, 1)
-        return [((k - 1) * d + 1, s, 1) for k, d, s in zip(kernel, dilation, stride, strict=True)]
-    return [(1, 1, 1)] * 2

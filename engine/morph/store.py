@@ -8,6 +8,7 @@ single tensor in memory. A temporary file next to the target replaces it at the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -57,10 +58,7 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Size of the values in bytes."""
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def layout(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
@@ -115,15 +113,8 @@ class SafetensorsFile(Computed):
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                yield file
-        except FileNotFoundError as error:
-            raise MorphError(f"{self.path}: no such file") from error
-        except MorphError:
-            raise
-        except Exception as error:  # the library's own error class, or an error of the system
-            raise MorphError(f"{self.path}: not a readable safetensors file: {_first_line(error)}") from error
+        with _readable(self.path, "safetensors"), safe_open(self.path, framework="pt") as file:
+            yield file
 
     def _dtype(self, name: str, dtype: str) -> torch.dtype:
         if dtype not in _DTYPES:
@@ -164,14 +155,23 @@ def read_torch(path: str | Path) -> Any:
         MorphError: the file is missing or damaged.
     """
     path = Path(path)
-    try:
+    with _readable(path, "weights"):
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"  # files of PyTorch before 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """Convert errors of a missing or damaged file to one line."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise MorphError(f"{path}: no such file") from error
-    except Exception as error:  # zip, pickle and PyTorch raise different errors for a damaged file
-        raise MorphError(f"{path}: not a readable weights file: {first_line(error)}") from error
+    except MorphError:
+        raise
+    except Exception as error:  # zip, pickle, PyTorch and safetensors raise different errors for a damaged file
+        raise MorphError(f"{path}: not a readable {kind} file: {first_line(error)}") from error
 
 
 def write_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -210,7 +210,7 @@ def atomic(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # PyTorch's zip writer raises RuntimeError for a full disk
-        raise MorphError(f"{path}: cannot be written: {_first_line(error)}") from error
+        raise MorphError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -240,8 +240,3 @@ def _write_safetensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata:
         for start in range(0, len(values), _CHUNK):
             file.write(values[start : start + _CHUNK])
         del values  # frees the memory before the next tensor is made
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

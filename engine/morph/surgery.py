@@ -17,16 +17,13 @@ from torch.nn.utils import parametrize
 
 from ..errors import MorphError
 from ..tiling.memory import freed_pages_kept
-from .copying import cast, duplicate
+from .copying import as_ordered, cast, duplicate, named_tensors
 from .example import Example, Inputs, as_inputs
 from .labels import varies
-from .network_runs import distance, has_fast_path
-from .report import Report
-from .running import failures, output_tensors
+from .running import distance, failures, has_fast_path, output_tensors
 from .spaces import labelled_run
-from .step import Edit
+from .step import Edit, Report
 from .stock import as_given, stock
-from .tensors import as_ordered, named_tensors
 from .verify import verified_report
 
 Pair = Callable[[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
@@ -243,15 +240,13 @@ def site(model: nn.Module, path: str, example: Example) -> Site:
         raise MorphError(
             f"module '{path}' is TorchScript, so nothing can be inserted in it or after it; give the eager module"
         )
-    hooks = [m.register_forward_hook(look) for m in work.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    for module in work.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_hook(look)
     like = next((p for p in work.parameters() if p.is_floating_point()), torch.empty(0))
     inputs = as_inputs(example)
-    try:
-        with torch.no_grad(), failures("the model cannot be run on the example"):
-            inputs.call(work, inputs.to(like.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), failures("the model cannot be run on the example"):
+        inputs.call(work, inputs.to(like.dtype))
     if not found:
         raise MorphError(f"module '{path}' is not called in the forward; name a module that is")
     if len(found) > 1:
@@ -311,11 +306,6 @@ def _site(path: str, result: Tensor, latest: tuple[int, bool], certain: bool, ax
         raise MorphError(f"module '{path}' returns {result.ndim} axes; at most 5 are supported")
     channels = shape[1 if first else -1]
     return Site(channels, dims if first else 0, result.ndim, result.numel() // channels)
-
-
-def conv_class(dims: int) -> type[nn.Module]:
-    """Return the layer class for `dims` image axes: Linear, Conv1d, Conv2d or Conv3d."""
-    return (nn.Linear, *CONVS)[dims]
 
 
 def spatial(value: int | Iterable[int], dims: int, name: str) -> tuple[int, ...]:

@@ -7,9 +7,9 @@ child is a copy of one of the parent's.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,17 +21,14 @@ from torch.overrides import TorchFunctionMode
 from ..errors import MorphError
 from ..torch_private import tree_flatten, tree_unflatten, without_torch_functions
 from . import families
+from .copying import named_tensors
 from .example import Inputs
 from .families import custom_name, op_name, reads_no_values
-from .labels import Label
-from .log import Entry
+from .labels import Label, no_atoms
 from .lookup import Table
-from .movement import Movement, pad_value
-from .op_rules import Call, output_labels
-from .precision import in_dtype
-from .primitives import Primitives
-from .running import eval_mode, first_line
-from .tensors import named_tensors
+from .op_rules import Call, moved_labels, output_labels, pad_value
+from .primitives import Entry, Primitives
+from .running import eval_mode, first_line, in_dtype
 
 _STORES = ("_parameters", "_buffers", "_modules")
 
@@ -50,21 +47,9 @@ def module_paths(model: nn.Module, path: list[str]) -> Iterator[None]:
         if threading.get_ident() == mine:
             path.pop()
 
-    hooks = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    leaving = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    with nn.modules.module.register_module_forward_pre_hook(enter), leaving:
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _unbound(owner: type, name: str) -> Callable[..., Any]:
-    """Return a class method written in C (`Function.apply` from PyTorch 2.14 on) as a function of its class."""
-    method = vars(owner)[name]
-    return lambda cls, *args, **kwargs: method.__get__(None, cls)(*args, **kwargs)
 
 
 class Mismatch(Exception):
@@ -79,7 +64,7 @@ class Fault(MorphError):
     """Error of this engine while it follows an op; it must not be mistaken for an error of the network."""
 
 
-class Tracer(Primitives, TorchFunctionMode):
+class Tracer(TorchFunctionMode, Primitives):
     """Base of both runs: it labels tensors, follows calls, and refuses calls that cannot be followed."""
 
     real = True  # whether the run computes outputs
@@ -159,23 +144,20 @@ class Tracer(Primitives, TorchFunctionMode):
     def stored_name(self, tensor: Tensor) -> str | None:
         return self.names.get(id(tensor))
 
-    @abstractmethod
-    def parameter_label(self, name: str, tensor: Tensor) -> Label:
-        """Create the label of a parameter or buffer at its first read."""
-
-    @abstractmethod
     def constant_label(self, tensor: Tensor) -> Label:
         """Create a label from values."""
-
-    @abstractmethod
-    def begin(self, name: str, scalars: list[Any]) -> Entry:
-        """Begin an op, and return its entry in the log."""
+        values, inverse = torch.unique(tensor.detach().double().reshape(-1), return_inverse=True)
+        vids = torch.tensor([self.constant_vid(v) for v in values.tolist()], dtype=torch.int64)
+        return Label(vids[inverse].reshape(tensor.shape), no_atoms(tensor.shape) if self.real else None)
 
     # ---------------------------------------------------------------- dispatch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
-            return self._follow(func, args, kwargs or {})
+            name, written = op_name(func)
+            if reads_no_values(name):
+                return self._constants(self.call(func, args, kwargs or {}))
+            return self._follow(func, args, kwargs or {}, name, written, f"'{name}'")
         except (Mismatch, MorphError):
             raise
         except Exception as error:
@@ -192,13 +174,12 @@ class Tracer(Primitives, TorchFunctionMode):
             self.failed = error
             raise
 
-    def _follow(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name, written = op_name(func)
+    def _follow(self, func: Any, args: Any, kwargs: Any, name: str, written: str, what: str) -> Any:
         leaves = tree_flatten((args, kwargs))[0]
         tensors = [a for a in leaves if isinstance(a, Tensor)]
-        if reads_no_values(name) or not any(self.followed(t) for t in tensors):
+        if not any(self.followed(t) for t in tensors):
             return self._constants(self.call(func, args, kwargs))
-        self.where_now = f"'{name}' in {self.where()}"
+        self.where_now = f"{what} in {self.where()}"
         self._refuse(name, written, kwargs, tensors[0])
         self.latest = [
             label.vids
@@ -313,7 +294,7 @@ class Tracer(Primitives, TorchFunctionMode):
                 self.set_label(t, label)
             return result
         fill = self.constant_vid(pad_value(args, kwargs)) if name == "pad" else None
-        made = Movement(name, func, args, kwargs, labels, in_place).run(fill)
+        made = moved_labels((name, func, args, kwargs), labels, in_place, fill)
         if name in families.PICKS or name in families.CHUNKS:
             self.pick(name, next(iter(labels.values())), made)
         for t, label in zip(flat, made, strict=True):
@@ -366,14 +347,7 @@ class Tracer(Primitives, TorchFunctionMode):
             with without_torch_functions():
                 return apply(*args, **kwargs)
 
-        name = custom_name(cls)
-        leaves = tree_flatten((args, kwargs))[0]
-        tensors = [a for a in leaves if isinstance(a, Tensor)]
-        if not any(self.followed(t) for t in tensors):
-            return self._constants(self.call(func, args, kwargs))
-        self.where_now = f"the custom function '{cls.__name__}' in {self.where()}"
-        self.latest = [label.vids for t in tensors if (label := self.label(t)) is not None]
-        return self._compute(name, func, args, kwargs, tensors, leaves)
+        return self._follow(func, args, kwargs, custom_name(cls), "", f"the custom function '{cls.__name__}'")
 
     # ---------------------------------------------------------------- the run
 
@@ -388,13 +362,12 @@ class Tracer(Primitives, TorchFunctionMode):
 @contextmanager
 def _custom_functions(call: Callable[..., Any]) -> Iterator[None]:
     """Redirect custom autograd.Functions, which bypass function modes, to `call(class, apply, args, kwargs)`."""
-    original = torch.autograd.Function.apply
-    plain = getattr(original, "__func__", None) or _unbound(torch.autograd.Function, "apply")
+    original = inspect.getattr_static(torch.autograd.Function, "apply")  # a method in Python, or from 2.14 on in C
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return call(cls, lambda *a, **k: plain(cls, *a, **k), args, kwargs)
+        return call(cls, original.__get__(None, cls), args, kwargs)
 
-    own = torch.autograd.Function.__dict__.get("apply")
+    own = vars(torch.autograd.Function).get("apply")
     torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield

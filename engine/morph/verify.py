@@ -11,20 +11,17 @@ float64, because only the order of the sums changes. No morph may promise bit eq
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..errors import MorphError
+from .copying import named_tensors
 from .example import Example, Inputs, as_inputs
-from .network_runs import NetworkRuns, distance
 from .other_sizes import Others, other_inputs
-from .report import FLOAT64_ROUNDOFF, Certificate, Difference, Report, worst
-from .step import Step
-from .tensors import named_tensors
+from .running import NetworkRuns, distance
+from .step import FLOAT64_ROUNDOFF, Certificate, Difference, Report, Step, worst
 
 FLOAT64_LIMIT = 1e-10  # relative; correct morphs stay below 1e-12
 NOISE_RATIO = 8.0  # limit of the float32 difference over the parent's own rounding noise
@@ -36,16 +33,11 @@ class OtherFunction(MorphError):
     """Error: the child computes another function than its parent."""
 
 
-def compare(
-    parent: nn.Module,
-    child: nn.Module,
-    example: Example,
-    child_example: Example | None = None,
-    *,
-    outputs: Callable[[Any], Any] | None = None,
-    seed: int = 0,
-    train: bool = True,
-) -> Difference:
+class OtherShapes(MorphError):
+    """Error: the child returns other shapes than its parent."""
+
+
+def compare(parent: nn.Module, child: nn.Module, example: Example) -> Difference:
     """Compare two networks in float64 and float32, in eval and train mode; neither is changed.
 
     Train mode is not compared if the parent cannot run in train mode on the example, e.g. because it needs targets.
@@ -53,36 +45,19 @@ def compare(
     Args:
         parent: the network before the morph.
         child: the network after the morph.
-        example: the parent's inputs, see `as_inputs`. Random tensors of the same shape and device replace
-            floating-point ones, in train mode with a batch of up to 4 if statistics have few values. If the parent
-            fails on random values or returns nan or inf, the example's own values are used.
-        child_example: the child's inputs if they differ from the parent's (another size or channels). Then both are
-            used unchanged, and a network with BatchNorm needs a batch of at least 2.
-        outputs: maps the child's result to the part that must equal the parent's result; by default the whole result.
-        seed: seed of the random inputs.
-        train: whether to compare train mode.
+        example: the inputs, see `as_inputs`. Random tensors of the same shape and device replace floating-point ones,
+            in train mode with a batch of up to 4 if statistics have few values. If the parent fails on random values or
+            returns nan or inf, the example's own values are used.
 
     Raises:
         MorphError: the results have different structures or shapes, or a network cannot be run.
     """
-    return _check(parent, child, example, child_example, outputs, seed, train).difference
+    return _check(parent, child, example)[0]
 
 
-def require_equal(
-    parent: nn.Module,
-    child: nn.Module,
-    example: Example,
-    child_example: Example | None = None,
-    *,
-    outputs: Callable[[Any], Any] | None = None,
-    seed: int = 0,
-    train: bool = True,
-) -> Difference:
-    """Compare two networks; raise MorphError if float64 differs by over 1e-10 or float32 by over 8 times the noise.
-
-    With `train=False` the limits hold for eval mode only, for morphs that are exact only there.
-    """
-    return _require(compare(parent, child, example, child_example, outputs=outputs, seed=seed), train)
+def require_equal(parent: nn.Module, child: nn.Module, example: Example) -> Difference:
+    """Compare two networks; raise MorphError if float64 differs by over 1e-10 or float32 by over 8 times the noise."""
+    return _require(compare(parent, child, example))
 
 
 def verified_report(
@@ -90,17 +65,17 @@ def verified_report(
     parent: nn.Module,
     child: nn.Module,
     example: Example,
-    child_example: Example | None = None,
     *,
     changes: list[str] | None = None,
     certificate: Certificate | None = None,
-    outputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
     train: bool = True,
     compare_train: bool = True,
     others: Others | None = None,
 ) -> Report:
-    """Check a morph like `require_equal`, and return its report; `compare_train=False` skips train mode.
+    """Check a morph like `require_equal`, and return its report.
+
+    `compare_train=False` skips train mode; `train=False` compares it, but sets no limit to the difference.
 
     Eval mode is also compared on `others`. By default these are the inputs that parent and child determine: a second
     size, and one input for each branch of a forward by size.
@@ -108,15 +83,15 @@ def verified_report(
     if certificate is not None and certificate.violations:
         _refuse_not_finite(parent)
         raise MorphError(f"{step.op}: {certificate}; the original is unchanged, report this")
-    if others is None and child_example is None:
+    if others is None:
         others = other_inputs(parent, as_inputs(example)) | other_inputs(child, as_inputs(example))
-    found = _check(parent, child, example, child_example, outputs, seed, compare_train, others)
-    if math.isnan(found.difference.float64):
+    difference, own, other, sizes = _check(parent, child, example, seed, compare_train, others)
+    if math.isnan(difference.float64):
         _refuse_not_finite(parent)
-    _require(found.difference, train)
+    _require(difference, train)
     parameters = (count_parameters(parent), count_parameters(child))
-    lines = [*(changes or []), *([f"train mode was not compared: {found.untrained}"] if found.untrained else [])]
-    return Report(step, found.difference, parameters, found.flops, lines, certificate, found.sizes)
+    lines = [*(changes or []), *([f"train mode was not compared: {own.untrained}"] if own.untrained else [])]
+    return Report(step, difference, parameters, (own.flops, other.flops), lines, certificate, sizes)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -124,33 +99,22 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@dataclass
-class _Found:
-    """Result of a comparison: difference, FLOPs of parent and child, why train mode was skipped, and other inputs."""
-
-    difference: Difference
-    flops: tuple[int, int]
-    untrained: str
-    sizes: tuple[str, ...]
-
-
 def _check(
     parent: nn.Module,
     child: nn.Module,
     example: Example,
-    child_example: Example | None,
-    outputs: Callable[[Any], Any] | None,
-    seed: int,
-    train: bool,
+    seed: int = 0,
+    train: bool = True,
     others: Others | None = None,
-) -> _Found:
-    theirs = None if child_example is None else as_inputs(child_example)
-    pair = _Pair(parent, child, as_inputs(example), theirs, outputs, seed, train)
-    own, other = pair.run()
+) -> tuple[Difference, NetworkRuns, NetworkRuns, tuple[str, ...]]:
+    """Return the difference, the runs of parent and child, and descriptions of the other inputs."""
+    own = _run_parent(parent, as_inputs(example), seed, train)
+    other = NetworkRuns(child, "the child")
+    other.run(own.inputs, own.trained_on)
     if other.untrained:
         raise MorphError(f"{other.untrained}, but the parent can on the same batch; the original is unchanged")
     if own.shapes != other.shapes:
-        raise MorphError(f"the child returns {other.shapes}, the parent {own.shapes}; the original is unchanged")
+        raise OtherShapes(f"the child returns {other.shapes}, the parent {own.shapes}; the original is unchanged")
     found: dict[str, float | None] = dict.fromkeys(("float64_train", "float32_train", "noise_train"))
     for mode in ("eval", "train") if train and not own.untrained else ("eval",):
         for dtype in ("float64", "float32"):
@@ -158,7 +122,8 @@ def _check(
         noise = distance(own.runs[f"float64 {mode}"], own.runs[f"float32 {mode}"])
         found[f"noise_{mode}"] = max(noise, NOISE_FLOOR) if math.isfinite(noise) else noise
     difference = Difference(**found)  # pyright: ignore[reportArgumentType]
-    left = pair.stateful and difference.float64_train is not None  # running statistics still to be compared
+    stateful = any(True for net in (parent, child) for _ in net.buffers())
+    left = stateful and difference.float64_train is not None  # running statistics still to be compared
     sizes: list[str] = []
     try:
         if others and difference.float64 <= FLOAT64_LIMIT:
@@ -167,12 +132,17 @@ def _check(
             left = left and not read
             sizes += _compare_others(own, other, [(others.example, dtype) for dtype in others.halves], seed)
     except OtherFunction:
-        if not (left and distance(own.run_eval_after_training(), other.run_eval_after_training()) > FLOAT64_LIMIT):
+        if not (left and _distance_after_training(own, other) > FLOAT64_LIMIT):
             raise
     if left:
-        off = worst(distance(own.run_eval_after_training(), other.run_eval_after_training()), difference.float64_train)
+        off = worst(_distance_after_training(own, other), difference.float64_train)
         difference = replace(difference, float64_train=off)
-    return _Found(difference, (own.flops, other.flops), own.untrained, tuple(sizes))
+    return difference, own, other, tuple(sizes)
+
+
+def _distance_after_training(own: NetworkRuns, other: NetworkRuns) -> float:
+    """Compare eval mode on the same inputs, with the running statistics after train mode."""
+    return distance(*(network.run_eval(own.inputs, torch.float64) for network in (own, other)))
 
 
 def _compare_others(
@@ -218,53 +188,24 @@ def _described(inputs: Inputs, dtype: torch.dtype) -> str:
     return shapes if dtype == torch.float64 else f"{shapes} in {str(dtype).removeprefix('torch.')}"
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A parent, its child and their inputs; both use the parent's inputs unless the child has its own."""
-
-    parent: nn.Module
-    child: nn.Module
-    given: Inputs
-    theirs: Inputs | None
-    outputs: Callable[[Any], Any] | None
-    seed: int
-    train: bool
-
-    @property
-    def stateful(self) -> bool:
-        return any(True for net in (self.parent, self.child) for _ in net.buffers())
-
-    def run(self) -> tuple[NetworkRuns, NetworkRuns]:
-        """Run parent and child."""
-        given = self.given
-        if self.theirs is not None:
-            own = NetworkRuns(self.parent, "the parent", None)
-            own.run(given, given if self.train else None)
-        else:
-            own, given = self._run_parent()
-        other = NetworkRuns(self.child, "the child", self.outputs)
-        trained_on = None if own.untrained or not self.train else self.theirs or own.trained_on
-        other.run(self.theirs or given, trained_on)
-        return own, other
-
-    def _run_parent(self) -> tuple[NetworkRuns, Inputs]:
-        """Run the parent on random values, or on the example's if it refuses these; return run and inputs."""
-        refused: MorphError | None = None
-        tried: list[tuple[NetworkRuns, Inputs]] = []
-        for draw in (self.given.random, self.given.own):
-            network, inputs = NetworkRuns(self.parent, "the parent", None), draw(self.seed)
-            try:
-                network.run(inputs, draw if self.train else None, self.seed)
-            except MorphError as error:
-                refused = refused or error
-                continue
-            tried.append((network, inputs))
-            if network.finite():
-                return tried[-1]
-        if not tried:
-            assert refused is not None
-            raise refused
-        return tried[0]
+def _run_parent(parent: nn.Module, given: Inputs, seed: int, train: bool) -> NetworkRuns:
+    """Run the parent on random values, or on the example's if it refuses these or returns nan or inf."""
+    refused: MorphError | None = None
+    tried: list[NetworkRuns] = []
+    for draw in (given.random, given.own):
+        network = NetworkRuns(parent, "the parent")
+        try:
+            network.run(draw(seed), draw if train else None, seed)
+        except MorphError as error:
+            refused = refused or error
+            continue
+        if network.finite():
+            return network
+        tried.append(network)
+    if not tried:
+        assert refused is not None
+        raise refused
+    return tried[0]
 
 
 def _refuse_not_finite(parent: nn.Module) -> None:

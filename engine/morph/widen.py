@@ -6,33 +6,35 @@ the parameters, rows and columns; this module knows no architecture.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import MorphError
+from ..models.weights import some
 from ..tiling.memory import freed_pages_kept, return_free_pages
 from .attributes import follow_head, head_changes
 from .copies import Copies, ParameterMap
-from .copying import cast, duplicate
+from .copying import cast, channels_last, duplicate, fill, named_tensors
 from .example import Example, Inputs, as_inputs, stand_ins
-from .other_sizes import Others, other_inputs
-from .report import Certificate, Report
-from .spaces import OUTPUT, Spaces, find_spaces
+from .other_sizes import other_inputs
+from .spaces import OUTPUT, Space, Spaces, find_spaces
 from .splits import SPLITS, certify, split_columns
-from .standard import standard_name
-from .step import Step, check_seed
+from .step import Certificate, Report, Step, check_seed
 from .stock import as_given, stock
-from .tensors import channels_last, fill, named_tensors
 from .tracer import Mismatch
 from .verify import verified_report
-from .widths import Counts, choose_counts, width_after
 
 log = logging.getLogger("gigamorph.morph")
 
@@ -109,7 +111,7 @@ def widen(
         for s in spaces
         if s.key in chosen or s.key in new
     ]
-    unread = _listed(spaces.unread()) if chosen or new else ""
+    unread = some(f"'{path}'" for path in spaces.unread()) if chosen or new else ""
     del spaces  # its labels may need as much memory as the network
     return_free_pages()
     certificate = step.fill(child, model, maps)
@@ -118,7 +120,20 @@ def widen(
         changes.append(f"{name} builds the same network: its weights load there without a recipe")
     if unread:
         changes.append(f"this example does not reach these modules, which keep their width: {unread}")
-    report = _verified(step, model, child, inputs, others, changes, certificate, train, unread)
+    parent, checked, proof = model, child, certificate
+    if noise:  # the stored sums are rounded, so the comparison uses float64, where this rounding hides nothing
+        parent, proof = cast(duplicate(model), torch.float64), None
+        checked, _ = step.grow(find_spaces(parent, followed, groups=groups))
+    checks: dict[str, Any] = {"changes": changes, "certificate": proof, "seed": seed, "compare_train": train}
+    try:
+        report = verified_report(step, parent, checked, inputs, others=others, **checks)
+    except MorphError as error:
+        if not unread:
+            raise
+        raise MorphError(
+            f"{error}; this example does not reach {unread}, which would keep their width; use train=False to compare "
+            "eval mode only"
+        ) from error
     return (replace_contents(model, child) if inplace else as_given(child, given)), report
 
 
@@ -127,57 +142,6 @@ def _require_growable(spaces: Spaces) -> None:
     if not spaces.growable():
         reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
         raise MorphError(f"no space can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
-
-
-def _verified(
-    step: WidenStep,
-    model: nn.Module,
-    child: nn.Module,
-    inputs: Inputs,
-    others: Others,
-    changes: list[str],
-    certificate: Certificate,
-    train: bool,
-    unread: str,
-) -> Report:
-    """Check that the child computes the same function as the network, and return the report.
-
-    With noise the stored sums are rounded. The comparison then uses float64, where this rounding hides nothing.
-
-    Args:
-        step: the step of the widening.
-        model: the parent.
-        child: the child.
-        inputs: the example.
-        others: further inputs of the check.
-        changes: lines of the report.
-        certificate: certificate of the splits.
-        train: whether to compare train mode.
-        unread: the modules that the example does not reach, for the message of a failed check.
-    """
-    proof: Certificate | None = certificate
-    if step.noise:
-        model, proof = cast(duplicate(model), torch.float64), None
-        child, _ = step.grow(find_spaces(model, inputs.and_calls(others.branching), groups=step.groups))
-    try:
-        return verified_report(
-            step,
-            model,
-            child,
-            inputs,
-            changes=changes,
-            certificate=proof,
-            seed=step.seed,
-            compare_train=train,
-            others=others,
-        )
-    except MorphError as error:
-        if not unread:
-            raise
-        raise MorphError(
-            f"{error}; this example does not reach {unread}, which would keep their width; use train=False to compare "
-            "eval mode only"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -292,11 +256,6 @@ def replace_contents(model: nn.Module, child: nn.Module) -> nn.Module:
     return model
 
 
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"'{name}'" for name in names[:most]) + more
-
-
 def _draw(result: Tensor, axis: int, free: Tensor, like: Tensor, generator: torch.Generator) -> None:
     """Fill the new slices with random values of the same standard deviation as the parent's tensor."""
     indices = free.nonzero().reshape(-1)
@@ -304,3 +263,178 @@ def _draw(result: Tensor, axis: int, free: Tensor, like: Tensor, generator: torc
     deviation = float(like.detach().double().std(unbiased=False)) if like.is_floating_point() else 0.0
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * deviation
     result.index_copy_(axis, indices, drawn.to(result.dtype))
+
+
+MOST = 40  # maximum number of functions to try; each builds a network without memory
+
+
+def standard_name(network: nn.Module) -> str:
+    """Return the name of the function that builds the same network; "" if there is none.
+
+    It searches the module that defines the network's class, and calls functions with `num_classes` only. Networks are
+    the same if names and shapes of all parameters and the printed layers are equal.
+    """
+    module = sys.modules.get(type(network).__module__)
+    shapes = {name: t.shape for name, t in network.state_dict().items()}
+    outputs = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) >= 2][-1:]
+    for name, build in _builders(module):
+        try:
+            with torch.device("meta"), _Unfilled():
+                made = build(num_classes=outputs[0]) if outputs else build()
+        except Exception:  # it needs other arguments, or cannot build without memory
+            continue
+        if type(made) is not type(network) or {n: t.shape for n, t in made.state_dict().items()} != shapes:
+            continue
+        if str(made) == str(network):
+            return f"{type(network).__module__}.{name}"
+    return ""
+
+
+class _Unfilled(TorchFunctionMode):
+    """Function mode that skips filling tensors, which is most of the construction time of a network without memory."""
+
+    FILLS = frozenset("uniform_ normal_ fill_ zero_ copy_ erfinv_ mul_ add_ sub_ div_ clamp_".split())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.FILLS and args and isinstance(args[0], Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _builders(module: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    found = [
+        (name, f)
+        for name, f in vars(module).items()
+        if inspect.isfunction(f) and not name.startswith("_") and f.__module__ == module.__name__
+    ]
+    yield from found if len(found) <= MOST else []
+
+
+Counts = Mapping[int | str, int | Sequence[int]]
+
+
+def choose_counts(
+    spaces: Spaces,
+    counts: Counts,
+    factor: float | Mapping[str, float] | None,
+    free: Mapping[int | str, int],
+    seed: int,
+    *,
+    ignore: Sequence[str] = (),
+    round_to: int = 1,
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Return copies and new channels per class, by key of the space; the arguments are those of `widen`."""
+    if not isinstance(round_to, int) or round_to < 1:
+        raise MorphError(f"round_to must be a number of channels of at least 1, not {round_to!r}")
+    wanted: dict[str, int | Sequence[int]] = {}
+    for s, by in _factors(spaces, factor, ignore):
+        unit = s.width // len(s.order)
+        wanted[s.key] = _rounded(s.width * by, unit, s.width, round_to) if _even(s) else max(1, round(by))
+    for key, value in counts.items():
+        wanted[spaces[key].key] = value
+    rng = np.random.default_rng(seed)
+    chosen = {}
+    for key, value in wanted.items():
+        space = spaces[key]
+        drawn = rng.integers(0, 1 << 62)
+        copies = _copies(space, value, np.random.default_rng(drawn), factor is not None and key not in counts)
+        if copies != [1] * len(copies):
+            _require_not_frozen(space)
+            chosen[space.key] = tuple(copies)
+    new = {}
+    for key, number in free.items():
+        space = spaces[key]
+        _require_not_frozen(space)
+        unit = space.width // len(space.order)
+        if number % unit or number < 0 or not _even(space):
+            raise MorphError(f"new channels of space {space.key} must be a multiple of {unit}, not {number}")
+        new[space.key] = (*[0] * (len(space.order) - 1), number // unit)
+    return chosen, new
+
+
+def _factors(
+    spaces: Spaces, factor: float | Mapping[str, float] | None, ignore: Sequence[str]
+) -> list[tuple[Space, float]]:
+    """Return the spaces that a factor widens, each with its factor.
+
+    Raises:
+        MorphError: a factor is not a finite number of at least 1, or a pattern matches no space that can grow.
+    """
+    if factor is None:
+        return []
+    by = dict(factor) if isinstance(factor, Mapping) else {"*": factor}
+    for value in by.values():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise MorphError(f"factor {value!r} is not a finite number; give 1 or more")
+        if not value >= 1:
+            raise MorphError(f"factor {value} would make the network narrower; give 1 or more")
+    growable = spaces.growable()
+    for pattern in [*ignore, *(by if isinstance(factor, Mapping) else [])]:
+        if not any(_fits(pattern, s) for s in growable):
+            raise MorphError(
+                f"'{pattern}' matches no module with channels that can grow; see find_spaces, or gigamorph morph spaces"
+            )
+    not_ignored = [s for s in growable if not any(_fits(pattern, s) for pattern in ignore)]
+    pairs = [(s, next((v for pattern, v in by.items() if _fits(pattern, s)), None)) for s in not_ignored]
+    return [(s, value) for s, value in pairs if value is not None]
+
+
+def _fits(pattern: str, space: Space) -> bool:
+    """Return whether a pattern is the space's key, or matches a module that produces its channels, or a parent."""
+    if pattern in ("*", space.key):
+        return True
+    paths = [name.rpartition(".")[0] for name, axis in space.members if axis == 0]
+    parents = {".".join(path.split(".")[:n]) for path in paths for n in range(1, path.count(".") + 2)}
+    return any(fnmatchcase(path, pattern) for path in parents)
+
+
+def _rounded(width: float, unit: int, least: int, round_to: int) -> int:
+    """Return the nearest common multiple of the unit and `round_to` that is at least `least`."""
+    step = math.lcm(unit, round_to)
+    near = round(width / step) * step
+    return max(near if near >= least else math.ceil(least / step) * step, least)
+
+
+def _even(space: Space) -> bool:
+    """Return whether all classes have the same number of channels."""
+    return len({space.classes.count(c) for c in space.order}) <= 1 if len(space.order) < space.width else True
+
+
+def _require_not_frozen(space: Space) -> None:
+    if space.frozen:
+        raise MorphError(f"space {space.id} ({space.key}) cannot be widened: {space.frozen}")
+
+
+def _copies(space: Space, value: int | Sequence[int], rng: np.random.Generator, is_factor: bool) -> list[int]:
+    classes = len(space.order)
+    if not isinstance(value, int | np.integer):
+        if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+            raise MorphError(f"space {space.key}: {value!r} is not a width; give an integer, or one integer per class")
+        copies = [int(v) for v in value]
+        if len(copies) != classes or min(copies) < 1:
+            raise MorphError(f"space {space.key} needs {classes} counts of at least 1, not {copies[:8]}")
+        return copies
+    if not _even(space):
+        if is_factor:
+            return [int(value)] * classes
+        if value % space.width or value < space.width:
+            raise MorphError(f"space {space.key} has width {space.width}; it can only be widened to a multiple of that")
+        return [int(value) // space.width] * classes
+    unit = space.width // classes
+    if value < space.width:
+        raise MorphError(f"space {space.key} already has width {space.width}; {value} would make it narrower")
+    if value % unit:
+        raise MorphError(f"space {space.key} grows in steps of {unit} channels; {value} is not a multiple of that")
+    total = int(value) // unit
+    copies = np.full(classes, total // classes)
+    copies[rng.permutation(classes)[: total % classes]] += 1
+    return copies.tolist()
+
+
+def width_after(space: Space, copies: Sequence[int] | None, free: Sequence[int] | None) -> int:
+    """Return the width of a space with these numbers of copies and new channels per class."""
+    size = dict.fromkeys(space.order, 0)
+    for c in space.classes:
+        size[c] += 1
+    copies, free = copies or [1] * len(size), free or [0] * len(size)
+    return sum(n * (c + f) for n, c, f in zip(size.values(), copies, free, strict=True))

@@ -15,8 +15,7 @@ from ...kernels import winograd
 from ..accelerate import Accelerated
 from ..errors import DataError
 from ..files import write_json
-from ..models.classifier import check_classifier
-from ..models.segmenter import check_segmenter
+from ..models.classifier import check_classifier, check_segmenter
 from ..parallel.process_group import ProcessGroup
 from ..tiling.memory import format_bytes
 from ..torch_private import BatchNorm
@@ -174,7 +173,7 @@ def _with_origin(record: dict[str, Any], data: Data, options: TrainOptions, last
         # The code may be newer than the run, so the versions at the start are recorded too.
         return {**record, **grown, "versions_at_start": stored.get("versions_at_start", stored["versions"])}
     if options.weights:
-        from ..morph.origin import Origin  # imports all morphs
+        from ..morph.files import Origin  # imports all morphs
 
         if origin := Origin.of_file(options.model, options.weights, data.channels):
             return record | {"grown": origin.record()}

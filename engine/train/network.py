@@ -68,7 +68,7 @@ def build_network(
     options, target = record["options"], target_of(record)
     with contextlib.nullcontext() if trained is None else bounded(trained):
         if "grown" in record:
-            from ..morph.origin import Origin  # imports all morphs
+            from ..morph.files import Origin  # imports all morphs
 
             model = Origin.from_record(record["grown"]).build(options["model"], target.width)
         else:

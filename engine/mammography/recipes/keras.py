@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DataError, GigamorphError
-from ...models.resnet_v1 import EPS, OLD_EPS
+from ...models.resnet import EPS, OLD_EPS
 from ...models.weights import first_line
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -173,7 +173,7 @@ def test_only_a_classifier_of_another_shape_is_skipped(tmp_path, caplog):
     state = model.state_dict()
     del state["layer1.0.conv1.weight"]
     torch.save(state, path)
-    with pytest.raises(DataError, match=r"layer1\.0\.conv1\.weight is missing"):
+    with pytest.raises(DataError, match=r"missing in the file: layer1\.0\.conv1\.weight"):
         create_model("resnet18", 5, 1, weights=path)
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph.engine.morph.atoms import Atoms
-from gigamorph.engine.morph.borders import Borders
+from gigamorph.engine.morph.atoms import Atoms, Borders
 from gigamorph.engine.morph.spaces import find_spaces
 from gigamorph.engine.morph.widen import widen
 

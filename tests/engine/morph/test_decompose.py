@@ -16,11 +16,13 @@ from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.decompose import (
     DecomposeStep,
     ParallelStep,
+    compose,
     decompose,
+    factorise,
+    fewest_middle,
     insert_module,
     split_parallel,
 )
-from gigamorph.engine.morph.factors import compose, factorise, fewest_middle
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -220,7 +222,7 @@ def test_in_a_resnet_and_the_step_on_a_fresh_one() -> None:
 
 
 def test_shapes_alone_on_the_meta_device() -> None:
-    step = DecomposeStep("0", (3, 3), None, "orthogonal", "GELU", "pair", 0)
+    step = DecomposeStep("0", (3, 3), None, "GELU", "pair", 0, "orthogonal")
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(4, 4, 5))
     step.edit(model)

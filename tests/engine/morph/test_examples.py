@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.morph.averages import grow_ema
 from gigamorph.engine.morph.decompose import decompose
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
 from gigamorph.engine.morph.inputs import add_planes, to_grey
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.merge import merge
-from gigamorph.engine.morph.optimizer import grow_optimizer
+from gigamorph.engine.morph.optimizer import grow_ema, grow_optimizer
 from gigamorph.engine.morph.planner import plan_growth
 from gigamorph.engine.morph.recipe import Recipe, apply, grow
 from gigamorph.engine.morph.spaces import find_spaces

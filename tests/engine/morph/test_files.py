@@ -24,7 +24,7 @@ from gigamorph.engine.morph.files import (
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.inputs import add_planes
 from gigamorph.engine.morph.recipe import Recipe
-from gigamorph.engine.morph.report import Difference
+from gigamorph.engine.morph.step import Difference
 from gigamorph.engine.morph.store import read_state, write_state
 from gigamorph.engine.morph.widen import widen
 
@@ -101,7 +101,7 @@ def test_the_counter_of_batch_norm_may_be_missing(tmp_path):
     open_network("resnet18", tmp_path / "a.safetensors")
     state["fc.bias"] = torch.zeros(3)
     write_state(tmp_path / "a.safetensors", state)
-    with pytest.raises(MorphError, match=r"'fc\.bias' is \(3,\), the network has \(2,\)"):
+    with pytest.raises(MorphError, match=r"fc\.bias is \(3,\), the model has \(2,\)"):
         open_network("resnet18", tmp_path / "a.safetensors")
 
 

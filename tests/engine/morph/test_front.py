@@ -389,7 +389,7 @@ class TestRefusals:
     def test_wrong_child_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The check is not for show: a fold with a wrong cell raises."""
         cell = lambda *_: torch.tensor([0.51, 0.49], dtype=torch.float64)  # noqa: E731
-        monkeypatch.setattr("gigamorph.engine.morph.front_layers.cell_weights", cell)
+        monkeypatch.setattr("gigamorph.engine.morph.front.cell_weights", cell)
         for mode in ("fold", "stages"):
             with pytest.raises(MorphError, match="differs from its parent"):
                 front(net(), torch.zeros(1, 1, 12, 12, dtype=torch.float64), 2, mode)

@@ -21,10 +21,9 @@ from gigamorph.engine.models import resnet
 from gigamorph.engine.morph.fold import add_columns
 from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.optimizer import grow_optimizer
-from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import GROUPS, find_spaces
 from gigamorph.engine.morph.splits import SPLITS
-from gigamorph.engine.morph.step import Step, from_json, to_json
+from gigamorph.engine.morph.step import Report, Step, from_json, to_json
 from gigamorph.engine.morph.widen import widen
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]

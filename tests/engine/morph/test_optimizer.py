@@ -21,16 +21,15 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.morph.averages import grow_ema
 from gigamorph.engine.morph.decompose import decompose, insert_module, split_parallel
 from gigamorph.engine.morph.deepen import insert_identity
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.head import grow_head, split_class
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.merge import merge
-from gigamorph.engine.morph.optimizer import gradient_shares, grow_optimizer
-from gigamorph.engine.morph.report import Report
+from gigamorph.engine.morph.optimizer import gradient_shares, grow_ema, grow_optimizer
 from gigamorph.engine.morph.spaces import find_spaces
+from gigamorph.engine.morph.step import Report
 from gigamorph.engine.morph.widen import WidenStep, widen
 
 LIMIT = 100.0  # times the network's own sensitivity to a relative perturbation of 2^-52 of its parameters

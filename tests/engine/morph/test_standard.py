@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gigamorph.engine.models.resnet import BasicBlock, ResNet, resnet18, resnet34
-from gigamorph.engine.morph.standard import standard_name
+from gigamorph.engine.morph.widen import standard_name
 
 
 def test_a_network_is_named_by_the_function_that_builds_it() -> None:

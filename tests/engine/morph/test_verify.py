@@ -15,9 +15,8 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models.resnet import resnet18
 from gigamorph.engine.morph.example import as_inputs
 from gigamorph.engine.morph.other_sizes import other_inputs
-from gigamorph.engine.morph.report import Certificate
 from gigamorph.engine.morph.splits import certify
-from gigamorph.engine.morph.step import Step, to_json
+from gigamorph.engine.morph.step import Certificate, Step, to_json
 from gigamorph.engine.morph.verify import compare, require_equal, verified_report
 from gigamorph.engine.morph.widen import widen
 
@@ -221,21 +220,6 @@ def test_other_shapes_and_broken_children_are_named() -> None:
     child[4] = nn.Conv2d(9, 4, 3)
     with pytest.raises(MorphError, match="child cannot be run"):
         compare(small(), child, X)
-
-
-def test_inputs_and_outputs_may_differ_between_parent_and_child() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = small()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.body(x[..., ::2, ::2])
-            return torch.cat([y, y], 1)
-
-    x = torch.randn(4, 3, 32, 32)
-    child_x = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    assert compare(small(), Twice(), x, child_x, outputs=lambda y: y[:, :4]).float64 == 0
 
 
 class Nothing(Step):

@@ -30,10 +30,9 @@ from gigamorph.engine.morph.deepen import insert_identity
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.recipe import Recipe, apply
-from gigamorph.engine.morph.report import Report
 from gigamorph.engine.morph.spaces import GROUPS, find_spaces
 from gigamorph.engine.morph.splits import SPLITS
-from gigamorph.engine.morph.step import from_json, to_json
+from gigamorph.engine.morph.step import Report, from_json, to_json
 from gigamorph.engine.morph.verify import compare, count_parameters
 from gigamorph.engine.morph.widen import WidenStep, widen
 

@@ -12,10 +12,9 @@ from training import make_data
 from gigamorph.engine.errors import DataError, GigamorphError, MorphError
 from gigamorph.engine.models.registry import create_model
 from gigamorph.engine.morph.deepen import deepen
-from gigamorph.engine.morph.files import Grown, add_morph, open_network, save_network
+from gigamorph.engine.morph.files import Grown, Origin, add_morph, create_grown, open_network, save_network
 from gigamorph.engine.morph.head import grow_head
 from gigamorph.engine.morph.inputs import add_planes
-from gigamorph.engine.morph.origin import Origin, create_grown
 from gigamorph.engine.morph.widen import widen
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import fit

@@ -16,7 +16,7 @@ from gigamorph import accelerate
 from gigamorph.engine.datasets.augment import Augment
 from gigamorph.engine.datasets.masks import FileMask
 from gigamorph.engine.errors import BudgetError, DataError, GigamorphError
-from gigamorph.engine.models.segmenter import check_segmenter
+from gigamorph.engine.models.classifier import check_segmenter
 from gigamorph.engine.models.unet import UNet
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.fit import fit

@@ -19,7 +19,7 @@ from gigamorph.cli.main import _COMMANDS
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.models import build_model, create_model
 from gigamorph.engine.models.checkpoints import read_state
-from gigamorph.engine.morph.origin import Origin
+from gigamorph.engine.morph.files import Origin
 from gigamorph.engine.published.layout import part_of_training as imported
 from gigamorph.engine.train.checkpoint import load_checkpoint, stored_state
 from gigamorph.engine.train.network import start_from

@@ -13,7 +13,7 @@ from ....morph.decompose import decompose
 from ....morph.deepen import insert_identity
 from ....morph.files import Grown, add_morph
 from ....morph.front import FrontStep, front
-from ....morph.report import Report
+from ....morph.step import Report
 from ....morph.widen import widen
 from ....train.run import seed_of
 from ....train.stages import Stage
