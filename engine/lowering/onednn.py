@@ -65,7 +65,7 @@ def gains_by_winograd(stage: Stage, chain: ConvChain) -> bool:
     plain = chain.stride == chain.dilation == (1, 1) and chain.groups == 1 and not chain.channels_last
     weight, output = stage.program.values[chain.weight], chain.members[0].op.outputs[0]
     pixels = math.prod(stage.maps.size(output))
-    return plain and winograd.pays(tuple(weight.shape), pixels) and winograd.available()
+    return plain and winograd.pays(tuple(weight.shape), pixels) and winograd.missing() is None
 
 
 def fuse_on_cpu(stage: Stage) -> None:
