@@ -21,7 +21,7 @@ from .onednn import allowed, for_winograd, gains_by_winograd
 from .ops import Block, Env, Local
 from .ops.base import Run
 from .ops.window import split_padding
-from .stages import Packing, Stage, vector_inputs
+from .stages import Packing, Stage
 
 _ONE = (1, 1)
 
@@ -33,7 +33,6 @@ def winograd_in_training(stage: Stage) -> None:
             chain = ConvChain.of(local)
             if gains_by_winograd(stage, chain):
                 _replace(stage, local, chain)
-    stage.vectors = vector_inputs(stage)
 
 
 def _replace(stage: Stage, local: Local, chain: ConvChain) -> None:
