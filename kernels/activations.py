@@ -55,6 +55,12 @@ def slope(m, ACT: tl.constexpr):
     return d.to(m.dtype)
 
 
+def check_activation(op: str, act: str) -> None:
+    """Refuse an activation that the kernels do not have."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+
+
 def activate_reference(z: Tensor, act: str) -> Tensor:
     """act(z) in plain PyTorch."""
     if act == "none":

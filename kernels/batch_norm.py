@@ -8,7 +8,13 @@ dx assumes constant statistics. The gradients of the statistics follow from dbia
 `moments_backward` (moments.py) adds them. `plus` is the gradient of a sum over the pixels of y (such as the mean in
 squeeze-and-excite): one number for each channel, without a map.
 
-If the statistics are those of the given pixels only, `live_norm.py` computes the complete dx.
+If the statistics are those of the given pixels only, a second pass computes the complete dx from the sums of the first:
+
+    dx = rstd * (weight * dz - a / n - xhat * b / n)                    n values of a channel, or group of channels
+    a = sum weight * dbias,   b = sum weight * dweight                  of the channels of a group
+
+(Ioffe and Szegedy, 2015, section 3; Wu and He, 2018, for groups.) The first pass writes dz only if a residual needs it,
+and the second reads dz, or dy again.
 
 Each kernel is one pass over memory. Only x (the raw output of the convolution) is saved: z is computed again in
 registers. If a residual was added, `gate` replaces z: z itself, or y for ReLU and ReLU6. The statistics come from
@@ -17,7 +23,6 @@ registers. If a residual was added, `gate` replaces z: z itself, or y for ReLU a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -25,17 +30,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import ACTIVATIONS, MASKS, activate, activate_reference, slope, slope_reference
-from .channel_affine import affine
+from .activations import activate, activate_reference, check_activation, slope, slope_reference
 from .choice import run_fastest
-from .dtypes import sum_dtype
-from .live_norm import group_sums, launch_live_norm
-from .partial_sums import add_parts
+from .dtypes import promoted, sum_dtype
 from .pointwise import act_grad
-from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
-from .tiles import MOST_BLOCK_CHANNELS
+from .stream import SHARE, Share, Stream, channel, load, step_pixels, store, whole
+from .tiles import MOST_BLOCK_CHANNELS, merge_blocks
 from .tuning import roomy_registers
-from .windows import empty_map, nhwc
+from .windows import map_like, nhwc, without_margin
+
+
+@triton.jit
+def affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, BC: tl.constexpr, ACC: tl.constexpr):
+    """mean, rstd, scale = rstd * weight and bias of the channels c, each [1, BC]."""
+    mean, rstd = channel(mean_ptr, c, C, ACC), channel(rstd_ptr, c, C, ACC)
+    scale = rstd if weight_ptr is None else rstd * channel(weight_ptr, c, C, ACC)
+    bias = tl.zeros((1, BC), ACC) if bias_ptr is None else channel(bias_ptr, c, C, ACC)
+    return mean, rstd, scale, bias
 
 
 @triton.jit(do_not_specialize=SHARE)
@@ -125,8 +136,7 @@ def _normalize_act_gradients_kernel(
 
 
 def _stream(op: str, act: str, *maps: Tensor | None) -> Stream:
-    if act not in ACTIVATIONS:
-        raise ValueError(f"{op}: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+    check_activation(op, act)
     return Stream(op, MOST_BLOCK_CHANNELS, *maps, fold=True)
 
 
@@ -151,10 +161,7 @@ def launch_normalize_act(
     """
     if x.numel():
         s = _stream("normalize_act", act, x, residual, y)
-        mean, rstd, weight, bias = dense(mean, rstd, weight, bias)
-        _normalize_act_kernel[s.grid](
-            *s.maps, mean, rstd, weight, bias, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps
-        )
+        s.launch(_normalize_act_kernel, mean, rstd, weight, bias, ACT=act)
 
 
 def _normalize_stock(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -185,17 +192,17 @@ def normalize_act(
     dtype = dtype or x.dtype
 
     def ours() -> Tensor:
-        whole = _like(x, dtype, margin)
-        launch_normalize_act(x, mean, rstd, weight, bias, residual, act, _inside(whole, margin))
+        whole = map_like(x, dtype, margin)
+        launch_normalize_act(x, mean, rstd, weight, bias, residual, act, without_margin(whole, margin))
         return whole
 
     def stock() -> Tensor:
-        y = nhwc(_normalize_stock(x.to(_widest(x.dtype, dtype, residual)), mean, rstd, weight, bias))
+        y = nhwc(_normalize_stock(x.to(promoted(x.dtype, dtype, residual)), mean, rstd, weight, bias))
         y = activate_reference(y if residual is None else y.add_(residual), act).to(dtype)
         if margin is None:
             return y
-        whole = _like(x, dtype, margin)
-        _inside(whole, margin).copy_(y)
+        whole = map_like(x, dtype, margin)
+        without_margin(whole, margin).copy_(y)
         return whole
 
     settings = (weight is None, bias is None, residual is None, act, margin is None, *_others(x, dtype, residual))
@@ -204,23 +211,7 @@ def normalize_act(
 
 @normalize_act.register_fake
 def _(x, mean, rstd, weight, bias, residual, act, dtype=None, margin=None):
-    return _like(x, dtype or x.dtype, margin)
-
-
-def _like(x: Tensor, dtype: torch.dtype, margin: Sequence[int] | None = None) -> Tensor:
-    """An uninitialised map of x's size and a margin."""
-    (n, c, h, w), (above, left) = x.shape, margin or (0, 0)
-    return empty_map(n, c, h + above, w + left, x if dtype == x.dtype else x.new_empty(0, dtype=dtype))
-
-
-def _inside(whole: Tensor, margin: Sequence[int] | None) -> Tensor:
-    return whole if margin is None else whole[:, :, margin[0] :, margin[1] :]
-
-
-def _widest(*parts: torch.dtype | Tensor | None) -> torch.dtype:
-    """The promoted dtype of all arguments."""
-    dtypes = [part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None]
-    return functools.reduce(torch.promote_types, dtypes)
+    return map_like(x, dtype, margin)
 
 
 def _others(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
@@ -230,13 +221,7 @@ def _others(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
 
 
 def normalize_act_reference(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    act: str,
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, act: str
 ) -> tuple[Tensor, Tensor]:
     """y and z in plain PyTorch."""
     z = (x - mean.reshape(-1, 1, 1)) * rstd.reshape(-1, 1, 1)
@@ -247,32 +232,6 @@ def normalize_act_reference(
     if residual is not None:
         z = z + residual
     return activate_reference(z, act), z
-
-
-def _setup_normalize(ctx, inputs, output) -> None:
-    x, mean, rstd, weight, bias, residual, ctx.act, _, ctx.margin = inputs
-    if residual is not None and ctx.act not in (*MASKS, "none"):
-        raise ValueError(
-            f"normalize_act: the slope of {ctx.act!r} after a sum does not follow from the output; add it before"
-        )
-    gate = _inside(output, ctx.margin) if residual is not None and ctx.act != "none" else None
-    ctx.save_for_backward(x, mean, rstd, weight, bias, gate)
-    ctx.dtypes = [None if t is None else t.dtype for t in (mean, rstd, weight, bias, residual)]
-
-
-def _differentiate_normalize(ctx, dy):
-    x, mean, rstd, weight, bias, gate = ctx.saved_tensors
-    dy = _inside(dy, ctx.margin)
-    keep = ctx.needs_input_grad[5] and gate is not None
-    dx, dz, dbias, dweight = normalize_act_gradients(dy, x, mean, rstd, weight, bias, gate, ctx.act, keep)
-    scale = 1.0 if weight is None else weight.to(dbias.dtype)
-    wide = rstd.to(dbias.dtype)
-    grads = -dbias * scale * wide, dweight * scale / wide, dweight, dbias, dz if keep else dy
-    made = (None if dtype is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-    return dx, *made, None, None, None
-
-
-normalize_act.register_autograd(_differentiate_normalize, setup_context=_setup_normalize)
 
 
 # -- backward -----------------------------------------------------------------------------------------------------
@@ -304,17 +263,143 @@ def launch_normalize_act_gradients(
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
     s = _stream("normalize_act_gradients", act, x, dy, gate, dx, dz)
     sums = s.sums(x, 2)
-    mean, rstd, weight, bias, plus = dense(mean, rstd, weight, bias, plus)
     # Addresses of unequally spaced pixels take more registers than this limit.
     options = roomy_registers(x.device, 128) if s.tile.FLAT else {}
-    _normalize_act_gradients_kernel[s.grid](
-        *s.maps, mean, rstd, weight, bias, plus, sums, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps, **options
-    )
+    s.launch(_normalize_act_gradients_kernel, mean, rstd, weight, bias, plus, sums, ACT=act, **options)
     return add_parts(sums, s.folds)
 
 
+@triton.jit(do_not_specialize=["count", *SHARE])
+def _live_norm_kernel(
+    x,  # map [N, C, H, W]
+    dy,  # map [N, C, H, W]
+    gate,  # map [N, C, H, W] or None
+    dx,  # map [N, C, H, W]
+    mean_ptr,  # [C]
+    rstd_ptr,  # [C]
+    weight_ptr,  # [C] or None
+    bias_ptr,  # [C] or None
+    a_ptr,  # [C], a of each channel's group; dbias if each channel is a group
+    b_ptr,  # [C], b; dweight
+    plus_ptr,  # [C] or None: added to dy at each pixel
+    count,
+    pixels,
+    H,
+    W,
+    C,
+    period,
+    steps,
+    GROUPS: tl.constexpr,  # whether channels share statistics
+    ACT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """dx of a program's share of the pixels, given the sums over all pixels."""
+    C = whole(C, TILE.VEC)
+    share = Share(pixels, H, W, C, period, steps)
+    c = tl.program_id(1) * TILE.BC + tl.arange(0, TILE.BC)
+    at = c % share.period
+    mean, rstd, scale, bias = affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, at, C, TILE.BC, TILE.ACC)
+    factor = rstd if GROUPS else scale  # a = weight * dbias and b = weight * dweight for single channels
+    shift = factor * channel(a_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
+    tilt = rstd * factor * channel(b_ptr, at, C, TILE.ACC) / count.to(TILE.ACC)
+    plus = None if plus_ptr is None else channel(plus_ptr, at, C, TILE.ACC)
+    for step in range(share.steps):
+        p = step_pixels(share, step, TILE)
+        keep = (p < share.pixels)[:, None] & (c < C)[None, :]
+        centred = load(x, p, c, keep, share, TILE) - mean
+        z = centred * scale + bias if gate.ptr is None else load(gate, p, c, keep, share, TILE)
+        d = load(dy, p, c, keep, share, TILE)
+        if plus_ptr is not None:
+            d += plus
+        d *= slope(z, ACT)
+        store(dx, p, c, keep, scale * d - shift - centred * tilt, share, TILE)
+
+
+def launch_live_norm(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    act: str,
+    sums: tuple[Tensor, Tensor],
+    together: int,
+    dx: Tensor,
+    plus: Tensor | None = None,
+) -> None:
+    """Write the complete dx, given `sums`, dbias and dweight; `together` channels share statistics.
+
+    The other arguments are those of `launch_normalize_act_gradients`.
+    """
+    if x.numel():
+        s = Stream("normalize_act_gradients", MOST_BLOCK_CHANNELS, x, dy, gate, dx, fold=True)
+        a, b = group_sums(sums, weight, together) if together > 1 else sums
+        vectors, count = (mean, rstd, weight, bias, a, b, plus), s.pixels * together
+        s.launch(_live_norm_kernel, *vectors, count, GROUPS=together > 1, ACT=act)
+
+
+def group_sums(sums: tuple[Tensor, Tensor], weight: Tensor | None, together: int) -> Tensor:
+    """a and b of each channel's group, (2, C)."""
+    both = torch.stack(sums) if weight is None else torch.stack(sums) * weight
+    if together == 1:
+        return both
+    return both.unflatten(1, (-1, together)).sum(2, keepdim=True).expand(-1, -1, together).flatten(1)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _add_kernel(
+    x_ptr,  # [parts, 2, C]
+    first_ptr,  # [C]
+    second_ptr,  # [C]
+    parts,
+    sp,
+    ss,  # from part to part, from sum to sum
+    C,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """One of the two sums of BC channels over all parts, BM at a time."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    x_ptr += tl.program_id(1).to(tl.int64) * ss
+    total = tl.zeros((BM, BC), x_ptr.dtype.element_ty)
+    for begin in range(0, parts, BM):
+        part = begin + tl.arange(0, BM)
+        at = part.to(tl.int64)[:, None] * sp + c[None, :]
+        total += tl.load(x_ptr + at, mask=(part < parts)[:, None] & (c < C)[None, :], other=0.0)
+    if tl.program_id(1) == 0:
+        tl.store(first_ptr + c, tl.sum(total, 0), mask=c < C)
+    else:
+        tl.store(second_ptr + c, tl.sum(total, 0), mask=c < C)
+
+
+def _add(x: Tensor, first: Tensor, second: Tensor) -> None:
+    parts, _, channels = x.shape
+    rows, block = merge_blocks(parts, channels)
+    grid = triton.cdiv(channels, block), 2
+    _add_kernel[grid](x, first, second, parts, x.stride(0), x.stride(1), channels, BM=rows, BC=block)
+
+
+def add_parts(parts: Tensor, folds: int) -> tuple[Tensor, Tensor]:
+    """The two sums of each channel over the programs of a streaming kernel and its folds, in a fixed order.
+
+    Args:
+        parts: (programs, 2, folds * C), C channels next to each other.
+    """
+    width, like = parts.shape[2], {"dtype": parts.dtype, "device": parts.device}
+    if folds > 1:
+        # Over programs first: each of the many folded channels is summed separately, so many programs have work.
+        sums = torch.empty(2, folds, width // folds, **like)
+        _add(parts, *sums)
+        parts = sums.transpose(0, 1)
+    first, second = (torch.empty(width // folds, **like) for _ in range(2))
+    _add(parts, first, second)
+    return first, second
+
+
 def _gradients(dy: Tensor, x: Tensor, keep_dz: bool) -> tuple[Tensor, Tensor]:
-    return empty_map(*x.shape, x), _like(x, dy.dtype) if keep_dz else dy.new_empty(0)
+    return map_like(x), map_like(dy) if keep_dz else dy.new_empty(0)
 
 
 @torch.library.custom_op("gigamorph::normalize_act_gradients", mutates_args=())
@@ -354,7 +439,7 @@ def normalize_act_gradients(
 
     def stock() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide, var = sum_dtype(x.dtype), rstd.square().reciprocal()
-        inner = _widest(dy, x, gate, plus) if together < 2 else wide  # 16-bit statistics would be too coarse
+        inner = promoted(dy, x, gate, plus) if together < 2 else wide  # 16-bit statistics would be too coarse
         z, taken, grad = gate, x.to(inner), dy.to(inner)
         if plus is not None:
             grad = grad + plus.to(inner).reshape(-1, 1, 1)
@@ -370,17 +455,9 @@ def normalize_act_gradients(
                 dz.contiguous(**form), taken.contiguous(**form), *groups, scale.to(inner), *size, [True, True, True]
             )
         else:
+            statistics = mean, var, mean, rstd  # a GPU reads the second two
             dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-                dz,
-                taken,
-                scale,
-                mean,
-                var,
-                mean,
-                rstd,
-                together == 1,
-                0.0,
-                [True, True, True],  # a GPU reads the second two
+                dz, taken, scale, *statistics, together == 1, 0.0, [True, True, True]
             )
         saved = (dz.clone() if dz is dy else dz.to(dy.dtype)) if keep_dz else dy.new_empty(0)
         return nhwc(dx.to(x.dtype)), saved, dbias.to(wide), dweight.to(wide)

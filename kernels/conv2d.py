@@ -20,13 +20,12 @@ from . import conv2d_dgrad as dense_dgrad
 from . import conv2d_forward as dense_forward
 from . import conv2d_wgrad as dense_wgrad
 from . import depthwise
-from .activations import ACTIVATIONS, MASKS, slope_reference
+from .activations import MASKS, activate_reference, check_activation, slope_reference
 from .choice import run_fastest
-from .conv2d_stock import backward_stock, forward_stock, scaled, split_padding
 from .dtypes import sum_dtype
 from .moments import moments_of_each
 from .pointwise import act_grad
-from .windows import ConvGeometry, empty_map, nhwc, placed
+from .windows import ConvGeometry, empty_map, map_like, nhwc, placed, without_margin
 
 
 def conv2d(
@@ -59,8 +58,7 @@ def conv2d(
         ValueError: for an unknown activation or incompatible shapes.
     """
     geometry = ConvGeometry.of(_pair(stride), _four(padding), _pair(dilation), groups)
-    if act not in ACTIVATIONS:
-        raise ValueError(f"conv2d: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+    check_activation("conv2d", act)
     if weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
         raise ValueError(
             f"conv2d: weight {tuple(weight.shape)} and groups={groups} do not fit {x.shape[1]} input channels"
@@ -69,7 +67,7 @@ def conv2d(
     if residual is not None and tuple(residual.shape) != output:
         raise ValueError(f"conv2d: residual {tuple(residual.shape)} does not fit the output {output}")
     keep_z = act not in MASKS and act != "none" and torch.is_grad_enabled()
-    return _conv2d(x, weight, scale, shift, residual, geometry, act, keep_z)[0]
+    return _Conv2d.apply(geometry, act, keep_z, x, weight, scale, shift, residual)  # pyright: ignore
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -79,6 +77,56 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 def _four(padding: int | Sequence[int]) -> list[int]:
     pad = _pair(padding)
     return [pad[0], pad[0], pad[1], pad[1]] if len(pad) == 2 else pad
+
+
+# -- PyTorch's own ops --------------------------------------------------------------------------------------------
+
+
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else (weight * scale.reshape(-1, 1, 1, 1)).to(weight.dtype)
+
+
+def split_padding(geometry: ConvGeometry) -> tuple[list[int], list[int]]:
+    """Splits the padding into the even part that PyTorch's convolutions add and the rest in the order of `F.pad`."""
+    top, bottom, left, right = geometry.padding
+    rows, cols = min(top, bottom), min(left, right)
+    return [rows, cols], [left - cols, right - cols, top - rows, bottom - rows]
+
+
+def forward_stock(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    geometry: ConvGeometry,
+    act: str,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and z by PyTorch's own ops, in place where possible."""
+    even, uneven = split_padding(geometry)
+    if any(uneven):
+        x = F.pad(x, uneven)
+    bias = shift.to(x.dtype) if scale is None and shift is not None else None
+    z = F.conv2d(x, weight, bias, geometry.stride, even, geometry.dilation, geometry.groups)  # pyright: ignore
+    if scale is not None:
+        z.mul_(scale.reshape(-1, 1, 1))
+        if shift is not None:
+            z.add_(shift.reshape(-1, 1, 1))
+    if residual is not None:
+        z.add_(residual)
+    z = nhwc(z)
+    if keep_z:
+        return activate_reference(z, act), z
+    y = {"relu": F.relu_, "none": lambda t: t}.get(act, lambda t: activate_reference(t, act))(z)
+    return y, x.new_empty(0)
+
+
+def backward_stock(dz: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry, wanted: list[bool]) -> Any:
+    """PyTorch's gradients of a convolution of x, which already includes the uneven part of the padding."""
+    even, _ = split_padding(geometry)
+    settings = list(geometry.stride), even, list(geometry.dilation), False, [0, 0], geometry.groups
+    return torch.ops.aten.convolution_backward(dz, x, weight, None, *settings, wanted)
 
 
 # -- forward ------------------------------------------------------------------------------------------------------
@@ -107,7 +155,7 @@ def conv2d_forward(
         whole, z = _outputs(x, weight, given, keep_z, margin)
         epilogue = {"scale": scale, "shift": shift, "residual": residual, "z": z if keep_z else None}
         run = depthwise.forward if given.is_depthwise(weight) else dense_forward.launch
-        run(x, weight, _inside(whole, margin), given, act, **epilogue)
+        run(x, weight, without_margin(whole, margin), given, act, **epilogue)
         return whole, z
 
     def stock() -> tuple[Tensor, Tensor]:
@@ -115,7 +163,7 @@ def conv2d_forward(
         if not any(margin):
             return made, z
         whole, _ = _outputs(x, weight, given, False, margin)
-        _inside(whole, margin).copy_(made)
+        without_margin(whole, margin).copy_(made)
         return whole, z
 
     named = [name for name, t in (("scale", scale), ("shift", shift), ("residual", residual)) if t is not None]
@@ -128,10 +176,6 @@ def _outputs(
     (n, k), (h, w) = (x.shape[0], weight.shape[0]), geometry.output(x, weight.shape[2:])
     z = empty_map(n, k, h, w, x) if keep_z else x.new_empty(0)
     return empty_map(n, k, h + margin[0], w + margin[1], x), z
-
-
-def _inside(whole: Tensor, margin: Sequence[int]) -> Tensor:
-    return whole[:, :, margin[0] :, margin[1] :]
 
 
 @conv2d_forward.register_fake
@@ -152,13 +196,13 @@ def conv2d_moments(
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
         whole, _ = _outputs(x, weight, given, False, margin)
-        found = dense_forward.launch(x, weight, _inside(whole, margin), given, "none", shift=shift, moments=True)
+        found = dense_forward.launch(x, weight, without_margin(whole, margin), given, "none", shift=shift, moments=True)
         assert found is not None
         return whole, found[0][None], found[1][None]
 
     def stock() -> tuple[Tensor, Tensor, Tensor]:
         whole, _ = conv2d_forward(x, weight, None, shift, None, given, "none", False, margin)
-        return whole, *moments_of_each(_inside(whole, margin))
+        return whole, *moments_of_each(without_margin(whole, margin))
 
     if x.shape[0] > 1 or given.is_depthwise(weight):
         return stock()
@@ -181,7 +225,7 @@ def conv2d_act_grad(
     dy, x, given = nhwc(dy), nhwc(x), ConvGeometry(*geometry)
 
     def ours() -> Tensor:
-        dz = empty_map(*dy.shape, dy)
+        dz = map_like(dy)
         dense_forward.launch(x, weight, dz, given, act, shift=shift, mask=dy, mask_act="gradient")
         return dz
 
@@ -195,7 +239,7 @@ def conv2d_act_grad(
 
 @conv2d_act_grad.register_fake
 def _(dy, x, weight, shift, act, geometry):
-    return empty_map(*dy.shape, dy)
+    return map_like(dy)
 
 
 # -- data gradient ------------------------------------------------------------------------------------------------
@@ -346,49 +390,30 @@ def conv2d_backward(
     return dx, dy if wants_residual else None
 
 
-@torch.library.custom_op("gigamorph::conv2d", mutates_args=())
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    geometry: Sequence[int],
-    act: str,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor]:
-    return conv2d_forward(x, weight, scale, shift, residual, geometry, act, keep_z, (0, 0))
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, geometry: ConvGeometry, act: str, keep_z: bool, *tensors: Tensor | None) -> Tensor:
+        x, weight, scale, shift, residual = tensors
+        assert x is not None and weight is not None
+        y, z = conv2d_forward(x, weight, scale, shift, residual, geometry, act, keep_z, (0, 0))
+        ctx.save_for_backward(x, weight, scale, None if act == "none" else (z if keep_z else y))
+        ctx.act, ctx.geometry, ctx.shift_dtype = act, geometry, None if shift is None else shift.dtype
+        return y
 
-
-@_conv2d.register_fake
-def _(x, weight, scale, shift, residual, geometry, act, keep_z):
-    return _outputs(x, weight, ConvGeometry(*geometry), keep_z)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, scale, shift, _, geometry, ctx.act, keep_z = inputs
-    y, z = output
-    gate = None if ctx.act == "none" else (z if keep_z else y)
-    ctx.save_for_backward(x, weight, scale, gate)
-    ctx.geometry, ctx.shift_dtype = ConvGeometry(*geometry), None if shift is None else shift.dtype
-    ctx.mark_non_differentiable(z)
-
-
-def _backward(ctx: Any, dy: Tensor, _dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, scale, gate = ctx.saved_tensors
-    wants_x, wants_weight, wants_scale, wants_shift, wants_residual = ctx.needs_input_grad[:5]
-    dw = dshift = dscale = None
-    if wants_weight or wants_scale or wants_shift:
-        dw = torch.zeros_like(weight, dtype=sum_dtype(x.dtype), memory_format=torch.channels_last)
-        dshift = dw.new_zeros(weight.shape[0]) if wants_shift else None
-    wanted = {"wants_x": wants_x, "wants_residual": wants_residual, "scale": scale, "dw": dw, "dshift": dshift}
-    dx, dresidual = conv2d_backward(dy, x, weight, gate, ctx.act, ctx.geometry, **wanted)
-    if dw is not None and wants_scale:  # z = scale * conv + ..., and <dz, conv> = <x^T dz, w>
-        dscale = (dw * weight).sum((1, 2, 3)).to(scale.dtype)
-    if dw is not None and scale is not None:
-        dw = dw * scale.reshape(-1, 1, 1, 1)
-    dw = dw.to(weight.dtype) if dw is not None and wants_weight else None
-    return dx, dw, dscale, None if dshift is None else dshift.to(ctx.shift_dtype), dresidual, None, None, None
-
-
-_conv2d.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale, gate = ctx.saved_tensors
+        wants_x, wants_weight, wants_scale, wants_shift, wants_residual = ctx.needs_input_grad[3:]
+        dw = dshift = dscale = None
+        if wants_weight or wants_scale or wants_shift:
+            dw = torch.zeros_like(weight, dtype=sum_dtype(x.dtype), memory_format=torch.channels_last)
+            dshift = dw.new_zeros(weight.shape[0]) if wants_shift else None
+        wanted = {"wants_x": wants_x, "wants_residual": wants_residual, "scale": scale, "dw": dw, "dshift": dshift}
+        dx, dresidual = conv2d_backward(grads[0], x, weight, gate, ctx.act, ctx.geometry, **wanted)
+        if dw is not None and wants_scale:  # z = scale * conv + ..., and <dz, conv> = <x^T dz, w>
+            dscale = (dw * weight).sum((1, 2, 3)).to(scale.dtype)
+        if dw is not None and scale is not None:
+            dw = dw * scale.reshape(-1, 1, 1, 1)
+        dw = dw.to(weight.dtype) if dw is not None and wants_weight else None
+        dshift = None if dshift is None else dshift.to(ctx.shift_dtype)
+        return None, None, None, dx, dw, dscale, dshift, dresidual

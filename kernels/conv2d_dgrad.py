@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .activations import slope_reference
 from .conv2d_forward import launch
 from .pointwise import launch_act_grad
-from .windows import ConvGeometry, empty_map, placed
+from .windows import ConvGeometry, map_like, placed
 
 
 class Phase(NamedTuple):
@@ -81,7 +81,7 @@ def dgrad(
     """
     _, _, r, s = weight.shape
     if gate is not None:  # one separate pass; in the product, dy and gate would be loaded once per tap
-        dz = empty_map(*dy.shape, like=dy)
+        dz = map_like(dy)
         launch_act_grad(dy, gate, gate_act, dz)
         dy = dz
     rows = phases(r, geometry.stride_h, geometry.top, geometry.dilation_h)
@@ -105,20 +105,10 @@ def dgrad(
 
             target = window(dx)
             assert target is not None
-            launch(
-                dy,
-                weight,
-                target,
-                ConvGeometry.of(
-                    (1, 1), (row.padding, 0, col.padding, 0), (row.dilation, col.dilation), geometry.groups
-                ),
-                "none",
-                residual=window(addend),
-                residual_at=addend_at,
-                mask=window(mask),
-                mask_act=mask_act,
-                taps=(row.taps, col.taps),
-            )
+            padding, dilation = (row.padding, 0, col.padding, 0), (row.dilation, col.dilation)
+            phase = ConvGeometry.of((1, 1), padding, dilation, geometry.groups)
+            options = {"residual_at": addend_at, "mask_act": mask_act, "taps": (row.taps, col.taps)}
+            launch(dy, weight, target, phase, "none", residual=window(addend), mask=window(mask), **options)
 
 
 def conv2d_dgrad_reference(

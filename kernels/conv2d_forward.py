@@ -30,21 +30,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import activate_reference, slope_reference
-from .conv2d_kernels import FilterFlip, Product, Steps, conv2d_descriptor_kernel, conv2d_pointer_kernel
+from .conv2d_kernels import FilterFlip, Steps, conv2d_descriptor_kernel, conv2d_pointer_kernel, product_options
 from .dtypes import sum_dtype
 from .moments import merge_parts
 from .stream import as_map, dense
 from .tuning import Config, matmul_config, register_limit, roomy_registers
-from .windows import (
-    ConvGeometry,
-    Phases,
-    as_one_row,
-    can_describe_product,
-    describe,
-    is_dense,
-    placed,
-    without_steps,
-)
+from .windows import ConvGeometry, Phases, as_one_row, can_describe_product, describe, is_dense, placed, without_steps
 
 # Activations whose value and slope need neither exp nor erf.
 CHEAP = frozenset({"none", "relu", "relu6", "hardswish", "gradient"})
@@ -77,7 +68,7 @@ def _ascending(taps: Sequence[int]) -> slice:
     return slice(taps[-1], taps[0] + 1, taps[0] - taps[1] if len(taps) > 1 else 1)
 
 
-def _matrix(weight: Tensor) -> Tensor:
+def filter_matrix(weight: Tensor) -> Tensor:
     """Filters (K, C, R, S) as rows, (K, R x S x C)."""
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
@@ -126,7 +117,7 @@ def launch(
         return (none, none.clone()) if moments else None
     x, geometry = without_steps(x, geometry, (r, s))
     maps = (x, y, residual, z, mask)
-    matrix = _matrix(weight)
+    matrix = filter_matrix(weight)
     scale, shift = dense(scale, shift)
     described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
     whole = residual is None or residual.shape == y.shape
@@ -149,14 +140,8 @@ def launch(
     if taps is not None and config.form == "descriptor":
         flip = FilterFlip.of(*taps, weight)
     elif taps is not None:
-        matrix = _matrix(flipped_filters(weight, geometry.groups, taps))
-    options = {
-        "ACT": act,
-        "MASK": mask_act,
-        "P": Product.of((r, s), config, x.dtype),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+        matrix = filter_matrix(flipped_filters(weight, geometry.groups, taps))
+    options = {"ACT": act, "MASK": mask_act, **product_options((r, s), config, x.dtype)}
     if config.form == "descriptor" and config.num_warps == 8 and config.block_n <= 128 and mask is not None:
         # With one more register, the assembler's choice with a residual, a multiprocessor runs one block, not two.
         options |= register_limit(x.device, 128 if residual is not None else None)

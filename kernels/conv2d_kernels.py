@@ -12,7 +12,7 @@ else: groups, channels that are not a multiple of 16 bytes, other strides, older
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,6 +45,12 @@ class Product(NamedTuple):
     def of(cls, kernel: tuple[int, int], config: Config, dtype: torch.dtype) -> Product:
         blocks = config.block_m, config.block_n, config.block_k, config.rows, config.parts
         return cls(*kernel, *blocks, dot_precision(dtype), accumulator(dtype))
+
+
+def product_options(kernel: tuple[int, int], config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The launch options of a kernel with a matrix product."""
+    product = Product.of(kernel, config, dtype)
+    return {"P": product, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 class FilterFlip(NamedTuple):
@@ -198,18 +204,7 @@ def _finish(
 
 
 # Integers that only locate a tile are not specialised: tiles at an image's border run the same code as inner ones.
-_POSITIONS = [
-    "OH",
-    "OW",
-    "lines",
-    "segments",
-    "row_even",
-    "row_odd",
-    "col_even",
-    "col_odd",
-    "residual_top",
-    "residual_left",
-]
+_POSITIONS = "OH OW lines segments row_even row_odd col_even col_odd residual_top residual_left".split()
 
 
 @triton.jit(do_not_specialize=_POSITIONS)

@@ -24,20 +24,12 @@ import triton
 from torch import Tensor
 
 from .activations import slope_reference
-from .conv2d_kernels import Product, Steps
+from .conv2d_kernels import Steps, product_options
 from .conv2d_wgrad_kernels import add_splits_kernel, wgrad_descriptor_kernel, wgrad_pointer_kernel
 from .dtypes import sum_dtype
 from .stream import as_map
 from .tuning import Config, capability, programs_at_once, register_limit, split_count, splits_blocks, wgrad_config
-from .windows import (
-    ConvGeometry,
-    as_one_row,
-    can_describe_product,
-    describe,
-    is_dense,
-    phases_along,
-    without_steps,
-)
+from .windows import ConvGeometry, as_one_row, can_describe_product, describe, is_dense, phases_along, without_steps
 
 
 def launch(
@@ -90,9 +82,7 @@ def launch(
     options = {
         "GATE": "none" if gate is None else gate_act,
         "ADD": part is None,
-        "P": Product.of((r, s), config, x.dtype),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **product_options((r, s), config, x.dtype),
         # By default, ptxas spills a few addresses, of wide elements or on sm_100, to fit one more program.
         **register_limit(x.device, 255 if x.element_size() > 2 or capability(x.device) >= 100 else None),
     }

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import activate, activate_reference
-from .conv2d_kernels import Product, Steps, gemm
+from .conv2d_forward import filter_matrix
+from .conv2d_kernels import Steps, gemm, product_options
 from .stream import dense
 from .tuning import conv_conv1x1_config, most_mid_channels
 from .windows import ConvGeometry, Phases, can_describe, can_describe_product, describe, empty_map
@@ -94,12 +95,8 @@ def conv_conv1x1_fits(
         and filters & (filters - 1) == 0
         and 16 <= filters <= most_mid_channels(x.dtype)
         and weight2.shape[0] * x.dtype.itemsize % 16 == 0
-        and can_describe_product(x, geometry, residual, _matrix(weight1))
+        and can_describe_product(x, geometry, residual, filter_matrix(weight1))
     )
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
 def conv_conv1x1_launch(
@@ -141,7 +138,7 @@ def conv_conv1x1_launch(
     shift1, shift2 = dense(shift1, shift2)
     _conv_conv1x1_kernel[(n * down * across,)](
         *phases.describe(box_x),
-        describe(_matrix(weight1), [mid, config.block_k], operand=True),
+        describe(filter_matrix(weight1), [mid, config.block_k], operand=True),
         describe(weight2.reshape(filters, mid), [config.block_n, mid], operand=True),
         None if residual is None else describe(residual, box_y),
         describe(y, box_y),
@@ -156,9 +153,7 @@ def conv_conv1x1_launch(
         ACT=act,
         CIN=depth,
         STEPS=Steps(*geometry.stride, 1),
-        P=Product.of((r, s), config, x.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **product_options((r, s), config, x.dtype),
     )
 
 

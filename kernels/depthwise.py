@@ -25,8 +25,6 @@ import torch
 import triton
 from torch import Tensor
 
-from .activations import slope_reference
-from .conv2d_forward import conv2d_forward_reference
 from .depthwise_kernels import Block, Filter, Sizes, depthwise_kernel, depthwise_wgrad_kernel
 from .dtypes import accumulator
 from .stream import as_map, dense, vector
@@ -226,24 +224,3 @@ def wgrad(
     total = part.sum(0)
     dw.view(channels, r * s).add_(total[:-1].t())
     dshift.add_(total[-1])
-
-
-def depthwise_backward_reference(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    gate: Tensor | None,
-    gate_act: str,
-    addend: Tensor | None,
-    mask: Tensor | None,
-    mask_act: str,
-    geometry: ConvGeometry,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dw and dshift in plain PyTorch; the reference of the forward is `conv2d_forward_reference`."""
-    dz = dy if gate is None else dy * slope_reference(gate, gate_act)
-    with torch.enable_grad():
-        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        _, z = conv2d_forward_reference(x, weight, None, None, None, geometry, "none")
-        dx, dw = torch.autograd.grad(z, (x, weight), dz)
-    dx = dx if addend is None else dx + addend
-    return dx if mask is None else dx * slope_reference(mask, mask_act), dw, dz.sum((0, 2, 3))

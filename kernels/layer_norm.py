@@ -16,8 +16,6 @@ bit by bit.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -25,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .choice import run_fastest
-from .dtypes import sum_dtype
-from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
+from .dtypes import promoted, sum_dtype
+from .stream import SHARE, Share, Stream, channel, load, step_pixels, store, whole
 from .tiles import MOST_NORM_CHANNELS
 from .tuning import roomy_registers
-from .windows import empty_map, nhwc
+from .windows import map_like, nhwc
 
 
 @triton.jit
@@ -133,10 +131,7 @@ def launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
         weight, bias: (C,), of any floating dtype.
     """
     if x.numel():
-        s = _stream(x, y)
-        weight, bias = dense(weight, bias)
-        options = {"num_warps": s.num_warps, **roomy_registers(x.device, 128)}
-        _layer_norm_kernel[s.grid](*s.maps, weight, bias, *s.share, EPS=eps, TILE=s.tile, **options)
+        _stream(x, y).launch(_layer_norm_kernel, weight, bias, EPS=eps, **roomy_registers(x.device, 128))
 
 
 def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,12 +143,9 @@ def launch_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, dx
     if not x.numel():
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
     s = _stream(x, dy, dx)
+    s.maps = s.maps[1], s.maps[0], s.maps[2]  # in the order of the kernel
     sums = s.sums(x, 2)
-    x_map, dy_map, dx_map = s.maps
-    (weight,) = dense(weight)
-    _layer_norm_backward_kernel[s.grid](
-        dy_map, x_map, dx_map, weight, sums, *s.share, EPS=eps, TILE=s.tile, num_warps=s.num_warps
-    )
+    s.launch(_layer_norm_backward_kernel, weight, sums, EPS=eps)
     return sums[:, 0].sum(0), sums[:, 1].sum(0)
 
 
@@ -174,12 +166,12 @@ def layer_norm(
     x, dtype = nhwc(x), dtype or x.dtype
 
     def ours() -> Tensor:
-        y = _map_like(x, dtype)
+        y = map_like(x, dtype)
         launch_forward(x, weight, bias, eps, y)
         return y
 
     def stock() -> Tensor:
-        wide = torch.promote_types(dtype, _promoted(x, weight, bias))
+        wide = torch.promote_types(dtype, promoted(x, weight, bias))
         affine = (None if t is None else t.to(wide) for t in (weight, bias))
         with torch.autocast(x.device.type, enabled=False):  # autocast would make float32 maps
             rows = F.layer_norm(x.to(wide).permute(0, 2, 3, 1), x.shape[1:2], *affine, eps)
@@ -188,19 +180,9 @@ def layer_norm(
     return run_fastest("layer_norm", x, (weight is None, bias is None, str(dtype)), ours, stock)
 
 
-def _map_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    n, c, h, w = x.shape
-    return torch.empty(n, h, w, c, dtype=dtype, device=x.device).permute(0, 3, 1, 2)
-
-
-def _promoted(*tensors: Tensor | None) -> torch.dtype:
-    """The promoted dtype of all tensors."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
-
-
 @layer_norm.register_fake
 def _(x, weight, bias, eps, dtype=None):
-    return _map_like(x, dtype or x.dtype)
+    return map_like(x, dtype)
 
 
 @torch.library.custom_op("gigamorph::layer_norm_backward", mutates_args=())
@@ -209,12 +191,12 @@ def layer_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
     dy, x = nhwc(dy), nhwc(x)
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
-        dx = empty_map(*x.shape, x)
+        dx = map_like(x)
         dweight, dbias = launch_backward(dy, x, weight, eps, dx)
         return dx, dweight, dbias
 
     def stock() -> tuple[Tensor, Tensor, Tensor]:
-        wide, sums, shape = _promoted(dy, x, weight), sum_dtype(x.dtype), [x.shape[1]]
+        wide, sums, shape = promoted(dy, x, weight), sum_dtype(x.dtype), [x.shape[1]]
         rows, dys = (t.to(wide).permute(0, 2, 3, 1) for t in (x, dy))
         w = x.new_ones(shape, dtype=wide) if weight is None else weight.to(wide)
         with torch.autocast(x.device.type, enabled=False):
@@ -230,7 +212,7 @@ def layer_norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
 @layer_norm_backward.register_fake
 def _(dy, x, weight, eps):
     dweight, dbias = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
-    return empty_map(*x.shape, x), dweight, dbias
+    return map_like(x), dweight, dbias
 
 
 def _save(ctx, inputs, output) -> None:

@@ -19,13 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activations import ACTIVATIONS, activate, activate_reference
+from .activations import activate, activate_reference, check_activation
 from .choice import run_fastest
 from .conv2d import conv2d_act_grad, conv2d_backward
-from .dtypes import accumulator, sum_dtype
 from .layer_norm import layer_norm, layer_norm_backward, layer_norm_reference
-from .precision import dot_precision
-from .stream import as_map, count_pixels, dense, is_flat, pixel_offsets, vector
+from .stream import as_map, count_pixels, dense, pixel_offsets, pixel_product_options
 from .tuning import linear_columns, linear_config
 from .windows import ConvGeometry, empty_map, nhwc
 
@@ -135,19 +133,11 @@ def launch_linear_act(
         filters,
         columns,
         EPS=eps,
-        BM=config.block_m,
-        BN=config.block_n,
-        BK=config.block_k,
-        FLAT=is_flat(x, y),
-        VEC=vector(x, y),
-        ACT=act,
-        PRECISION=dot_precision(weight.dtype, linear=True),
-        ACC=accumulator(weight.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **pixel_product_options(x, y, config, act, weight.dtype, linear=True),
     )
 
 
+@torch.library.custom_op("gigamorph::layer_norm_linear_act", mutates_args=())
 def layer_norm_linear_act(
     x: Tensor,
     ln_weight: Tensor | None,
@@ -157,7 +147,7 @@ def layer_norm_linear_act(
     bias: Tensor | None,
     act: str,
 ) -> Tensor:
-    """act(layer_norm(x) weight^T + bias) at each pixel, one pass over memory; differentiable, only x is saved.
+    """act(layer_norm(x) weight^T + bias) at each pixel, one pass over memory.
 
     Args:
         x: (N, C, H, W), float64, float32, float16 or bfloat16.
@@ -172,24 +162,10 @@ def layer_norm_linear_act(
     Raises:
         ValueError: for an unknown activation or shapes that do not fit.
     """
-    if act not in ACTIVATIONS:
-        raise ValueError(f"layer_norm_linear_act: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+    check_activation("layer_norm_linear_act", act)
     if weight[0].numel() != x.shape[1]:
         raise ValueError(f"layer_norm_linear_act: weight {tuple(weight.shape)} does not fit {x.shape[1]} channels")
-    return _layer_norm_linear_act(x, ln_weight, ln_bias, eps, weight.flatten(1), bias, act)
-
-
-@torch.library.custom_op("gigamorph::layer_norm_linear_act", mutates_args=())
-def _layer_norm_linear_act(
-    x: Tensor,
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    act: str,
-) -> Tensor:
-    x = nhwc(x)
+    x, weight = nhwc(x), weight.flatten(1)
 
     def ours() -> Tensor:
         y = empty_map(x.shape[0], weight.shape[0], x.shape[2], x.shape[3], weight)
@@ -207,7 +183,7 @@ def _layer_norm_linear_act(
     return run_fastest("layer_norm_linear_act", x, settings, ours, stock)
 
 
-@_layer_norm_linear_act.register_fake
+@layer_norm_linear_act.register_fake
 def _(x, ln_weight, ln_bias, eps, weight, bias, act):
     return empty_map(x.shape[0], weight.shape[0], x.shape[2], x.shape[3], weight)
 
@@ -239,27 +215,6 @@ def layer_norm_linear_act_backward(
     dn, _ = conv2d_backward(dy, n, filters, None, "none", pixel, wants_x=True, dw=dw, dshift=dbias)
     assert dn is not None
     return layer_norm_backward(dn, x, ln_weight, eps)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, ln_weight, ln_bias, ctx.eps, weight, bias, ctx.act = inputs
-    ctx.save_for_backward(x, ln_weight, ln_bias, weight, bias)
-
-
-def _backward(ctx, dy):
-    x, *parameters = ctx.saved_tensors
-    ln_weight, ln_bias, weight, bias = parameters
-    dweight = torch.zeros_like(weight, dtype=sum_dtype(weight.dtype))
-    dbias = dweight.new_zeros(weight.shape[0])
-    dx, *sums = layer_norm_linear_act_backward(
-        dy, x, ln_weight, ln_bias, ctx.eps, weight, bias, ctx.act, dweight, dbias
-    )
-    grads = (None if t is None else s.to(t.dtype) for s, t in zip((*sums, dweight, dbias), parameters, strict=True))
-    dln_weight, dln_bias, dweight, dbias = grads
-    return dx, dln_weight, dln_bias, None, dweight, dbias, None
-
-
-_layer_norm_linear_act.register_autograd(_backward, setup_context=_save)
 
 
 def layer_norm_linear_act_reference(

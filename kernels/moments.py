@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .choice import run_fastest
 from .dtypes import accumulator, sum_dtype
-from .stream import SHARE, Share, Stream, channel, dense, load, step_pixels, store, whole
+from .stream import SHARE, Share, Stream, channel, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS, merge_blocks, merge_chunk
-from .windows import empty_map, nhwc
+from .windows import map_like, nhwc
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def launch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype)), x.new_zeros(x.shape[1], dtype=sum_dtype(x.dtype))
     s = Stream("moments", MOST_BLOCK_CHANNELS, x, fold=True)
     parts = torch.empty(2, s.grid[0] * s.folds, x.shape[1], dtype=sum_dtype(x.dtype), device=x.device)
-    _moments_kernel[s.grid](*s.maps, *parts, *s.share, TILE=s.tile, num_warps=s.num_warps)
+    s.launch(_moments_kernel, *parts)
     # Rows of folded pixels: a part is a column of them, as high as a program's share.
     return merge_parts(parts, (s.length, 1), (s.share.pixels, s.folds))
 
@@ -201,18 +201,9 @@ def merge_parts(parts: Tensor, box: tuple[int, int], size: tuple[int, int]) -> t
         programs = triton.cdiv(count, chunk)
         mean, m2 = (torch.empty(programs, channels, **like) for _ in range(2))
         counts = torch.empty(programs, **like) if programs > 1 else None
+        made, acc = (mean, m2, counts), accumulator(parts.dtype)
         _merge_kernel[programs, triton.cdiv(channels, block)](
-            *given,
-            mean,
-            m2,
-            counts,
-            count,
-            chunk,
-            *boxes,
-            channels,
-            BM=rows,
-            BC=block,
-            ACC=accumulator(parts.dtype),
+            *given, *made, count, chunk, *boxes, channels, BM=rows, BC=block, ACC=acc
         )
         if counts is None:
             return mean[0], m2[0]
@@ -259,10 +250,7 @@ def launch_moments_backward(
     """Write dx = addend + dmean / count + 2 (x - mean) dvar / count; see `moments_backward`."""
     if x.numel():
         s = Stream("moments_backward", MOST_BLOCK_CHANNELS, x, addend, dx, fold=True)
-        mean, dmean, dvar = dense(mean, dmean, dvar)
-        _moments_backward_kernel[s.grid](
-            *s.maps, mean, dmean, dvar, count, *s.share, TILE=s.tile, num_warps=s.num_warps
-        )
+        s.launch(_moments_backward_kernel, mean, dmean, dvar, count)
 
 
 @torch.library.custom_op("gigamorph::moments_backward", mutates_args=())
@@ -279,7 +267,7 @@ def moments_backward(
     x, addend = nhwc(x), None if addend is None else nhwc(addend)
 
     def ours() -> Tensor:
-        dx = empty_map(*x.shape, x)
+        dx = map_like(x)
         launch_moments_backward(x, mean, dmean, dvar, count, addend, dx)
         return dx
 
@@ -291,20 +279,7 @@ def moments_backward(
 
 @moments_backward.register_fake
 def _(x, mean, dmean, dvar, count, addend):
-    return empty_map(*x.shape, x)
-
-
-def _setup_moments(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[0], output[0])
-
-
-def _differentiate_moments(ctx, dmean, dm2):
-    x, mean = ctx.saved_tensors
-    count = x.shape[0] * x.shape[2] * x.shape[3]
-    return moments_backward(x, mean, dmean, dm2 * count, count, None)  # m2 = n var
-
-
-moments.register_autograd(_differentiate_moments, setup_context=_setup_moments)
+    return map_like(x)
 
 
 def moments_backward_reference(

@@ -18,14 +18,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activations import ACTIVATIONS, activate
+from .activations import activate, check_activation
 from .batch_norm import normalize_act, normalize_act_reference
 from .choice import run_fastest
 from .conv2d import conv2d_forward, conv2d_moments
-from .dtypes import accumulator, sum_dtype
+from .dtypes import sum_dtype
 from .moments import merge_parts, moments_of_each, tile_moments
-from .precision import dot_precision
-from .stream import as_map, count_pixels, dense, is_flat, pixel_offsets, vector
+from .stream import as_map, count_pixels, dense, pixel_offsets, pixel_product_options
 from .tuning import linear_config, roomy_registers
 from .windows import ConvGeometry, empty_map, nhwc
 
@@ -131,16 +130,7 @@ def launch(
         *x.shape[2:],
         channels,
         filters,
-        BM=config.block_m,
-        BN=config.block_n,
-        BK=config.block_k,
-        FLAT=is_flat(x, y),
-        VEC=vector(x, y),
-        ACT=act,
-        PRECISION=dot_precision(x.dtype),
-        ACC=accumulator(x.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **pixel_product_options(x, y, config, act, x.dtype, linear=False),
         **roomy_registers(x.device, 255),
     )
     if parts is None:
@@ -171,8 +161,7 @@ def normalized_conv1x1(
         moments: whether to return moments, (N, K) in float32 (float64 for float64); else they are empty.
         margin: rows above and columns to the left of the result to leave unwritten.
     """
-    if act not in ACTIVATIONS:
-        raise ValueError(f"normalized_conv1x1: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+    check_activation("normalized_conv1x1", act)
     x = nhwc(x)
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:

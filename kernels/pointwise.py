@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import ACTIVATIONS, slope, slope_reference
+from .activations import check_activation, slope, slope_reference
 from .choice import run_fastest
 from .stream import SHARE, Share, Stream, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
-from .windows import empty_map, is_dense, nhwc
+from .windows import is_dense, map_like, nhwc
 
 
 @triton.jit(do_not_specialize=SHARE)
@@ -57,8 +57,7 @@ def launch_act_grad(dy: Tensor, gate: Tensor, act: str, dz: Tensor) -> None:
     if is_dense(dy) and is_dense(gate) and is_dense(dz):  # contiguous elements, whatever the channels are
         width = math.gcd(dy.numel(), MOST_BLOCK_CHANNELS)
         dy, gate, dz = (t.permute(0, 2, 3, 1).view(1, 1, -1, width).permute(0, 3, 1, 2) for t in (dy, gate, dz))
-    s = Stream("act_grad", MOST_BLOCK_CHANNELS, dy, gate, dz)
-    _act_grad_kernel[s.grid](*s.maps, *s.share, ACT=act, TILE=s.tile, num_warps=s.num_warps)
+    Stream("act_grad", MOST_BLOCK_CHANNELS, dy, gate, dz).launch(_act_grad_kernel, ACT=act)
 
 
 @torch.library.custom_op("gigamorph::act_grad", mutates_args=())
@@ -68,14 +67,13 @@ def act_grad(dy: Tensor, gate: Tensor, act: str) -> Tensor:
     Args:
         gate: the input of the activation, or its output for an activation in MASKS.
     """
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act_grad: unknown activation {act!r}; use one of {', '.join(ACTIVATIONS)}")
+    check_activation("act_grad", act)
     if gate.shape != dy.shape:
         raise ValueError(f"act_grad: dy {tuple(dy.shape)} and gate {tuple(gate.shape)} must have the same shape")
     dy, gate = nhwc(dy), nhwc(gate)
 
     def ours() -> Tensor:
-        dz = empty_map(*dy.shape, dy)
+        dz = map_like(dy)
         launch_act_grad(dy, gate, act, dz)
         return dz
 
@@ -84,7 +82,7 @@ def act_grad(dy: Tensor, gate: Tensor, act: str) -> Tensor:
 
 @act_grad.register_fake
 def _(dy: Tensor, gate: Tensor, act: str) -> Tensor:
-    return empty_map(*dy.shape, dy)
+    return map_like(dy)
 
 
 def act_grad_reference(dy: Tensor, gate: Tensor, act: str) -> Tensor:

@@ -29,7 +29,7 @@ from .choice import run_fastest
 from .dtypes import accumulator
 from .stream import as_map, map_offsets, vector, whole
 from .tiles import pool_tile
-from .windows import ConvGeometry, empty_map, nhwc
+from .windows import ConvGeometry, empty_map, map_like, nhwc
 
 NO_TAP = tl.constexpr(255)
 
@@ -230,17 +230,8 @@ def launch_max_pool2d_backward(
         triton.cdiv(dx.shape[3] + geometry.left, geometry.stride_w),
     )
     programs, sizes, tile = _shared(dx, dy, steps, kernel, (dy, taps, dx))
-    _max_pool2d_grad_kernel[(programs,)](
-        as_map(dy),
-        as_map(taps),
-        as_map(dx),
-        *sizes,
-        geometry.top,
-        geometry.left,
-        *geometry.stride,
-        *geometry.dilation,
-        POOL=tile,
-    )
+    window = geometry.top, geometry.left, *geometry.stride, *geometry.dilation
+    _max_pool2d_grad_kernel[(programs,)](as_map(dy), as_map(taps), as_map(dx), *sizes, *window, POOL=tile)
 
 
 def max_pool2d_reference(x: Tensor, kernel: Sequence[int], geometry: ConvGeometry) -> Tensor:
@@ -318,7 +309,7 @@ def max_pool2d_backward(
 
     def ours() -> Tensor:
         taps = torch.empty(n, oh, ow, c, dtype=torch.uint8, device=x.device).permute(0, 3, 1, 2)
-        dx = empty_map(*x.shape, like=x)
+        dx = map_like(x)
         launch_max_pool2d(x, kernel, given, taps=taps, mask_act=mask_act)
         launch_max_pool2d_backward(dy, taps, dx, kernel, given)
         return dx
@@ -337,7 +328,7 @@ def max_pool2d_backward(
 
 @max_pool2d_backward.register_fake
 def _(dy: Tensor, x: Tensor, kernel: Sequence[int], geometry: Sequence[int], mask_act: str = "none") -> Tensor:
-    return empty_map(*x.shape, like=x)
+    return map_like(x)
 
 
 def _save(ctx, inputs, output) -> None:

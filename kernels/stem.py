@@ -32,6 +32,7 @@ agree bit by bit. The image's gradient, which only saliency maps need, is comput
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,22 +49,10 @@ def _given(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padd
     return Stem(x, weight, scale, shift, gain, offset, low, high, ConvGeometry(*geometry), pool_padding, act)
 
 
-def stem(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    low: float,
-    high: float,
-    geometry: Sequence[int],
-    pool_padding: Sequence[int] | None,
-    act: str,
-) -> Tensor:
-    """y of a `Stem`. Differentiable in weight, scale and shift."""
+def stem(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
+    """y of a `Stem` with these arguments. Differentiable in weight, scale and shift."""
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, scale, shift))
-    return stem_and_spots(x, weight, scale, shift, gain, offset, low, high, geometry, pool_padding, act, keep)[0]
+    return stem_and_spots(x, weight, scale, shift, *rest, keep)[0]
 
 
 @torch.library.custom_op("gigamorph::stem", mutates_args=())

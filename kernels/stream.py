@@ -23,7 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import accumulator, sum_dtype
+from .precision import dot_precision
 from .tiles import stream_config
+from .tuning import Config
 from .windows import is_dense
 
 
@@ -159,6 +161,16 @@ def count_pixels(x: Tensor, op: str) -> int:
     return pixels
 
 
+def pixel_product_options(
+    x: Tensor, y: Tensor, config: Config, act: str, dtype: torch.dtype, linear: bool
+) -> dict[str, Any]:
+    """The launch options of a kernel that multiplies the channels of each pixel of x by a matrix of this dtype."""
+    blocks = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
+    forms = {"FLAT": is_flat(x, y), "VEC": vector(x, y), "ACT": act, "PRECISION": dot_precision(dtype, linear)}
+    rest = {"ACC": accumulator(dtype), "num_warps": config.num_warps, "num_stages": config.num_stages}
+    return blocks | forms | rest
+
+
 class Stream:
     """Launch parameters of a kernel that streams through maps of one size.
 
@@ -189,6 +201,11 @@ class Stream:
         self.share = Share(pixels, rows, columns, width, channels, config.steps)
         self.tile = Tile(config.block_m, config.block_c, flat, vec, accumulator(x.dtype))
         self.num_warps, self.length = config.num_warps, config.share
+
+    def launch(self, kernel: Any, *vectors: Any, **options: Any) -> None:
+        """Launch a kernel with the maps, these vectors (or numbers), the sizes and these options."""
+        given = (v.contiguous() if isinstance(v, Tensor) else v for v in vectors)
+        kernel[self.grid](*self.maps, *given, *self.share, TILE=self.tile, num_warps=self.num_warps, **options)
 
     def sums(self, like: Tensor, rows: int) -> Tensor:
         """An empty tensor for the sums of programs, (programs, rows, channels), channels folded."""

@@ -101,6 +101,17 @@ def empty_map(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
     return torch.empty(n, h, w, c, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
 
 
+def map_like(x: Tensor, dtype: torch.dtype | None = None, margin: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised channels-last map of x's size, with a margin of rows above and columns to the left."""
+    (n, c, h, w), (above, left) = x.shape, margin or (0, 0)
+    return torch.empty(n, h + above, w + left, c, dtype=dtype or x.dtype, device=x.device).permute(0, 3, 1, 2)
+
+
+def without_margin(whole: Tensor, margin: Sequence[int] | None) -> Tensor:
+    """The part of a map below and to the right of its margin."""
+    return whole if margin is None else whole[:, :, margin[0] :, margin[1] :]
+
+
 def placed(part: Tensor, at: Sequence[int], size: Sequence[int]) -> Tensor:
     """A map of `size` with `part` from row and column `at` on and zeros around it; `part` if it has that size."""
     if tuple(part.shape[2:]) == tuple(size):

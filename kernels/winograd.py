@@ -9,7 +9,7 @@ A block of 2 x 2 outputs takes 16 products instead of 36, on channels-last maps,
 An infinity or NaN in a block of 4 x 4 inputs reaches all outputs of the block, but in a convolution only those that
 read it. If an output is not finite, `conv3x3` returns None, and the caller uses a convolution.
 
-The library is built once if there is a C++ compiler; otherwise `available` returns False.
+The library is built once if there is a C++ compiler; otherwise `missing` returns the reason.
 """
 
 from __future__ import annotations
@@ -85,13 +85,8 @@ def _is_correct() -> bool:
     return y is not None and torch.allclose(y, F.conv2d(x, weight, padding=1), atol=1e-4)
 
 
-def available() -> bool:
-    """Whether the library is available; the first call builds it in a second or two."""
-    return missing() is None
-
-
 def missing() -> str | None:
-    """The reason why the library is not available; None if it is."""
+    """The reason why the library is not available; None if it is. The first call builds it in a second or two."""
     found = _found()
     if isinstance(found, str):
         return found
@@ -108,20 +103,6 @@ def pays(weight: tuple[int, ...], pixels: int) -> bool:
     filters, channels, *sides = weight
     whole = channels % _CHANNELS == filters % _CHANNELS == 0
     return sides == [3, 3] and whole and min(channels, filters) >= _LEAST_CHANNELS and pixels >= _LEAST_PIXELS
-
-
-def pack(weight: Tensor) -> Tensor:
-    """The transformed weights for `conv3x3`.
-
-    Args:
-        weight: (filters, channels, 3, 3), float32, in any memory order.
-    """
-    return _pack(weight)
-
-
-def pack_for_input(weight: Tensor) -> Tensor:
-    """Weights for the gradient of the input: filters and channels exchanged, taps rotated by 180 degrees."""
-    return _pack(weight, rotated=True)
 
 
 def conv3x3(
@@ -176,12 +157,19 @@ def _library() -> _Library:
     return library
 
 
-def _pack(weight: Tensor, rotated: bool = False) -> Tensor:
+def pack(weight: Tensor, for_input: bool = False) -> Tensor:
+    """The transformed weights for `conv3x3`.
+
+    Args:
+        weight: (filters, channels, 3, 3), float32, in any memory order.
+        for_input: whether they are for the gradient of the input: filters and channels are exchanged, and taps rotated
+            by 180 degrees.
+    """
     library = _library()
     filters, channels = weight.shape[:2]
     by_filter, by_channel, by_row, by_column = weight.stride()
     start = 0 if weight.is_meta else weight.data_ptr()
-    if rotated:
+    if for_input:
         start += 2 * (by_row + by_column) * weight.itemsize
         filters, channels, by_filter, by_channel = channels, filters, by_channel, by_filter
         by_row, by_column = -by_row, -by_column

@@ -20,7 +20,7 @@ from .folding import Fold
 from .geometry import Access, Window
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments
-from .stages import Stage, private_maps, readers_of
+from .stages import Stage, only_readers
 
 ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu"}
 
@@ -54,19 +54,12 @@ class ConvChain:
     def of(cls, conv: Local) -> ConvChain:
         """The chain of a single convolution."""
         own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
-        height, width = conv.reads[own["input"].value]
+        x, weight, bias = own["input"].value, own["weight"].value, own["bias"]
+        height, width = conv.reads[x]
         assert isinstance(height, Window) and isinstance(width, Window)
-        return cls(
-            own["input"].value,
-            own["weight"].value,
-            None if own["bias"] is None else own["bias"].value,
-            None,
-            (height.stride, width.stride),
-            (height.dilation, width.dilation),
-            own["groups"],
-            channels_last=conv.op.name == "linear",
-            members=[conv],
-        )
+        steps = (height.stride, width.stride), (height.dilation, width.dilation), own["groups"]
+        bias = None if bias is None else bias.value
+        return cls(x, weight, bias, None, *steps, channels_last=conv.op.name == "linear", members=[conv])
 
     def reads(self, stage: Stage) -> dict[int, tuple[Access, Access]]:
         """The accesses of an op that computes the chain."""
@@ -92,7 +85,7 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
         dtypes: supported dtypes of outputs.
         acts: supported activations.
     """
-    readers, private, depths = readers_of(stage), private_maps(stage), _depths(stage)
+    readers, depths = only_readers(stage), _depths(stage)
     values = stage.program.values
     found_chains: list[ConvChain] = []
     taken: set[int] = set()  # outputs of ops that are part of a fused one, or read by its sum
@@ -100,12 +93,12 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
     def follower(chain: list[Local]) -> Local | None:
         """The only reader of the chain's output, skipping inactive dropout; None if there are several."""
         while True:
-            found = readers.get(chain[-1].op.outputs[0], [])
-            if len(found) != 1 or chain[-1].op.outputs[0] not in private or found[0].op.outputs[0] in taken:
+            found = readers.get(chain[-1].op.outputs[0])
+            if found is None or found.op.outputs[0] in taken:
                 return None
-            if found[0].op.name != "dropout" or found[0].random:
-                return found[0]
-            chain.append(found[0])
+            if found.op.name != "dropout" or found.random:
+                return found
+            chain.append(found)
 
     # The deepest convolution of a sum absorbs it: its other inputs exist by then.
     convs = [local for local in stage.locals if local.op.name == "conv2d" or _is_pixel_linear(stage, local)]
@@ -178,7 +171,7 @@ class LayerScale:
 
 @dataclass(frozen=True)
 class Gated:
-    """A convolution with factors for its input channels (gates.py), by value number; a call returns the product."""
+    """A convolution with factors for its input channels (`fold_gates`), by value number; a call returns the product."""
 
     weight: int
     scale: int
@@ -262,9 +255,39 @@ def fused_op(chain: ConvChain, name: str) -> Op:
     return replace(first.op, name=name, args=(), kwargs={}, inputs=tuple(inputs), outputs=last.op.outputs)
 
 
-def put_in_place(stage: Stage, chain: ConvChain, local: Local) -> None:
-    """Replace the last op of a chain by `local`, and remove the others."""
-    last = chain.members[-1]
-    stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = local
-    dropped = {id(other) for other in chain.members[:-1]}
-    stage.locals = [other for other in stage.locals if id(other) not in dropped]
+def fold_gates(stage: Stage) -> None:
+    """Multiply factors for the channels of a map, as in squeeze-and-excite, into the convolution that reads them:
+
+        conv(x * s, w) = conv(x, w * s),   s a factor for each input channel
+
+    The product and its gradient are then never stored; the gradient of s follows from that of w * s, once per step.
+    This applies if a single convolution reads the product and all images share the factors, which excludes gates of a
+    batch.
+    """
+    readers = only_readers(stage)
+    dropped: set[int] = set()
+    for gate in stage.locals:
+        conv = readers.get(gate.op.outputs[0])
+        if conv is None or conv.op.name != "conv2d" or len(gate.reads) != 1:
+            continue
+        (value,) = gate.reads
+        scale = channel_scale(stage, gate, value, channels_last=False)
+        if scale is not None and _fold_gate(stage, conv, value, scale):
+            dropped.add(id(gate))
+    stage.locals = [local for local in stage.locals if id(local) not in dropped]
+
+
+def _fold_gate(stage: Stage, conv: Local, value: int, scale: int) -> bool:
+    values = stage.program.values
+    own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
+    weight = own["weight"].value
+    wide = torch.promote_types(values[weight].dtype, values[scale].dtype)
+    # Under autocast the product may have another dtype; the convolution must return the same dtype for the map.
+    if wide != values[weight].dtype or values[value].dtype != values[conv.op.outputs[0]].dtype:
+        return False
+    made = len(values)
+    values.append(values[weight])
+    gated = Gated(weight, scale, values[weight].shape[0], own["groups"])
+    stage.prelude.append(VectorOp(gated, (weight, scale), (made,)))
+    stage.change_arguments(conv, input=Ref(value), weight=Ref(made))
+    return True

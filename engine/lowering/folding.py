@@ -25,7 +25,7 @@ from ..capture.program import Ref, Value
 from ..torch_private import foreach_copy
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments, batch_norm_arguments
-from .stages import Stage, private_maps, readers_of, vector_inputs
+from .stages import Stage, only_readers
 
 _AT_A_TIME = 1 << 20  # bytes of a weight whose gradient is computed at a time
 
@@ -107,7 +107,7 @@ class Scaled(torch.autograd.Function):
 
 def fold_batch_norm(stage: Stage) -> None:
     """Fold every frozen BatchNorm that is the only reader of a convolution into that convolution."""
-    readers, private = readers_of(stage), private_maps(stage)
+    readers = only_readers(stage)
     makers = {local.op.outputs[0]: local for local in stage.locals if local.op.name == "conv2d"}
     dropped: set[int] = set()
     for norm in list(stage.locals):
@@ -116,24 +116,18 @@ def fold_batch_norm(stage: Stage) -> None:
         given = batch_norm_arguments(norm.op)
         raw = given["input"].value
         conv = makers.get(raw)
-        if conv is None or raw not in private or len(readers[raw]) != 1:
-            continue
-        dropped.add(id(norm))
-        _fold(stage, conv, norm, given)
+        if conv is not None and raw in readers:
+            dropped.add(id(norm))
+            _fold(stage, conv, norm, given)
     stage.locals = [local for local in stage.locals if id(local) not in dropped]
-    stage.vectors = vector_inputs(stage)
 
 
 def _fold(stage: Stage, conv: Local, norm: Local, given: dict[str, Any]) -> None:
     values = stage.program.values
     own = arguments(conv.op, "input weight bias stride padding dilation groups")
-
-    def number(ref: Any) -> int | None:
-        return None if ref is None else ref.value
-
     weight, mean, var = own["weight"].value, given["running_mean"].value, given["running_var"].value
-    norms = number(given["weight"]), number(given["bias"]), given["eps"]
-    fold = Fold(weight, number(own["bias"]), mean, var, *norms, values[weight].dtype)
+    bias, gamma, beta = (None if ref is None else ref.value for ref in (own["bias"], given["weight"], given["bias"]))
+    fold = Fold(weight, bias, mean, var, gamma, beta, given["eps"], values[weight].dtype)
     folded_weight, folded_bias = len(values), len(values) + 1
     values.append(values[weight])
     values.append(Value(values[mean].shape, values[weight].dtype, values[weight].device))

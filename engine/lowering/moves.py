@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..capture.program import Op, Ref
-from .ops.base import Local, Maps, Refusal, arguments, find_rule
+from .ops.base import Local, Maps, Refusal, find_rule
+from .ops.movement import moved_dimensions
+from .ops.names import RESHAPES
 
-_RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten"})
 _PERMUTES = frozenset({"permute", "transpose", "swapaxes"})
 _COPIES = frozenset({"contiguous", "clone"})
 
@@ -51,7 +52,10 @@ class Moves:
             if value in self.deferred or self._is_refused(op):
                 found = self._merge(op)
                 if found is not None:
-                    return self._merged_ops(found, op) or self._defer(op, found)
+                    made = self._merged_ops(found, op)
+                    if not made:
+                        self.deferred[op.outputs[0]] = found
+                    return made
         return [*(one for value in dict.fromkeys(op.inputs) for one in self.recorded(value)), op]
 
     def recorded(self, value: int) -> list[Op]:
@@ -64,17 +68,13 @@ class Moves:
 
     def _is_move(self, op: Op) -> bool:
         values = self.maps.program.values
-        return (op.name in _RESHAPES | _PERMUTES or (op.name in _COPIES and op.inputs[0] in self.deferred)) and values[
+        return (op.name in RESHAPES | _PERMUTES or (op.name in _COPIES and op.inputs[0] in self.deferred)) and values[
             op.inputs[0]
         ].dtype == values[op.outputs[0]].dtype
 
     def _is_refused(self, op: Op) -> bool:
         """Whether an op is a reshape of a map that no rule accepts."""
-        return op.name in _RESHAPES and op.inputs[0] in self.maps and not self._accepts([op])
-
-    def _defer(self, op: Op, found: _Moved) -> list[Op]:
-        self.deferred[op.outputs[0]] = found
-        return []
+        return op.name in RESHAPES and op.inputs[0] in self.maps and not self._accepts([op])
 
     def _merge(self, op: Op) -> _Moved | None:
         """The merged form of an op and the calls before it; None if its dimensions do not divide those of the input."""
@@ -96,7 +96,7 @@ class Moves:
         numbers = [
             first[own] + i for position, own in enumerate(before.order) for i in range(len(parts[position]))
         ]  # part numbers in the permuted order
-        order = [numbers[one] for dim in _order(op, len(before.shape)) for one in groups[dim]]
+        order = [numbers[one] for dim in moved_dimensions(op, len(before.shape)) for one in groups[dim or 0]]
         return _Moved(before.base, tuple(factors), tuple(order), after, calls)
 
     def _merged_ops(self, found: _Moved, op: Op) -> list[Op]:
@@ -144,19 +144,6 @@ class Moves:
         finally:
             self.maps.axes, self.maps.flat = axes, flat
         return True
-
-
-def _order(op: Op, rank: int) -> list[int]:
-    """The order of a permutation's dimensions."""
-    if op.name == "permute":
-        dims = op.kwargs.get("dims", op.args[1:])
-        dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-        return [dim % rank for dim in dims]
-    names = "input axis0 axis1" if op.name == "swapaxes" else "input dim0 dim1"
-    _, one, other = list(arguments(op, names).values())[:3]
-    order = list(range(rank))
-    order[one % rank], order[other % rank] = other % rank, one % rank
-    return order
 
 
 def _refined(factors: Sequence[int], shape: Sequence[int]) -> tuple[list[list[int]], list[list[int]]] | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from ..torch_private import HigherOrderOperator
 from .moves import Moves
 from .ops import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, find_rule
 from .ops.base import arguments
-from .ops.broadcasts import rise
 from .ops.flat import unflatten
 from .ops.norms import norm_of_vector
-from .ops.unread import with_zeros
+from .ops.pointwise import with_zeros
+from .ops.promote import rise, vector
 from .relative_positions import Relative
 from .tokens import NotApart, Tokens
 
@@ -71,12 +71,6 @@ def _without_empty(op: Op, program: Program) -> Op:
     if len(remaining) == 1:  # no rule would see that its positions do not move
         return replace(op, func=torch.clone, name="clone", args=(remaining[0],), kwargs={}, inputs=inputs)
     return replace(op, args=(remaining, called["dim"]), kwargs={}, inputs=inputs)
-
-
-def _draw_once(program: Program, make: Callable[..., Tensor], like: int, output: int) -> VectorOp:
-    """A vector that is drawn once per step, with the dtype and device of another value."""
-    value = program.values[like]
-    return VectorOp(lambda _env: (make(value.dtype, value.device),), (), (output,))
 
 
 def _refuse(op: Op, reason: str) -> UnsupportedError:
@@ -136,7 +130,7 @@ def _sort(
             for one in (own for call in relative.absolute(part) for own in moves.merged(call)):
                 sorting.add(one)
             tokens.check(part)
-        read = {v for node in sorting.nodes[before:] for v in _inputs(node)}
+        read = {v for node in sorting.nodes[before:] for v in reads(node)}
         program.apart |= (watched & set(op.inputs)) - read
     for value in dict.fromkeys(program.results()):
         for part in (*tokens.together(value), *moves.recorded(value)):
@@ -158,7 +152,7 @@ def _unread(program: Program, nodes: Sequence[Node | Op]) -> dict[int, list[int]
             number = left.pop()
             if number not in seen and program.values[number].takes_grad:
                 seen.add(number)
-                left += _inputs(makers[number]) if number in makers else ()
+                left += reads(makers[number]) if number in makers else ()
         if not wanted <= seen:
             found[value] = sorted(wanted - seen)
     return found
@@ -191,15 +185,13 @@ def _without_copies(program: Program, nodes: list[Node | Op]) -> list[Node | Op]
             return False
         if results & set(node.outputs) or given(program, node.inputs):
             return False
-        readers = [other for other in nodes if set(node.outputs) & set(_inputs(other))]
+        readers = [other for other in nodes if set(node.outputs) & set(reads(other))]
         return not any(isinstance(reader, Op) for reader in readers)
 
-    return [_view_op(node) if isinstance(node, Op) and is_copy(node) else node for node in nodes]
-
-
-def _view_op(op: Op) -> VectorOp:
-    (value,) = op.inputs
-    return VectorOp(lambda env: (env[value].view_as(env[value]),), (value,), op.outputs)
+    return [
+        vector(node.inputs, node.outputs[0], lambda x: x.view_as(x)) if isinstance(node, Op) and is_copy(node) else node
+        for node in nodes
+    ]
 
 
 def _of_no_pass(maps: Maps, nodes: Sequence[Node | Op], read: set[int]) -> set[int]:
@@ -207,15 +199,6 @@ def _of_no_pass(maps: Maps, nodes: Sequence[Node | Op], read: set[int]) -> set[i
     stored = {maps.program.image, *maps.program.inputs}
     stored.update(v for node in nodes if isinstance(node, (Local, Whole)) for v in makes(node))
     return {v for v in read if v in maps and (v in maps.flat or v not in stored)}
-
-
-def _inputs(node: Node | Op) -> Sequence[int]:
-    """All values that a node reads."""
-    if isinstance(node, Reduction):
-        return [node.value]
-    if isinstance(node, Local):
-        return [*node.reads, *node.op.inputs]
-    return node.op.inputs if isinstance(node, Whole) else node.inputs
 
 
 class _NodeList:
@@ -259,9 +242,9 @@ class _NodeList:
         maps = self.maps
         if isinstance(node, Local):
             if node.once is not None:
-                drawn = node.once(maps.program.values[op.inputs[0]].dtype, torch.device("meta"))
-                node.drawn = maps.new_value(drawn.shape, like=op.inputs[0])
-                self.nodes.append(_draw_once(maps.program, node.once, op.inputs[0], node.drawn))
+                info = maps.program.values[op.inputs[0]]
+                node.drawn = maps.new_value(node.once(info.dtype, torch.device("meta")).shape, like=op.inputs[0])
+                self.nodes.append(vector((), node.drawn, partial(node.once, info.dtype, info.device)))
             maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
             for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):
                 if h == w and value not in maps.flat:
@@ -300,10 +283,8 @@ def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
     wanted = set(maps.program.results())
     live: list[Node | Op] = []
     for node in reversed(nodes):
-        op = node.op if isinstance(node, (Local, Whole)) else node
         if wanted & set(makes(node)):
-            wanted.update([op.value] if isinstance(op, Reduction) else op.inputs)
-            wanted.update([node.drawn] if isinstance(node, Local) and node.drawn is not None else ())
+            wanted.update(reads(node))
             live.append(node)
     return live[::-1]
 
@@ -349,15 +330,13 @@ class _WholeMaps:
             )
 
 
-def reads(node: Node | Op, maps: Maps) -> list[int]:
-    """The values that a node waits for."""
+def reads(node: Node | Op) -> list[int]:
+    """All values that a node reads."""
     if isinstance(node, Reduction):
         return [node.value]
     if isinstance(node, Local):
-        return [*node.op.inputs, *([] if node.drawn is None else [node.drawn])]
-    if isinstance(node, Whole):
-        return list(node.op.inputs)
-    return [v for v in node.inputs if v not in maps]
+        return [*node.reads, *node.op.inputs, *([] if node.drawn is None else [node.drawn])]
+    return list(node.op.inputs if isinstance(node, Whole) else node.inputs)
 
 
 def makes(node: Node | Op) -> Sequence[int]:

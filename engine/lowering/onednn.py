@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from ...kernels import winograd
 from ...kernels.choice import current_mode
 from ..torch_private import convolution_pointwise, reorder_convolution_weight
-from .conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, leave_unscaled, put_in_place, scaled
+from .conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, leave_unscaled, scaled
 from .ops import Block, Env, Local
 from .ops.window import split_padding
-from .stages import Packing, Stage, vector_inputs
+from .stages import Packing, Stage
 
 # Activations that oneDNN computes as PyTorch does. Its ReLUs turn NaN into 0, and its GELU turns infinity into NaN:
 # these run after it, in place, while the block is in the cache.
@@ -65,7 +65,7 @@ def gains_by_winograd(stage: Stage, chain: ConvChain) -> bool:
     plain = chain.stride == chain.dilation == (1, 1) and chain.groups == 1 and not chain.channels_last
     weight, output = stage.program.values[chain.weight], chain.members[0].op.outputs[0]
     pixels = math.prod(stage.maps.size(output))
-    return plain and winograd.pays(tuple(weight.shape), pixels) and winograd.available()
+    return plain and winograd.pays(tuple(weight.shape), pixels) and winograd.missing() is None
 
 
 def fuse_on_cpu(stage: Stage) -> None:
@@ -74,7 +74,6 @@ def fuse_on_cpu(stage: Stage) -> None:
         return
     for chain in find_chains(stage, frozenset({torch.float32}), frozenset(ACTIVATIONS.values())):
         _replace(stage, chain)
-    stage.vectors = vector_inputs(stage)
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def _replace(stage: Stage, chain: ConvChain) -> None:
         leaves_room=gains,
         spares=first.spares,
     )
-    put_in_place(stage, chain, local)
+    stage.replace(chain.members, local)
 
 
 def for_winograd(packed: Tensor) -> bool:

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..capture.program import Op, Program, Ref
-from .ops.base import Maps, arguments
-from .ops.runs import column_runs, is_per_position
-
-_RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten"})
+from .geometry import Gather, same
+from .ops.base import Block, Env, Local, Maps, Refusal, arguments, rule
+from .ops.names import RESHAPES
 
 
 class Relative:
@@ -54,7 +54,7 @@ class Relative:
 
 def _chain(first: Op, reader: dict[int, Op], readers: Counter[int], program: Program) -> list[Op]:
     """A reshape to a batch of matrices and the following moves inside each; every intermediate has one reader."""
-    if first.name not in _RESHAPES or not _is_plain(first, program):
+    if first.name not in RESHAPES or not _is_plain(first, program):
         return []
     before, after = (program.values[v].shape for v in (first.inputs[0], first.outputs[0]))
     if len(after) != 3 or len(before) < 4 or after[1:] != before[-2:]:
@@ -86,7 +86,7 @@ def _moved(op: Op, numbers: np.ndarray[Any, Any] | None, program: Program) -> np
     x = np.broadcast_to(np.int64(0), before[1:]) if numbers is None else numbers
     if after[:1] != before[:1]:
         return None
-    if op.name in _RESHAPES:
+    if op.name in RESHAPES:
         return x.reshape(after[1:])
     if op.name == "contiguous":
         return x
@@ -142,3 +142,43 @@ def _starts(numbers: np.ndarray[Any, Any], rows: int, columns: int) -> tuple[int
     expected = (np.arange(rows) * columns + starts)[:, None] + np.arange(numbers.shape[1])
     inside = (starts >= 0) & (starts + numbers.shape[1] <= columns)
     return tuple(int(one) for one in starts) if inside.all() and np.array_equal(numbers, expected) else None
+
+
+def column_runs(x: Tensor, starts: Sequence[int], length: int) -> Tensor:
+    """(..., rows, columns) -> (..., rows, length): columns starts[i] .. starts[i] + length - 1 of row i."""
+    first = torch.tensor(starts, device=x.device)
+    indices = first[:, None] + torch.arange(length, device=x.device)
+    return x.gather(-1, indices.expand(*x.shape[:-1], length))
+
+
+def is_per_position(maps: Maps, value: int) -> bool:
+    """Whether the last two dimensions of a map are a row of columns for each position, or a matrix for each."""
+    if value not in maps:
+        return False
+    rank, axes = len(maps.shape(value)), maps.axes[value]
+    return rank - 1 not in axes and not (rank - 2 in axes and value in maps.flat)
+
+
+@rule("column_runs")
+def runs(op: Op, maps: Maps) -> Local:
+    """Per position; if rows are positions, a block uses the starts of its own rows."""
+    value = op.inputs[0]
+    rank, axes = len(maps.shape(value)), maps.axes[value]
+    if not is_per_position(maps, value):
+        raise Refusal("cannot select columns of a matrix that are positions of the image")
+    given = op.func.keywords  # pyright: ignore[reportFunctionMemberAccess]
+    starts, length = given["starts"], given["length"]
+    # A gather along rows with their own starts: blocks at other positions differ.
+    reads = [
+        Gather(n, n, tuple(range(n))) if axis == rank - 2 else same(n)
+        for n, axis in zip(maps.size(value), axes, strict=True)
+    ]
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        own = starts
+        for axis, (low, high) in zip(axes, (block.rows, block.cols), strict=True):
+            if axis == rank - 2:
+                own = starts[low:high]
+        return (column_runs(env[value], own, length),)
+
+    return Local(op, {value: (reads[0], reads[1])}, (axes,), run)

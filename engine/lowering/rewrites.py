@@ -2,7 +2,7 @@
 
 `fold_batch_norm` (folding.py): a frozen BatchNorm becomes part of the convolution before it.
 
-`fold_gates` (gates.py): factors for the channels of a map become part of the convolution that reads the product.
+`fold_gates` (conv_chains.py): factors for the channels of a map become part of the convolution that reads the product.
 
 `fuse` (fused/, where kernels run) and `fuse_on_cpu` (onednn.py): convolutions take the sums and activations after them.
 
@@ -14,18 +14,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ... import kernels
 from ..capture.program import Op, Ref
+from .conv_chains import fold_gates
 from .folding import fold_batch_norm
-from .gates import fold_gates
 from .onednn import fuse_on_cpu
 from .ops import Block, Env
 from .ops.base import Run
-from .stages import Stage, StagedProgram, private_maps, readers_of
+from .stages import Stage, StagedProgram, only_readers, vector_inputs
 from .winograd import winograd_in_training
 
 _MAKES_A_NEW_TENSOR = frozenset(
@@ -55,6 +56,7 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
             fuse(stage, training, image_grad)
         elif stage.program.values[stage.image].device.type == "cpu":
             (winograd_in_training if training else fuse_on_cpu)(stage)
+        stage.vectors = vector_inputs(stage)
 
 
 def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
@@ -84,16 +86,15 @@ def in_place_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
     Returns:
         For the output of each such op, the function that replaces the op's own.
     """
-    readers, private = readers_of(stage), private_maps(stage)
+    alone = only_readers(stage)
     fresh = {v for local in stage.locals if _plain(local.op.name) in _MAKES_A_NEW_TENSOR for v in local.op.outputs}
 
     def free(value: int, op: Op) -> bool:
         same = stage.program.values[value], stage.program.values[op.outputs[0]]
         return (
             value in fresh
-            and value in private
+            and value in alone
             and value not in with_halo
-            and len(readers[value]) == 1
             and same[0].shape == same[1].shape
             and same[0].dtype == same[1].dtype
         )
@@ -103,26 +104,20 @@ def in_place_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
         op, name = local.op, _plain(local.op.name)
         operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
         if name == "relu" and operands and free(operands[0], op):
-            runs[op.outputs[0]] = _relu_in_place(operands[0])
+            runs[op.outputs[0]] = partial(_relu_in_place, operands[0])
         elif name == "add" and len(operands) == 2 and operands[0] != operands[1] and "alpha" not in op.kwargs:
             for target, other in (operands, operands[::-1]):
                 if free(target, op) and other in stage.maps:
-                    runs[op.outputs[0]] = _add_in_place(target, other)
+                    runs[op.outputs[0]] = partial(_add_in_place, target, other)
                     break
     return runs
 
 
-def _relu_in_place(value: int):
-    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        x = env[value]
-        return (torch.relu(x) if x._is_view() else torch.relu_(x),)
-
-    return run
+def _relu_in_place(value: int, env: Env, _block: Block) -> tuple[Tensor, ...]:
+    x = env[value]
+    return (torch.relu(x) if x._is_view() else torch.relu_(x),)
 
 
-def _add_in_place(target: int, other: int):
-    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        x, y = env[target], env[other]
-        return (x + y if x._is_view() else x.add_(y),)
-
-    return run
+def _add_in_place(target: int, other: int, env: Env, _block: Block) -> tuple[Tensor, ...]:
+    x, y = env[target], env[other]
+    return (x + y if x._is_view() else x.add_(y),)

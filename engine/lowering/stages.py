@@ -14,7 +14,8 @@ sources and vectors. A network whose only reduction is the last pooling is a sin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,7 +27,6 @@ from ..errors import UnsupportedError
 from .nodes import apply_rule, makes, reads, sort
 from .ops import Local, Maps, Node, Reduction, VectorOp, Whole
 from .ops.base import arguments
-from .spreading import before_spreading
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,12 @@ class Stage:
             found.update((v, reached if values[v].takes_grad else nothing) for v in reduction.outputs)
         return {v: found.get(v, nothing) for v in self.results}
 
+    def replace(self, members: Sequence[Local], made: Local) -> None:
+        """Replace the last of these ops by `made`, and remove the others."""
+        *others, last = members
+        dropped = {id(other) for other in others}
+        self.locals = [made if local is last else local for local in self.locals if id(local) not in dropped]
+
     def change_arguments(self, conv: Local, **changed: Ref) -> None:
         """Replace the `input`, `weight` or `bias` of a convolution by other values."""
         names = "input weight bias stride padding dilation groups"
@@ -208,6 +214,12 @@ def private_maps(stage: Stage) -> set[int]:
     return {v for local in stage.locals for v in local.op.outputs} - public
 
 
+def only_readers(stage: Stage) -> dict[int, Local]:
+    """The reader of each map that a single local op, and nothing else, reads."""
+    private = private_maps(stage)
+    return {v: found[0] for v, found in readers_of(stage).items() if len(found) == 1 and v in private}
+
+
 def vector_inputs(stage: Stage) -> list[int]:
     """The vectors that local ops read."""
     found: dict[int, None] = {}
@@ -232,7 +244,8 @@ def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) ->
             level.get(v, 0)
             + (v in cuts or v in seams if isinstance(node, Local) else whole and v in maps)
             + (v in seams and isinstance(node, Reduction))
-            for v in reads(node, maps)
+            for v in reads(node)
+            if v not in maps or not isinstance(node, (Op, VectorOp))
         ]
         level.update(dict.fromkeys(makes(node), max(waits, default=0)))
     return level
@@ -261,6 +274,49 @@ def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) 
                 read_at[value] = max(read_at.get(value, 0), level[node.op.outputs[0]])
     made = [v for node in nodes if isinstance(node, Local) for v in node.op.outputs]
     return before_spreading(maps, nodes, [v for v in made if read_at.get(v, 0) > level[v]])
+
+
+_COPIES = frozenset(
+    "expand expand_as broadcast_to permute transpose swapaxes reshape view flatten unflatten unsqueeze squeeze".split()
+)
+_SUMS = frozenset({"add", "__add__", "add_", "__iadd__"})
+
+
+def before_spreading(maps: Maps, nodes: Sequence[Node | Op], values: Sequence[int]) -> list[int]:
+    """The values in program order; maps of at most half the size replace each value that they make by copies and sums.
+
+        (N, H, W, 1, W) -> expand -> (N, H, W, H, W) + (N, H, W, H, W) -> (N, H, W, H * W)
+
+    A bias for each pair of positions is as large as all attention scores. Its source has a row and a column for each
+    position, and broadcasting it again tile by tile is free.
+    """
+    makers = {v: node for node in nodes if isinstance(node, Local) for v in node.op.outputs}
+    replaced = {one for value in values for one in _smallest(maps, makers, value)}
+    return [v for v in makers if v in replaced]
+
+
+def _smallest(maps: Maps, makers: Mapping[int, Local], value: int) -> list[int]:
+    """The maps with the fewest elements in total that make a map; itself unless they have at most half as many."""
+    best, front = [value], [value]
+    while True:
+        spread = [v for v in front if v in makers and _is_cheap(maps, makers[v])]
+        if not spread:
+            return best
+        largest = max(spread, key=lambda v: _elements(maps, [v]))
+        front = list(dict.fromkeys([*(v for v in front if v != largest), *makers[largest].reads]))
+        if 2 * _elements(maps, front) <= _elements(maps, best):
+            best = front
+
+
+def _elements(maps: Maps, values: Sequence[int]) -> int:
+    return sum(math.prod(maps.shape(v)) for v in values)
+
+
+def _is_cheap(maps: Maps, local: Local) -> bool:
+    """Whether a local op copies or adds maps, position by position."""
+    name = local.op.name.removeprefix("flat_")
+    inside = all(both == maps.pointwise(v) for v, both in local.reads.items())
+    return inside and (name in _COPIES or (name in _SUMS and set(local.op.inputs) <= set(local.reads)))
 
 
 def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()) -> StagedProgram:
@@ -327,7 +383,7 @@ def _deferred_levels(maps: Maps, nodes: Sequence[Node | Op], level: dict[int, in
         now = level.get(next(iter(made), -1), 0)
         if id(node) in movable:
             now = found[id(node)] = min((first[v] for v in made if v in first), default=now)
-        for value in node.inputs if isinstance(node, (Op, VectorOp)) else reads(node, maps):
+        for value in reads(node):
             first[value] = min(first.get(value, now), now)
     return found
 
@@ -344,7 +400,7 @@ def _only_for_state(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
         if only_vectors and not wanted & set(makes(node)):
             late.add(id(node))
         else:
-            wanted.update(reads(node, maps), node.op.inputs if isinstance(node, Local) else ())
+            wanted.update(reads(node))
     return late
 
 

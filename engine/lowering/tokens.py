@@ -24,14 +24,14 @@ from ..torch_private import tree_leaves
 from .ops.attention import of_another_query
 from .ops.base import Maps, arguments
 from .ops.contract import labels
-from .ops.names import ELEMENTWISE
+from .ops.indices import spelt_out
+from .ops.names import ELEMENTWISE, RESHAPES
 from .ops.promote import renamed
 from .ops.reshape import position_of
 
 _PER_POSITION = frozenset(
     [*ELEMENTWISE, "linear", "layer_norm", "rms_norm", "softmax", "log_softmax", "normalize", "dropout"]
 )
-_RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten"})
 _MOVES = frozenset(
     "permute transpose swapaxes swapdims movedim moveaxis mT mH unbind chunk split select unsqueeze squeeze".split()
 )
@@ -135,12 +135,11 @@ class Tokens:
                 return None  # a different matrix for each position
             if right in self.joined and rows < -2:
                 return None
-            joined = self.together(right) if right in self.joined else []
             made = self._both(op, (left,))
-            return None if made is None else [*joined, *made]
+            return None if made is None else [*self.together(right), *made]
         if op.name == "einsum":
             return self._einsum(op)
-        if op.name in _RESHAPES:
+        if op.name in RESHAPES:
             return self._reshaped(op, values[0])
         if op.name in _MOVES or op.name == "__getitem__":
             return self._both(op, values)
@@ -160,10 +159,8 @@ class Tokens:
             dim = arguments(op, "input p dim" if name == "normalize" else "input dim", dim=1)["dim"]
             if dim is None or dim % rank == axis_from_end % rank:
                 return None
-        if (
-            name in ("layer_norm", "rms_norm")
-            and len(arguments(op, "input normalized_shape")["normalized_shape"]) >= -axis_from_end
-        ):
+        normalized = arguments(op, "input normalized_shape")["normalized_shape"] if name.endswith("_norm") else ()
+        if len(normalized) >= -axis_from_end:
             return None
         if name == "linear":
             return self._both(op, values) if axis_from_end < -1 else None
@@ -218,9 +215,8 @@ class Tokens:
         if not places:
             return None
         side = places[min(places)]  # a softmax runs along the positions of the other operand, which come last
-        joined = self.together(values[1 - side])
         made = self._both(op, (values[side],))
-        return None if made is None else [*joined, *made]
+        return None if made is None else [*self.together(values[1 - side]), *made]
 
     def _cut(self, cut: dict[int, int], count: int) -> tuple[dict[int, tuple[int, int]], list[Op]]:
         """Vectors with an index for each token and position, cut in two along an axis."""
@@ -259,17 +255,11 @@ class Tokens:
         """x[:, 0], x[:, 1:]: one of the parts; None if the index keeps all positions."""
         value, index = op.args[0].value, op.args[1]
         own, shape = self.joined[value], self.maps.shape(value)
-        index = list(index) if isinstance(index, tuple) else [index]
-        if any(isinstance(one, (Ref, Tensor, list)) for one in index) or len(op.inputs) > 1:
+        items = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(one, (Ref, Tensor, list, bool)) for one in items) or len(op.inputs) > 1:
             raise NotApart
-        if Ellipsis in index:
-            at = index.index(Ellipsis)
-            rest = sum(one is not None for one in index) - 1
-            index[at : at + 1] = [slice(None)] * (len(shape) - rest)
-        dims = [i for i, one in enumerate(index) if one is not None]
-        if own.axis >= len(dims):
-            return None
-        at = dims[own.axis]
+        index = list(spelt_out(items, len(shape)))
+        at = [i for i, one in enumerate(index) if one is not None][own.axis]
         wanted = index[at]
         if isinstance(wanted, int):
             wanted %= shape[own.axis]

@@ -8,7 +8,6 @@ PyTorch computes the gradients of weights. In inference, onednn.py calls the sam
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .onednn import allowed, for_winograd, gains_by_winograd
 from .ops import Block, Env, Local
 from .ops.base import Run
 from .ops.window import split_padding
-from .stages import Packing, Stage, vector_inputs
+from .stages import Packing, Stage
 
 _ONE = (1, 1)
 
@@ -34,14 +33,13 @@ def winograd_in_training(stage: Stage) -> None:
             chain = ConvChain.of(local)
             if gains_by_winograd(stage, chain):
                 _replace(stage, local, chain)
-    stage.vectors = vector_inputs(stage)
 
 
 def _replace(stage: Stage, local: Local, chain: ConvChain) -> None:
     value, weight, bias = chain.x, chain.weight, chain.bias
     packed, rotated = (stage.maps.new_value(like=weight) for _ in range(2))
-    for number, make in ((packed, winograd.pack), (rotated, winograd.pack_for_input)):
-        stage.packings.append(Packing(weight, number, functools.partial(_pack, make), reads_weight=True))
+    for number, for_input in ((packed, False), (rotated, True)):
+        stage.packings.append(Packing(weight, number, functools.partial(_pack, for_input), reads_weight=True))
 
     def run(own: Run, valued: bool, env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
@@ -57,10 +55,10 @@ def _replace(stage: Stage, local: Local, chain: ConvChain) -> None:
     )
 
 
-def _pack(make: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+def _pack(for_input: bool, weight: Tensor) -> Tensor:
     """The weight in the kernel's format; unchanged if the kernel must not be used."""
     usable = type(weight) is Tensor and weight.dtype == torch.float32 and weight.numel() and allowed()
-    return make(weight) if usable else weight
+    return winograd.pack(weight, for_input) if usable else weight
 
 
 class _Convolution(torch.autograd.Function):

@@ -79,13 +79,11 @@ def test_only_the_gradients_that_are_wanted(wanted: list[int]) -> None:
 
 @pytest.mark.parametrize("mode", ["triton", "stock"])
 def test_registered_as_pytorch_wants_ops(mode: str) -> None:
-    operands = tensors()
-    x, weight, scale, shift, residual = (t.detach() for t in operands)
+    x, weight, scale, shift, residual = (t.detach() for t in tensors())
     place = ConvGeometry.of(padding=(1, 1, 1, 1))
     y = residual.relu()
     sums = torch.zeros_like(weight), torch.zeros_like(shift)
     with choice.override(mode):
-        torch.library.opcheck(torch.ops.gigamorph.conv2d.default, (*operands, place, "silu", True))
         # Without gradients: these are the parts that the differentiable op, or an engine, is made of.
         torch.library.opcheck(conv2d_forward, (x, weight, None, shift, residual, place, "silu", True, [0, 0]))
         torch.library.opcheck(conv2d_dgrad, (residual, weight, scale, y, "relu", x, [0, 0], x, "relu", [5, 5], place))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gigamorph.kernels import depthwise, tiles
 from gigamorph.kernels.conv2d import conv2d
+from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference
 from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
-from gigamorph.kernels.depthwise import depthwise_backward_reference
+from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
 from gigamorph.kernels.tiles import depthwise_tile, depthwise_wgrad_tile
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
@@ -122,17 +123,9 @@ def forward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor]:
 
 
 def backward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    return depthwise_backward_reference(
-        o.x,
-        o.dy,
-        o.weight,
-        o.gate,
-        case.act,
-        o.addend,
-        o.mask,
-        case.mask_act,
-        case.geometry,
-    )
+    slopes = {"gate": o.gate, "gate_act": case.act, "mask": o.mask, "mask_act": case.mask_act}
+    dx = conv2d_dgrad_reference(o.dy, o.weight, o.x.shape[2:], case.geometry, addend=o.addend, **slopes)
+    return dx, *conv2d_wgrad_reference(o.weight.shape, o.x, o.dy, o.gate, case.act, case.geometry)
 
 
 def run_forward(case: Case, o: Operands, y: Tensor, z: Tensor | None = None) -> None:
@@ -227,7 +220,10 @@ def test_plain():
     depthwise.dgrad(o.dy, o.weight, dx, case.geometry)
     dw, dshift = sums(case, torch.float64)
     depthwise.wgrad(o.x, o.dy, dw, dshift, case.geometry)
-    expected = depthwise_backward_reference(o.x, o.dy, o.weight, None, "none", None, None, "none", case.geometry)
+    expected = (
+        conv2d_dgrad_reference(o.dy, o.weight, o.x.shape[2:], case.geometry),
+        *conv2d_wgrad_reference(o.weight.shape, o.x, o.dy, None, "none", case.geometry),
+    )
     for name, result, oracle in zip(("dx", "dw", "dshift"), (dx, dw, dshift), expected, strict=True):
         assert_close(name, result, oracle)
 

@@ -8,11 +8,11 @@ from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doub
 from torch import Tensor
 
 from gigamorph.kernels import choice, tuning
-from gigamorph.kernels import layer_norm_linear as module
 from gigamorph.kernels.layer_norm import layer_norm_reference
 from gigamorph.kernels.layer_norm_linear import (
     launch_linear_act,
     layer_norm_linear_act,
+    layer_norm_linear_act_backward,
     layer_norm_linear_act_reference,
 )
 from gigamorph.kernels.tuning import Config, forced
@@ -43,6 +43,26 @@ def linear_gradients(arguments: tuple[Tensor, ...], act: str, dy: Tensor) -> tup
     leaves = [t.detach().requires_grad_() for t in arguments]
     y = layer_norm_linear_act_reference(*leaves[:3], EPS, *leaves[3:], act)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+class NormLinear(torch.autograd.Function):
+    """The op and its backward as the engine joins them."""
+
+    @staticmethod
+    def forward(ctx, act, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.act = act
+        return layer_norm_linear_act(*tensors[:3], EPS, *tensors[3:], act)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, ln_weight, ln_bias, weight, bias = ctx.saved_tensors
+        sums = torch.zeros_like(weight.flatten(1), dtype=torch.promote_types(weight.dtype, torch.float32))
+        sums = sums, sums.new_zeros(len(weight))
+        given = x, ln_weight, ln_bias, EPS, weight.flatten(1), bias, ctx.act
+        found = *layer_norm_linear_act_backward(dy, *given, *sums), *sums
+        pairs = zip(found, ctx.saved_tensors, strict=True)
+        return None, *(None if leaf is None else grad.reshape(leaf.shape).to(leaf.dtype) for grad, leaf in pairs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,7 +118,7 @@ def test_linear_gradients(act):
     arguments = linear_case((2, 12, 3, 5), 20, torch.float64, generator)
     dy = random_map(2, 20, 3, 5, torch.float64, generator)
     leaves = [t.clone().requires_grad_() for t in arguments]
-    y = layer_norm_linear_act(*leaves[:3], EPS, leaves[3][:, :, None, None], leaves[4], act)
+    y = NormLinear.apply(act, *leaves[:3], leaves[3][:, :, None, None], leaves[4])
     results = y.detach(), *torch.autograd.grad(y, leaves, dy)
     names = ("y", "dx", "dln_weight", "dln_bias", "dweight", "dbias")
     for name, result, oracle in zip(names, results, linear_gradients(arguments, act, dy), strict=True):
@@ -108,28 +128,16 @@ def test_linear_gradients(act):
 def test_linear_gradcheck():
     generator = torch.Generator().manual_seed(15)
     leaves = [t.requires_grad_() for t in linear_case((1, 3, 1, 2), 2, torch.float64, generator)]
-    assert torch.autograd.gradcheck(lambda *t: layer_norm_linear_act(*t[:3], EPS, *t[3:], "gelu"), leaves)
+    assert torch.autograd.gradcheck(lambda *t: NormLinear.apply("gelu", *t), leaves)
     assert torch.autograd.gradcheck(
-        lambda x, w: layer_norm_linear_act(x, None, None, EPS, w, None, "silu"), (leaves[0], leaves[3])
+        lambda x, w: NormLinear.apply("silu", x, None, None, w, None), (leaves[0], leaves[3])
     )
 
 
 def test_linear_opcheck():
     generator = torch.Generator().manual_seed(16)
     x, ln_weight, ln_bias, weight, bias = linear_case((2, 16, 3, 4), 24, torch.float32, generator)
-    leaves = [t.clone().requires_grad_() for t in (x, ln_weight, ln_bias, weight, bias)]
-    torch.library.opcheck(module._layer_norm_linear_act, (*leaves[:3], EPS, *leaves[3:], "gelu"))
-
-
-def test_linear_keeps_nothing_but_x():
-    """What autograd saves are the arguments."""
-    generator = torch.Generator().manual_seed(17)
-    leaves = [t.requires_grad_() for t in linear_case((1, 16, 6, 6), 24, torch.float32, generator)]
-    given_ = {t.data_ptr() for t in leaves}
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        layer_norm_linear_act(*leaves[:3], EPS, *leaves[3:], "gelu")
-    assert saved and {t.data_ptr() for t in saved} <= given_
+    torch.library.opcheck(layer_norm_linear_act, (x, ln_weight, ln_bias, EPS, weight, bias, "gelu"))
 
 
 def test_linear_refusals():
@@ -163,7 +171,7 @@ def test_linear_in_mixed_precision(kinds, mode):
     dy = random_map(2, 40, 5, 7, torch.bfloat16, generator)
     leaves = [t.clone().requires_grad_() for t in arguments]
     with choice.override(mode), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        y = layer_norm_linear_act(*leaves[:3], EPS, *leaves[3:], "gelu")
+        y = NormLinear.apply("gelu", *leaves)
     with choice.override(mode):
         results = y.detach(), *torch.autograd.grad(y, leaves, dy)
     oracle = linear_gradients(tuple(t.double() for t in arguments), "gelu", dy.double())

@@ -12,13 +12,14 @@ from torch import Tensor
 from gigamorph.kernels import batch_norm, stream, tiles
 from gigamorph.kernels import moments as moments_module
 from gigamorph.kernels.batch_norm import (
+    add_parts,
+    launch_live_norm,
     launch_normalize_act,
     launch_normalize_act_gradients,
     normalize_act_gradients,
     normalize_act_gradients_reference,
     normalize_act_reference,
 )
-from gigamorph.kernels.live_norm import launch_live_norm
 from gigamorph.kernels.moments import (
     launch_moments,
     launch_moments_backward,
@@ -26,7 +27,6 @@ from gigamorph.kernels.moments import (
     moments_backward_reference,
     moments_reference,
 )
-from gigamorph.kernels.partial_sums import add_parts
 from gigamorph.kernels.tiles import MOST_BLOCK_CHANNELS, StreamConfig, stream_config
 
 CHANNELS = [1, 3, 8, 24, 88, 96, 120, 144, 208, 288, 352, 720]

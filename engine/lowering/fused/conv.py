@@ -29,10 +29,10 @@ from ....kernels.conv2d import conv2d_backward, conv2d_forward, conv2d_moments
 from ....kernels.dtypes import sum_dtype
 from ....kernels.pointwise import act_grad
 from ....kernels.windows import ConvGeometry, placed
-from ..conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, put_in_place
+from ..conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op
 from ..ops import Block, Env, Local
 from ..ops.base import Rect
-from ..stages import Stage, vector_inputs
+from ..stages import Stage
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -74,9 +74,8 @@ class FusedConv(torch.autograd.Function):
         geometry = spec.geometry(block.pad)
         ctx.spec, ctx.geometry, ctx.sum_of, ctx.parts = spec, geometry, block.sum_of, block.parts
         if not valued:
-            size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
             ctx.save_for_backward(x, weight, None)
-            return FusedConv._with_input(ctx, x.new_empty(()).expand(x.shape[0], weight.shape[0], *size), x)
+            return FusedConv._with_input(ctx, x.new_empty(()).expand(x.shape[0], weight.shape[0], *block.size), x)
         keep_z = needs and spec.act != "none" and spec.act not in MASKS
         z = None
         if block.shares is not None and not spec.channels_last:  # nothing is fused after a reduced map
@@ -115,21 +114,9 @@ class FusedConv(torch.autograd.Function):
             dx = others.clone() if spec.input_act == "none" else act_grad(others, x, spec.input_act)
             return dx, None, None, None, None, None, None
         dw, dbias = weight_sums(ctx, spec, weight, wants_weight, wants_bias)
-        dx, dresidual = conv2d_backward(
-            dy,
-            x,
-            weight,
-            gate,
-            spec.act,
-            ctx.geometry,
-            wants_x=wants_x,
-            wants_residual=wants_residual,
-            dw=dw,
-            dshift=dbias,
-            addend=others,
-            addend_at=at,
-            input_act=spec.input_act,
-        )
+        wanted = {"wants_x": wants_x, "wants_residual": wants_residual, "dw": dw, "dshift": dbias}
+        more = {"addend": others, "addend_at": at, "input_act": spec.input_act}
+        dx, dresidual = conv2d_backward(dy, x, weight, gate, spec.act, ctx.geometry, **wanted, **more)
         return dx, None, None, dresidual, None, None, None
 
 
@@ -187,7 +174,6 @@ def fuse_convolutions(stage: Stage) -> dict[int, ConvSpec]:
         spec = ConvSpec(*(getattr(chain, f.name) for f in fields(chain)))
         fused[spec.y] = spec
         _replace(stage, spec)
-    stage.vectors = vector_inputs(stage)
     return fused
 
 
@@ -220,5 +206,4 @@ def _replace(stage: Stage, spec: ConvSpec) -> None:
     options = {"leaves_room": True, "unvalued": unvalued, "spares": True}
     if spec.residual != spec.x:
         options |= {"fresh_grads": frozenset([spec.x]), "reused_grads": frozenset([spec.residual]) - {None}}
-    made = Local(op, spec.reads(stage), axes, run, **options)
-    put_in_place(stage, spec, made)
+    stage.replace(spec.members, Local(op, spec.reads(stage), axes, run, **options))

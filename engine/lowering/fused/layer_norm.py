@@ -10,7 +10,9 @@ The linear layer may act on the channels of a channels-last map, or be a 1x1 con
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from ....kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_line
 from ....kernels.tiles import MOST_NORM_CHANNELS
 from ...capture.program import Op
 from ..ops import Block, Env, Local
-from ..ops.base import arguments
-from ..stages import Stage, private_maps, readers_of, vector_inputs
+from ..ops.base import arguments, integers
+from ..stages import Stage, only_readers
 from .conv import DTYPES, ConvSpec, add_to_sums, as_autocast_wants, is_pixelwise, weight_sums
 
 
@@ -52,7 +54,7 @@ class FusedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         x, weight = ctx.saved_tensors
         dx, *sums = layer_norm_backward(grads[0], x, weight, ctx.spec.eps)
-        _add_norm_sums(ctx, sums)
+        _add_norm_sums(ctx, ctx.needs_input_grad[1:3], sums)
         return dx, None, None, None, None
 
 
@@ -60,18 +62,10 @@ class FusedNormLinear(torch.autograd.Function):
     """The layer norm of one block, (N, C, H, W), the linear layer after it and its activation."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        spec: NormSpec,
-        linear: ConvSpec,
-        block: Block,
-    ):
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
+    def forward(ctx: Any, spec: NormSpec, linear: ConvSpec, block: Block, x: Tensor, *vectors: Tensor | None):
+        norm_weight, norm_bias, weight, bias = vectors
+        assert weight is not None
+        ctx.save_for_backward(x, *vectors)
         ctx.spec, ctx.linear, ctx.sum_of = spec, linear, block.sum_of
         return layer_norm_linear_act(x, norm_weight, norm_bias, spec.eps, weight, bias, linear.act)
 
@@ -79,15 +73,15 @@ class FusedNormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
-        dweight, dbias = weight_sums(ctx, ctx.linear, weight, *ctx.needs_input_grad[3:5])
+        dweight, dbias = weight_sums(ctx, ctx.linear, weight, *ctx.needs_input_grad[6:])
         norm = norm_weight, norm_bias, ctx.spec.eps
         dx, *sums = layer_norm_linear_act_backward(grads[0], x, *norm, weight, bias, ctx.linear.act, dweight, dbias)
-        _add_norm_sums(ctx, sums)
-        return dx, *[None] * 7
+        _add_norm_sums(ctx, ctx.needs_input_grad[4:6], sums)
+        return None, None, None, dx, *[None] * 4
 
 
-def _add_norm_sums(ctx: Any, sums: list[Tensor]) -> None:
-    add_to_sums(ctx, zip((ctx.spec.weight, ctx.spec.bias), ctx.needs_input_grad[1:3], sums, strict=True))
+def _add_norm_sums(ctx: Any, wanted: Sequence[bool], sums: list[Tensor]) -> None:
+    add_to_sums(ctx, zip((ctx.spec.weight, ctx.spec.bias), wanted, sums, strict=True))
 
 
 def fuse_layer_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
@@ -96,29 +90,20 @@ def fuse_layer_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
     Args:
         convs: the fused convolutions by output; those that become part of another op are removed.
     """
-    readers, private = readers_of(stage), private_maps(stage)
-
-    def reader(local: Local) -> Local | None:
-        """The only reader of an op's output; None if there are several."""
-        found = readers.get(local.op.outputs[0], [])
-        return found[0] if len(found) == 1 and local.op.outputs[0] in private else None
-
+    readers = only_readers(stage)
     for norm in list(stage.locals):
         spec = _norm_spec(stage, norm)
         if spec is None:
             continue
-        chain, last = [norm], reader(norm)
+        chain, last = [norm], readers.get(norm.op.outputs[0])
         if last is not None and _is_to_nchw(last):
-            chain, last = [norm, last], reader(last)
+            chain, last = [norm, last], readers.get(last.op.outputs[0])
         linear = None if last is None else convs.get(last.op.outputs[0])
         if last is not None and linear is not None and is_pixelwise(stage, linear, chain[-1].op.outputs[0]):
             del convs[last.op.outputs[0]]
-            _replace(stage, norm, last, spec, linear)
-            dropped = {id(local) for local in chain}
-            stage.locals = [local for local in stage.locals if id(local) not in dropped]
+            _replace(stage, [*chain, last], spec, linear)
         else:
-            norm.run = _run_norm(spec)
-    stage.vectors = vector_inputs(stage)
+            norm.run = partial(_run_norm, spec)
 
 
 def _norm_spec(stage: Stage, local: Local) -> NormSpec | None:
@@ -139,34 +124,28 @@ def _is_to_nchw(local: Local) -> bool:
     """Whether an op is a permute of (N, H, W, C) to (N, C, H, W)."""
     if local.op.name != "permute":
         return False
-    dims = local.op.args[1:] or (local.op.kwargs["dims"],)
-    dims = dims[0] if len(dims) == 1 else dims
-    return [d % 4 for d in dims] == [0, 3, 1, 2]
+    return [d % 4 for d in integers(local.op, "dims")] == [0, 3, 1, 2]
 
 
-def _run_norm(spec: NormSpec):
-    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        weight, bias = (None if v is None else env[v] for v in (spec.weight, spec.bias))
-        y = FusedLayerNorm.apply(env[spec.x].permute(0, 3, 1, 2), weight, bias, spec, block)
-        return (y.permute(0, 2, 3, 1),)  # pyright: ignore
-
-    return run
+def _run_norm(spec: NormSpec, env: Env, block: Block) -> tuple[Tensor, ...]:
+    weight, bias = (None if v is None else env[v] for v in (spec.weight, spec.bias))
+    y = FusedLayerNorm.apply(env[spec.x].permute(0, 3, 1, 2), weight, bias, spec, block)
+    return (y.permute(0, 2, 3, 1),)  # pyright: ignore
 
 
-def _replace(stage: Stage, norm: Local, last: Local, spec: NormSpec, linear: ConvSpec) -> None:
-    """Replace the linear layer by the fused op."""
+def _replace(stage: Stage, chain: list[Local], spec: NormSpec, linear: ConvSpec) -> None:
+    """Replace the norm, the permute and the linear layer by the fused op."""
+    norm, last = chain[0], chain[-1]
     vectors = (spec.weight, spec.bias, linear.weight, linear.bias)
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         norm_weight, norm_bias, weight, bias = (None if v is None else env[v] for v in vectors)
         assert weight is not None
         weight = as_autocast_wants(weight).flatten(1)
-        y = FusedNormLinear.apply(
-            env[spec.x].permute(0, 3, 1, 2), norm_weight, norm_bias, weight, bias, spec, linear, block
-        )
+        x = env[spec.x].permute(0, 3, 1, 2)
+        y = FusedNormLinear.apply(spec, linear, block, x, norm_weight, norm_bias, weight, bias)
         return (y.permute(0, 2, 3, 1) if linear.channels_last else y,)  # pyright: ignore
 
     inputs = (spec.x, *(v for v in vectors if v is not None))
     op: Op = replace(last.op, name="fused_norm_linear", inputs=inputs)
-    made = Local(op, {spec.x: norm.reads[spec.x]}, last.axes, run)
-    stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = made
+    stage.replace(chain, Local(op, {spec.x: norm.reads[spec.x]}, last.axes, run))

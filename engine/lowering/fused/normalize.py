@@ -30,16 +30,9 @@ from ....kernels.normalized_conv1x1 import normalized_conv1x1
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
 from ..ops import Block, Env, Local, VectorOp
-from ..stages import Stage, private_maps, readers_of, vector_inputs
+from ..stages import Stage, only_readers, private_maps, readers_of
 from .affine import affine_of
-from .conv import (
-    DTYPES,
-    ConvSpec,
-    add_to_sums,
-    as_autocast_wants,
-    is_pixelwise,
-    weight_sums,
-)
+from .conv import DTYPES, ConvSpec, add_to_sums, as_autocast_wants, is_pixelwise, weight_sums
 
 
 @dataclass(slots=True)
@@ -73,22 +66,12 @@ class FusedNormalize(torch.autograd.Function):
     """The norm of one block."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        factor: Tensor,
-        offset: Tensor,
-        residual: Tensor | None,
-        spec: NormalizeSpec,
-        block: Block,
-    ):
+    def forward(ctx: Any, spec: NormalizeSpec, block: Block, x: Tensor, residual: Tensor | None, *vectors: Tensor):
         margin = None if block.margin == (0, 0) else block.margin
-        y = normalize_act(x, mean, rstd, factor, offset, residual, spec.act, spec.dtype, margin)
+        y = normalize_act(x, *vectors, residual, spec.act, spec.dtype, margin)
         y = y[:, :, block.margin[0] :, block.margin[1] :]
         gate = y if residual is not None and spec.act != "none" and not spec.masked else None
-        ctx.save_for_backward(x, mean, rstd, factor, offset, gate)
+        ctx.save_for_backward(x, gate, *vectors)
         ctx.spec, ctx.sum_of, ctx.whole, ctx.grad_terms = spec, block.sum_of, block.whole, block.grad_terms
         return y
 
@@ -96,15 +79,16 @@ class FusedNormalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         (dy,) = grads
-        x, mean, rstd, factor, offset, gate = ctx.saved_tensors
-        keep_dz, act = ctx.needs_input_grad[5] and gate is not None, "none" if ctx.spec.masked else ctx.spec.act
+        x, gate, *vectors = ctx.saved_tensors
+        wants_x, wants_residual = ctx.needs_input_grad[2:4]
+        keep_dz, act = wants_residual and gate is not None, "none" if ctx.spec.masked else ctx.spec.act
         plus = None
         if ctx.grad_terms:
             plus = reduce(torch.add, ctx.grad_terms)
             ctx.grad_terms.clear()
-        dx, dz = _gradients(ctx, dy, x, mean, rstd, factor, offset, gate, act, keep_dz, plus=plus)
-        dresidual = None if not ctx.needs_input_grad[5] else dz if keep_dz else dy
-        return dx if ctx.needs_input_grad[0] else None, None, None, None, None, dresidual, None, None
+        dx, dz = _gradients(ctx, dy, x, *vectors, gate, act, keep_dz, plus=plus)
+        dresidual = None if not wants_residual else dz if keep_dz else dy
+        return None, None, dx if wants_x else None, dresidual, *[None] * len(vectors)
 
 
 class FusedNormConv(torch.autograd.Function):
@@ -112,27 +96,16 @@ class FusedNormConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        factor: Tensor,
-        offset: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        spec: NormalizeSpec,
-        conv: ConvSpec,
-        block: Block,
-        valued: bool,
+        ctx: Any, specs: tuple[NormalizeSpec, ConvSpec], block: Block, valued: bool, x: Tensor, *rest: Tensor | None
     ):
-        ctx.save_for_backward(x, mean, rstd, factor, offset, weight)
+        (spec, conv), (weight, bias, *vectors) = specs, rest
+        assert weight is not None
+        ctx.save_for_backward(x, weight, *vectors)
         ctx.spec, ctx.conv, ctx.sum_of, ctx.whole = spec, conv, block.sum_of, block.whole
         if not valued:
             return x.new_empty(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
         wanted = block.shares is not None
-        y, *moments = normalized_conv1x1(
-            x, mean, rstd, factor, offset, spec.act, weight, bias, wanted, list(block.margin)
-        )
+        y, *moments = normalized_conv1x1(x, *vectors, spec.act, weight, bias, wanted, list(block.margin))
         if block.shares is not None:
             block.shares[conv.y] = tuple(part[:, :, None, None] for part in moments)
         return y[:, :, block.margin[0] :, block.margin[1] :]
@@ -141,17 +114,17 @@ class FusedNormConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         (dy,) = grads
-        x, mean, rstd, factor, offset, weight = ctx.saved_tensors
+        x, weight, *vectors = ctx.saved_tensors
         spec, pixel = ctx.spec, ConvGeometry()
-        dw, dbias = weight_sums(ctx, ctx.conv, weight, *ctx.needs_input_grad[5:7])
+        dw, dbias = weight_sums(ctx, ctx.conv, weight, *ctx.needs_input_grad[4:6])
         if dw is not None:
-            n = normalize_act(x, mean, rstd, factor, offset, None, spec.act)
+            n = normalize_act(x, *vectors, None, spec.act)
             conv2d_backward(dy, n, weight, None, "none", pixel, wants_x=False, dw=dw, dshift=dbias)
             del n
         dn, _ = conv2d_backward(dy, x, weight, None, "none", pixel, wants_x=True)
         assert dn is not None
-        dx, _ = _gradients(ctx, dn, x, mean, rstd, factor, offset, None, spec.act, False)
-        return dx if ctx.needs_input_grad[0] else None, *[None] * 10
+        dx, _ = _gradients(ctx, dn, x, *vectors, None, spec.act, False)
+        return None, None, None, dx if ctx.needs_input_grad[3] else None, *[None] * 6
 
 
 def _gradients(ctx: Any, *given: Any, plus: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -160,7 +133,8 @@ def _gradients(ctx: Any, *given: Any, plus: Tensor | None = None) -> tuple[Tenso
     If the block is the whole map, dx includes the gradient through the statistics.
     """
     dx, dz, *sums = normalize_act_gradients(*given, ctx.spec.together if ctx.whole else 0, plus)
-    values, wanted = (ctx.spec.offset, ctx.spec.factor), (ctx.needs_input_grad[4], ctx.needs_input_grad[3])
+    wants_factor, wants_offset = ctx.needs_input_grad[-2:]
+    values, wanted = (ctx.spec.offset, ctx.spec.factor), (wants_offset, wants_factor)
     add_to_sums(ctx, zip(values, wanted, sums, strict=True))
     return dx, dz
 
@@ -174,7 +148,7 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
     Returns:
         The norms that become separate ops, by output.
     """
-    readers, private = readers_of(stage), private_maps(stage)
+    alone, readers, private = only_readers(stage), readers_of(stage), private_maps(stage)
     taken: set[int] = set()  # ops that have become part of another
     fused: dict[int, NormalizeSpec] = {}
     for norm in list(stage.locals):
@@ -185,10 +159,8 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
 
         def follower(chain: list[Local] = chain) -> Local | None:
             """The only reader of the chain's output; None if there are several."""
-            output = chain[-1].op.outputs[0]
-            found = readers.get(output, [])
-            alone = len(found) == 1 and output in private and id(found[0]) not in taken
-            return found[0] if alone else None
+            found = alone.get(chain[-1].op.outputs[0])
+            return None if id(found) in taken else found
 
         residual, act = None, "none"
         next_op = follower()
@@ -222,7 +194,6 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
         _replace(stage, chain, spec, conv)
         if conv is None:
             fused[y] = spec
-    stage.vectors = vector_inputs(stage)
     return fused
 
 
@@ -254,13 +225,13 @@ def _replace(stage: Stage, chain: list[Local], spec: NormalizeSpec, conv: ConvSp
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         added = None if residual is None else env[residual]
-        return (FusedNormalize.apply(env[x], *(env[v] for v in spec.vectors), added, spec, block),)  # pyright: ignore
+        return (FusedNormalize.apply(spec, block, env[x], added, *(env[v] for v in spec.vectors)),)  # pyright: ignore
 
     def run_both(env: Env, block: Block, valued: bool = True) -> tuple[Tensor, ...]:
         assert conv is not None
         bias = None if conv.bias is None else env[conv.bias]
-        given = (env[x], *(env[v] for v in spec.vectors), as_autocast_wants(env[conv.weight]), bias)
-        return (FusedNormConv.apply(*given, spec, conv, block, valued),)  # pyright: ignore
+        given = (env[x], as_autocast_wants(env[conv.weight]), bias, *(env[v] for v in spec.vectors))
+        return (FusedNormConv.apply((spec, conv), block, valued, *given),)  # pyright: ignore
 
     reads = dict(norm.reads)
     if residual is not None:
@@ -275,6 +246,4 @@ def _replace(stage: Stage, chain: list[Local], spec: NormalizeSpec, conv: ConvSp
     made = Local(op, reads, last.axes, run, leaves_room=True, adds=residual is None)
     if conv is not None:
         made = Local(op, reads, last.axes, run_both, leaves_room=True, unvalued=partial(run_both, valued=False))
-    stage.locals[next(i for i, other in enumerate(stage.locals) if other is last)] = made
-    dropped = {id(other) for other in chain[:-1]}
-    stage.locals = [other for other in stage.locals if id(other) not in dropped]
+    stage.replace(chain, made)

@@ -14,22 +14,22 @@ from ....kernels.conv2d import conv2d_forward
 from ....kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_fits
 from ....kernels.windows import ConvGeometry
 from ..ops import Block, Env, Local
-from ..stages import Stage, private_maps, readers_of
+from ..stages import Stage, only_readers
 from .conv import ConvSpec, as_autocast_wants
 
 
 def fuse_pairs(stage: Stage, convs: dict[int, ConvSpec]) -> None:
     """Join fused convolutions with the 1x1 convolution that is their only reader."""
-    readers, private = readers_of(stage), private_maps(stage)
+    readers = only_readers(stage)
     makers = {local.op.outputs[0]: local for local in stage.locals}
     joined: set[int] = set()
     for local in list(stage.locals):
         output = local.op.outputs[0]
         second = convs.get(output)
         first = None if second is None else convs.get(second.x)
-        if second is None or first is None or second.x in joined or second.x not in private:
+        if second is None or first is None or second.x in joined:
             continue
-        if len(readers[second.x]) == 1 and _fits(stage, first, second):
+        if second.x in readers and _fits(stage, first, second):
             _join(stage, makers[second.x], local, first, second)
             joined.add(output)
 
@@ -76,5 +76,4 @@ def _join(stage: Stage, maker: Local, local: Local, first: ConvSpec, second: Con
 
     inputs = tuple(dict.fromkeys((*maker.op.inputs, *(v for v in local.op.inputs if v != second.x))))
     op = replace(local.op, name="fused_conv2d", inputs=inputs)
-    stage.locals[next(i for i, other in enumerate(stage.locals) if other is local)] = Local(op, reads, local.axes, run)
-    stage.locals = [other for other in stage.locals if other is not maker]
+    stage.replace([maker, local], Local(op, reads, local.axes, run))

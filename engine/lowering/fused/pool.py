@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +54,9 @@ def take_pools(stage: Stage) -> dict[int, PoolSpec]:
             stride = pair(given["stride"]) if given["stride"] else kernel
             spec = PoolSpec(given["input"].value, kernel, stride, pair(given["dilation"]))
             found[local.op.outputs[0]] = spec
-            local.run, local.fill = _run(spec), None
+            local.run, local.fill = partial(_run, spec), None
     return found
 
 
-def _run(spec: PoolSpec):
-    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        return (MaxPool.apply(env[spec.x], spec, block.pad),)  # pyright: ignore
-
-    return run
+def _run(spec: PoolSpec, env: Env, block: Block) -> tuple[Tensor, ...]:
+    return (MaxPool.apply(env[spec.x], spec, block.pad),)  # pyright: ignore

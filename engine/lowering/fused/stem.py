@@ -21,7 +21,7 @@ from ....kernels.stem import stem_and_spots, stem_gradients
 from ....kernels.stem_reference import ACTIVATIONS
 from ..geometry import Chain, Window
 from ..ops import Block, Env, Local
-from ..stages import Stage, private_maps, readers_of
+from ..stages import Stage, only_readers
 from .conv import ConvSpec
 from .pool import PoolSpec
 
@@ -66,13 +66,12 @@ class FusedStem(torch.autograd.Function):
 
 def fuse_stem(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
     """Fuse the convolution of the image with the pooling after it, if there is one."""
-    readers, private = readers_of(stage), private_maps(stage)
+    readers = only_readers(stage)
     for conv in stage.locals:
         middle = conv.op.outputs[0]
-        spec = convs.get(middle)
-        if spec is None or middle not in private or len(readers[middle]) != 1:
+        spec, pooling = convs.get(middle), readers.get(middle)
+        if spec is None or pooling is None:
             continue
-        pooling = readers[middle][0]
         pool = pools.get(pooling.op.outputs[0])
         if pool is not None and _fits(stage, spec, pool, pooling):
             del convs[middle], pools[pooling.op.outputs[0]]
@@ -110,7 +109,4 @@ def _join(stage: Stage, conv: Local, pooling: Local, spec: ConvSpec) -> None:
         return (FusedStem.apply(env[spec.x], weight, bias, spec, padding, pool_padding, block, keep),)  # pyright: ignore
 
     op = replace(conv.op, name="fused_stem", outputs=pooling.op.outputs)
-    stage.locals[next(i for i, other in enumerate(stage.locals) if other is pooling)] = Local(
-        op, {spec.x: (rows, cols)}, pooling.axes, run
-    )
-    stage.locals = [local for local in stage.locals if local is not conv]
+    stage.replace([conv, pooling], Local(op, {spec.x: (rows, cols)}, pooling.axes, run))

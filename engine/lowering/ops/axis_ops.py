@@ -1,8 +1,11 @@
 """Rules of ops along one dimension: per pixel along channels; along an image axis a window, reductions or whole map.
 
 `diff` along rows reads each row and the next ones. A mirror image reads the last row first, so no tile can compute it
-before the map is complete: it needs the whole map. Joined to the map itself it is a padding (`reflect.py`). A softmax
+before the map is complete: it needs the whole map. Joined to the map itself it is a padding (`padding.py`). A softmax
 over the image, and a division by its norm, are reductions and a local op that reads their results.
+
+A quantile is not a sum over tiles, so order statistics over the image need the whole map, which is stored.
+Multiple-instance heads pool maps of one channel or a few in this form.
 """
 
 from __future__ import annotations
@@ -13,13 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...capture.program import Op
-from ..geometry import Window
-from .base import Block, Env, Local, Maps, Node, Refusal, Whole, arguments, dimensions, replay, rule
-from .circular import circular_pad
+from ...capture.program import Op, Ref
+from ..geometry import Gather, Window
+from .base import (
+    Block,
+    Env,
+    Local,
+    Maps,
+    Node,
+    Reduction,
+    Refusal,
+    Whole,
+    arguments,
+    axes_after,
+    dimensions,
+    integers,
+    part_of,
+    replay,
+    rule,
+)
+from .padding import circular_pad
 from .pointwise import aligned_axes, only_maps
-from .promote import promoted
-from .reductions import ReductionCall, mapped, root, shifted_exp, squared, vector, wide
+from .promote import mapped, promoted, vector
+from .reductions import ReductionCall, root, shifted_exp, squared, wide
 
 
 def _per_pixel(op: Op, maps: Maps, value: int) -> Local:
@@ -42,8 +61,7 @@ def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
     value = op.inputs[0]
     given: dict[str, Any] = {}
     if op.name == "flip":
-        dims = op.kwargs.get("dims", op.args[1:])
-        dims = dims[0] if len(dims) == 1 else dims
+        dims = integers(op, "dims")
     elif op.name == "normalize":
         given = arguments(op, "input p dim eps", p=2.0, dim=1, eps=1e-12)
         dims = given["dim"]
@@ -55,7 +73,7 @@ def along_dims(op: Op, maps: Maps) -> Local | list[Node]:
     only_maps(op, maps, value)
     dims, axes = dimensions(dims, len(maps.shape(value))), set(maps.axes[value])
     if not set(dims) & axes:
-        return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
+        return _per_pixel(op, maps, value)
     if op.name == "normalize" and given["p"] == 2 and given.get("out") is None:
         return normalize_over_image(op, maps, value, dims, given["eps"])
     if set(dims) <= axes and op.name in ("softmax", "log_softmax"):
@@ -96,7 +114,7 @@ def cosine_similarity(op: Op, maps: Maps) -> Local | list[Node]:
     if dim in axes:
         raise Refusal(f"'{op.name}' cannot run along an image axis; pool the products and the squares")
     op, made = promoted(op, maps, axes, rank)
-    after = axes[0] - (dim < axes[0]), axes[1] - (dim < axes[1])
+    after = axes_after(axes, (dim,), False)
     return [*made, Local(op, {v: maps.pointwise(v) for v in maps.inputs(op)}, (after,), replay(op))]
 
 
@@ -187,3 +205,92 @@ def normalize_over_image(op: Op, maps: Maps, value: int, dims: tuple[int, ...], 
     found, norms = call.keepdim_result(length)
     last, _ = mapped(op, maps, "normalized", (value,), lambda x, n: (x / n).to(dtype), dtype, (norms,), call.output)
     return [local, call.reduce(made, "sum", total, keepdim=True), scale, *found, last]
+
+
+@rule("median", "nanmedian", "quantile", "nanquantile", "mode")
+def quantile(op: Op, maps: Maps) -> Local | Whole:
+    value = op.inputs[0]
+    quantiles = "quantile" in op.name
+    dim = -1 if op.name == "mode" else None
+    given = arguments(op, "input q dim keepdim" if quantiles else "input dim keepdim", dim=dim, keepdim=False)
+    asked = given.get("q")
+    only_maps(op, maps, value)
+    dims = dimensions(given["dim"], len(maps.shape(value)))
+    if set(dims) & set(maps.axes[value]):
+        return Whole(op)
+    h, w = axes_after(maps.axes[value], dims, given["keepdim"])
+    if isinstance(asked, Ref) and maps.shape(asked.value):  # several quantiles: a new first dimension
+        h, w = h + 1, w + 1
+    return Local(op, {value: maps.pointwise(value)}, ((h, w),) * len(op.outputs), replay(op))
+
+
+@rule("topk", "kthvalue")
+def largest(op: Op, maps: Maps) -> Local | Whole:
+    """The largest values along a dimension."""
+    value = op.inputs[0]
+    only_maps(op, maps, value)
+    given = arguments(op, "input k dim keepdim", dim=-1, keepdim=False)
+    dim = given["dim"] % len(maps.shape(value))
+    if dim in maps.axes[value]:
+        return Whole(op)
+    axes = maps.axes[value] if op.name == "topk" else axes_after(maps.axes[value], (dim,), bool(given["keepdim"]))
+    return Local(op, {value: maps.pointwise(value)}, (axes,) * 2, replay(op))
+
+
+def _one(value: object) -> object:
+    return value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
+
+
+@rule("avg_pool1d")
+def avg_pool1d(op: Op, maps: Maps) -> Local | list[Node]:
+    """Along the positions of a flattened map in row-major order (NextViT's keys): runs that do not overlap.
+
+    A run of k positions is part of a row, or several rows and parts of two. All runs are few values, so each tile adds
+    its part of every run. Along another dimension: per pixel.
+    """
+    given = arguments(op, "input kernel_size stride padding ceil_mode", padding=0, ceil_mode=False)
+    value, length = given["input"].value, _one(given["kernel_size"])
+    rank, axes = len(maps.shape(value)), maps.axes[value]
+    if rank - 1 not in axes:
+        return Local(op, {value: maps.pointwise(value)}, (axes,), replay(op))
+    stride = _one(given["stride"]) or length
+    if value not in maps.flat or maps.merged(value):
+        raise Refusal("'avg_pool1d' cannot run along one image axis; use avg_pool2d")
+    if stride != length or _one(given["padding"]) != 0 or given["ceil_mode"]:
+        raise Refusal("'avg_pool1d' along positions of the image must have no padding and no overlapping windows")
+    assert isinstance(length, int)
+    return _of_runs(op, maps, value, length)
+
+
+def _of_runs(op: Op, maps: Maps, value: int, length: int) -> list[Node]:
+    """The nodes of a pooling: a channel with the run of each position, the sums of runs, and their means."""
+    height, width = maps.size(value)
+    *batch, channels, positions = maps.shape(value)
+    runs, dtype = positions // length, maps.program.values[op.outputs[0]].dtype
+    own = wide(maps.program.values[value].dtype)
+    if runs + 1 > 1 / torch.finfo(own).eps:
+        raise Refusal(f"'avg_pool1d' makes more than {runs} runs of positions, too many to be numbered in {own}")
+    shape = *batch, channels + 1, positions
+    with_runs = maps.new_map(maps.axes[value], shape, own, like=value, flat=maps.flat[value])
+
+    def append_runs(env: Env, block: Block) -> tuple[Tensor, ...]:
+        x = env[value].to(own)
+        rows, cols = (torch.arange(*span, device=x.device) for span in (block.rows, block.cols))
+        run = torch.div((rows[:, None] * width + cols).flatten(), length, rounding_mode="floor")
+        return (torch.cat([x, run.to(own).expand(*x.shape[:-2], 1, -1)], -2),)
+
+    def sums(block: Tensor) -> Tensor:
+        x = block.flatten(-2)
+        run = x[..., -1, :].detach().reshape(-1, x.shape[-1])[0].long()
+        total = x.new_zeros(*x.shape[:-2], channels, runs + 1)  # the last run is incomplete
+        return total.index_add(-1, run, x[..., :-1, :])[..., :runs]
+
+    # Gathers, though each position reads itself: the values of a block depend on its position.
+    reads = Gather(height, height, tuple(range(height))), Gather(width, width, tuple(range(width)))
+    named = part_of(op, "runs", (value,), (with_runs,))
+    total = maps.new_value(dtype=own, like=op.outputs[0])
+    return [
+        Local(named, {value: reads}, (maps.axes[with_runs],), append_runs),
+        Reduction(op, with_runs, "sum", 1, (), True, outputs=(total,), form=sums),
+        vector((total,), op.outputs[0], lambda t: (t / length).to(dtype)),
+    ]

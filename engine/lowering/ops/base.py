@@ -16,7 +16,7 @@ scan stores their blocks with both axes; rules see shapes and blocks as the reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -72,6 +72,11 @@ class Block:
     parts: list[tuple[Rect, Tensor]] | None = None
     whole: bool = False
     grad_terms: list[Tensor] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the block."""
+        return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
 
 Env = Mapping[int, Tensor]
@@ -264,6 +269,22 @@ class Maps:
         values.append(Value(shape, dtype or pattern.dtype, pattern.device))
         return len(values) - 1
 
+    def new_map(
+        self,
+        axes: Axes,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        like: int,
+        flat: Flat | None = None,
+    ) -> int:
+        """Number of a new map with these image axes; see `new_value`."""
+        made = self.new_value(shape, dtype, like=like)
+        self.axes[made] = axes
+        if flat is not None:
+            self.flat[made] = flat
+        return made
+
     def __contains__(self, value: int) -> bool:
         return value in self.axes
 
@@ -316,6 +337,19 @@ def rule(*names: str) -> Callable[[_R], _R]:
     return register
 
 
+def nodes_of(op: Op, maps: Maps) -> list[Node]:
+    """The nodes of an op by its rule."""
+    rule = find_rule(op.name)
+    assert rule is not None
+    made = rule(op, maps)
+    return made if isinstance(made, list) else [made]
+
+
+def part_of(op: Op, name: str, inputs: Iterable[int], outputs: Iterable[int]) -> Op:
+    """The op of a node that computes a part of another op."""
+    return Op(op.func, name, (), {}, tuple(dict.fromkeys(inputs)), tuple(outputs), (), op.module, line=op.line)
+
+
 def find_rule(name: str) -> Rule | None:
     """The rule of an op, found by its name or, for in-place forms, by the name without the underscore."""
     if name in RULES:
@@ -336,6 +370,14 @@ def arguments(op: Op, names: str, **defaults: Any) -> dict[str, Any]:
     given = dict(zip(order, op.args, strict=False))
     given.update(op.kwargs)
     return {**{name: defaults.get(name) for name in order}, **defaults, **given}
+
+
+def integers(op: Op, name: str) -> tuple[int, ...]:
+    """The variadic integers of a method call: f(x, 0, 2, 3, 1), f(x, (0, 2, 3, 1)) or f(x, dims=...)."""
+    given = op.kwargs[name] if name in op.kwargs else op.args[1:]
+    if len(given) == 1 and not isinstance(given[0], int):
+        given = given[0]
+    return tuple(given)
 
 
 def batch_norm_arguments(op: Op) -> dict[str, Any]:
@@ -363,6 +405,13 @@ def each_window(op: Op, maps: Maps, value: int) -> Local | None:
     if len(maps.shape(value)) != 4 or maps.axes[value] != (0, 0) or maps.inputs(op) != [value]:
         return None
     return Local(op, {value: maps.pointwise(value)}, ((0, 0),) * len(op.outputs), replay(op))
+
+
+def axes_after(axes: Axes, dims: Sequence[int], keepdim: bool) -> Axes:
+    """Image axes after the dimensions `dims` were reduced."""
+    if keepdim:
+        return axes
+    return axes[0] - sum(d < axes[0] for d in dims), axes[1] - sum(d < axes[1] for d in dims)
 
 
 def out_of_place(op: Op) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from string import ascii_letters
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from ...capture.program import Op
 from .attention import take_whole
-from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule
-from .promote import promoted
+from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, part_of, replay, rule
+from .promote import promoted, vector
 
 Term = list[str]  # one label for each dimension
 
@@ -118,7 +119,7 @@ def contraction(
         if not made:  # of size one: it is broadcast over the image
             keep = [d for d, x in enumerate(terms[i]) if x not in image]
             values[i] = maps.new_value([maps.shape(value)[d - len(terms[i])] for d in keep], like=value)
-            nodes.append(_squeezed(value, values[i], maps))
+            nodes.append(vector((value,), values[i], partial(torch.reshape, shape=maps.shape(values[i]))))
             terms[i] = [terms[i][d] for d in keep]
     if set(image) <= set(output):
         return [*nodes, _per_pixel(op, maps, values, terms, output, image)]
@@ -141,11 +142,6 @@ def _with_whole_operands(op: Op, maps: Maps, values: list[int], terms: list[Term
     names = dict(zip(op.inputs, own.inputs, strict=True))
     made = contraction(own, maps, [names.get(v, v) for v in values], terms, output)
     return [*nodes, *(made if isinstance(made, list) else [made])]
-
-
-def _squeezed(value: int, made: int, maps: Maps) -> VectorOp:
-    shape = maps.shape(made)
-    return VectorOp(lambda env: (env[value].reshape(shape),), (value,), (made,))
 
 
 def _equation(terms: Sequence[Term], output: Term) -> str:
@@ -211,18 +207,15 @@ def _joined(
     ends = [maps.shape(values[0])[terms[0].index(x)] for x in places]
     channels = sum(maps.shape(v).numel() // torch.Size(ends).numel() for v in values)
     dtype = maps.program.values[values[0]].dtype
-    pair = maps.new_value((channels, *ends), dtype, like=values[0])
-    maps.axes[pair] = (1, len(places))
-    if len(places) == 1:
-        maps.flat[pair] = maps.flat[values[0]]
+    flat = maps.flat.get(values[0])
+    pair = maps.new_map((1, len(places)), (channels, *ends), dtype, like=values[0], flat=flat)
 
     def join(env: Env, _block: Block) -> tuple[Tensor, ...]:
         blocks = [env[v].permute(order) for v, order in zip(values, orders, strict=True)]
         return (torch.cat([x.reshape(-1, *x.shape[x.dim() - len(places) :]) for x in blocks]),)
 
     reads = {v: maps.pointwise(v) for v in values}
-    own = replace(op, name="joined", args=(), kwargs={}, inputs=tuple(reads), outputs=(pair,))
-    return Local(own, reads, (maps.axes[pair],), join), pair
+    return Local(part_of(op, "joined", reads, (pair,)), reads, (maps.axes[pair],), join), pair
 
 
 @rule("conv1d")

@@ -102,7 +102,7 @@ class _Recording(TorchDispatchMode):
         self.slots: dict[Any, _Slot | _Number] = {}
         for tensor, form in known:
             self.know(tensor, form)
-        self.others = {_memory(tensor) for tensor in self.alive}
+        self.others = {memory_of(tensor) for tensor in self.alive}
 
     def know(self, tensor: Tensor, form: _Form) -> int:
         self.alive.append(tensor)
@@ -138,9 +138,9 @@ class _Recording(TorchDispatchMode):
             form = self.form(args[0])
             if self._of_each(func, args, given, result) != form or form.summed:
                 raise Refusal(f"a custom function calls '{name}', which has no rule there")
-            if _memory(args[0]) in self.others:
+            if memory_of(args[0]) in self.others:
                 raise Refusal("a custom function writes to its input; clone it first")
-            for view in [view for view in self.slots if view[0] == _memory(result)]:
+            for view in [view for view in self.slots if view[0] == memory_of(result)]:
                 del self.slots[view]  # these views see the write, their numbers do not
             self.calls.append(_Call(_OnCopy(func), swap[0], swap[1], self.know(result, form)))
         elif _view(result) not in self.slots:  # a detached tensor has the number of its base
@@ -190,11 +190,7 @@ class _Recording(TorchDispatchMode):
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
     """Key of the elements of a tensor in memory; a detached tensor has the key of its base."""
-    return _memory(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _memory(tensor: Tensor) -> int:
-    return memory_of(tensor)
+    return memory_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _run(calls: Sequence[_Call], tensors: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -282,7 +278,7 @@ def _recorded(op: Op, inputs: Sequence[int], maps: Maps, axes: tuple[int, ...]) 
         with without_dispatch_modes():
             dy = torch.empty(y.shape, dtype=y.dtype, device="meta")
         grad = seen.know(dy, form)
-        seen.others = {_memory(tensor) for tensor in seen.alive}
+        seen.others = {memory_of(tensor) for tensor in seen.alive}
         grads = torch.autograd.grad(y, wanting, dy, allow_unused=True)
         backward = seen.calls
         for t, d in zip(wanting, grads, strict=True):
@@ -292,15 +288,12 @@ def _recorded(op: Op, inputs: Sequence[int], maps: Maps, axes: tuple[int, ...]) 
         numbers = {id(t): None if d is None else seen.number(d) for t, d in zip(wanting, grads, strict=True)}
     if not form.axes:
         raise Refusal("another result")
-    asked = {p.number for call in backward for p in tree_leaves((call.args, call.kwargs), _is_slot) if _is_slot(p)}
+    leaves = [leaf for call in backward for leaf in tree_leaves((call.args, call.kwargs))]
+    asked = {leaf.number for leaf in leaves if isinstance(leaf, _Slot)}
     results = [numbers.get(id(t)) for t in given]
     saved = sorted(n for n in {*asked, *results} if n is not None and n < made)
     h, w = form.axes
     return _Both(forward, output, saved, backward, grad, results), (y.dim() + h, y.dim() + w)
-
-
-def _is_slot(leaf: Any) -> bool:
-    return isinstance(leaf, _Slot)
 
 
 @rule("tensor_hook")

@@ -77,7 +77,7 @@ def _local(local: Local, flat_axes: dict[int, _FlatAxis]) -> Local:
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         flattened = {v: where.flatten(env[v]) for v, where in inputs.items()}
-        size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        size = block.size
         made = plain(ChainMap(flattened, env), block)  # pyright: ignore[reportArgumentType]
         both = zip(made, outputs, strict=True)
         return tuple(t if where is None else t.unflatten(where.axis, where.flat.sizes(*size)) for t, where in both)

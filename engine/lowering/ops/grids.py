@@ -77,8 +77,7 @@ def _windows(op: Op, maps: Maps, value: int, largest: bool) -> Local:
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (pool(env[value], kernel),)
 
-    made = Op(op.func, op.name, op.args, op.kwargs, op.inputs, op.outputs[:1], (), op.module, line=op.line)
-    return Local(made, {value: (rows, cols)}, ((2, 3),), run)
+    return Local(replace(op, outputs=op.outputs[:1], autocast=None), {value: (rows, cols)}, ((2, 3),), run)
 
 
 def _means(op: Op, maps: Maps, value: int, grid: Grid) -> list[Node]:

@@ -16,8 +16,8 @@ from ...capture.program import Op, Ref, bind, refs
 from ...torch_private import tree_leaves
 from ..geometry import Access, Gather, Window
 from .base import Block, Env, Local, Maps, Node, Refusal, VectorOp, Whole, arguments, replay, rule
+from .padding import joined_mirror
 from .promote import promoted
-from .reflect import joined_mirror
 
 
 def spelt_out(key: Any, rank: int) -> tuple[Any, ...]:
@@ -182,10 +182,10 @@ def repeat_interleave(op: Op, maps: Maps) -> Local:
     return Local(op, {value: (reads[0], reads[1])}, (axes,), run)
 
 
-@rule("embedding")
+@rule("embedding", "one_hot")
 def embedding(op: Op, maps: Maps) -> Local:
-    """Looks up a row of a table for each position; the row is a new dimension."""
+    """Looks up a row of a table (of the unit matrix) for each position; the row is a new dimension."""
     value = op.inputs[0]
     if value not in maps:
-        raise Refusal("'embedding' cannot use a table that depends on the image")
+        raise Refusal(f"'{op.name}' cannot use a table that depends on the image")
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))

@@ -5,8 +5,6 @@ A mean of class losses divides by the sum of the weights of the labels that are 
     cross_entropy, mean    loss per pixel -> sum;  weight of its label -> sum;  their ratio
 
 The means of `mse_loss` and `l1_loss` divide by the weights of the pixels; all others by the number of pixels.
-
-This module also has the rules of ops that losses apply to labels, such as one-hot codes.
 """
 
 from __future__ import annotations
@@ -18,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ...capture.program import Op, Ref
-from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, arguments, replay, rule
+from .base import Axes, Block, Env, Local, Maps, Node, Reduction, Refusal, arguments, axes_after, part_of, rule
 from .pointwise import elementwise
-from .reductions import exact, vector
+from .promote import vector
+from .reductions import exact
 
 _ELEMENTWISE = {
     "binary_cross_entropy_with_logits": "input target weight size_average reduce reduction pos_weight",
@@ -67,16 +66,8 @@ def elementwise_loss(op: Op, maps: Maps) -> Local | list[Node]:
     weight = given["weight"].value if isinstance(given.get("weight"), Ref) else None
     if how == "mean" and weight is not None and op.name in ("mse_loss", "l1_loss"):
         total, count = maps.new_value(like=output), maps.new_value(like=output)
-        if weight in maps:
-            weights: Node = _total(op, maps, weight, count)
-        else:
-            weights = vector((weight,), count, lambda w: w.sum())
-        return [
-            *made,
-            _total(op, maps, each, total),
-            weights,
-            vector((total, count), output, torch.div),
-        ]
+        weights = _total(op, maps, weight, count) if weight in maps else vector((weight,), count, torch.sum)
+        return [*made, _total(op, maps, each, total), weights, vector((total, count), output, torch.div)]
     counts = {"sum": 1, "mean": math.prod(maps.shape(each)), "batchmean": maps.shape(given["input"].value)[0]}
     return [*made, _total(op, maps, each, output, counts[how])]
 
@@ -90,7 +81,7 @@ def class_loss(op: Op, maps: Maps) -> Local | list[Node]:
     if value not in maps or target not in maps:
         raise Refusal(f"'{op.name}' needs labels that are read by region; give them to dense_loss")
     soft = maps.shape(value) == maps.shape(target)
-    axes = _without(maps.axes[value], 1)
+    axes = axes_after(maps.axes[value], (1,), False)
     if 1 in maps.axes[value] or maps.axes[target] != (maps.axes[value] if soft else axes):
         raise Refusal(f"'{op.name}' needs labels with the same image axes as the classes")
     if maps.extent(value) != maps.extent(target):
@@ -132,24 +123,13 @@ def class_loss(op: Op, maps: Maps) -> Local | list[Node]:
     ]
 
 
-def _without(axes: Axes, dim: int) -> Axes:
-    """Image axes after a dimension has been removed."""
-    return axes[0] - (axes[0] > dim), axes[1] - (axes[1] > dim)
-
-
 def _made(
     op: Op, maps: Maps, reads: tuple[int, ...], vectors: tuple[int | None, ...], output: int, axes: Axes, run: Any
 ) -> Local:
     """A per-pixel local op whose result has other dimensions than its inputs."""
     given = (*reads, *(v for v in vectors if v is not None))
-    own = Op(op.func, f"{op.name}_each", (), {}, given, (output,), (), op.module)
+    own = part_of(op, f"{op.name}_each", given, (output,))
     return Local(own, {v: maps.pointwise(v) for v in reads}, (axes,), run)
-
-
-@rule("one_hot")
-def one_hot(op: Op, maps: Maps) -> Local:
-    value = op.inputs[0]
-    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 
 @rule("written")

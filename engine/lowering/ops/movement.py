@@ -23,69 +23,41 @@ from .base import (
     VectorOp,
     Whole,
     arguments,
+    axes_after,
     dimensions,
+    integers,
     need_nchw,
     pair,
     replay,
     rule,
 )
-from .circular import circular_pad
-from .promote import promoted, spread, spread_strip
-from .reflect import joined_mirror, mirrored_pad
+from .padding import circular_pad, joined_mirror, mirrored_pad
+from .promote import mapped, promoted, spread, spread_strip
 
 
 def _local(op: Op, maps: Maps, value: int, axes: Axes, run: Run | None = None) -> Local:
     return Local(op, {value: maps.pointwise(value)}, (axes,) * len(op.outputs), run or replay(op))
 
 
-def _ints(op: Op, name: str) -> tuple[int, ...]:
-    """The variadic integers of a method call: f(x, 0, 2, 3, 1), f(x, (0, 2, 3, 1)) or f(x, dims=...)."""
-    given = op.kwargs[name] if name in op.kwargs else op.args[1:]
-    if len(given) == 1 and not isinstance(given[0], int):
-        given = given[0]
-    return tuple(given)
+def moved_dimensions(op: Op, rank: int) -> list[int | None]:
+    """For each dimension of the result of a move, its dimension before, or None for a new one.
+
+    PyTorch itself determines them: the call is applied to a meta tensor whose sizes are all different.
+    """
+    sample = torch.empty(list(range(2, 2 + rank)), device="meta")
+    (made,) = replay(op)({op.inputs[0]: sample}, Block((0, 1), (0, 1)))
+    return [size - 2 if size > 1 else None for size in made.shape]
 
 
-@rule("permute")
-def permute(op: Op, maps: Maps) -> Local:
+@rule("permute", "transpose", "swapaxes", "swapdims", "mT", "adjoint", "t", "T", "movedim", "moveaxis", "unsqueeze")
+def move(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
-    dims = dimensions(_ints(op, "dims"), len(maps.shape(value)))
-    h, w = maps.axes[value]
-    return _local(op, maps, value, (dims.index(h), dims.index(w)))
-
-
-@rule("transpose", "swapaxes", "swapdims", "mT", "adjoint", "t", "T")
-def transpose(op: Op, maps: Maps) -> Local:
-    value = op.inputs[0]
-    rest = [*op.args[1:], *op.kwargs.values()] or [-2, -1]
-    if op.name == "T" and len(maps.shape(value)) != 2:
+    rank = len(maps.shape(value))
+    if op.name == "T" and rank != 2:
         raise Refusal("'T' of more than two dimensions is not supported; use permute")
-    a, b = dimensions(rest, len(maps.shape(value)))
-    swap = {a: b, b: a}
-    h, w = maps.axes[value]
-    return _local(op, maps, value, (swap.get(h, h), swap.get(w, w)))
-
-
-@rule("movedim", "moveaxis")
-def movedim(op: Op, maps: Maps) -> Local:
-    value = op.inputs[0]
-    rank = len(maps.shape(value))
-    given = arguments(op, "input source destination")
-    source, destination = dimensions(given["source"], rank), dimensions(given["destination"], rank)
-    moved = dict(zip(destination, source, strict=True))
-    left = iter(d for d in range(rank) if d not in source)
-    order = [moved[d] if d in moved else next(left) for d in range(rank)]
-    h, w = maps.axes[value]
-    return _local(op, maps, value, (order.index(h), order.index(w)))
-
-
-@rule("unsqueeze")
-def unsqueeze(op: Op, maps: Maps) -> Local:
-    value = op.inputs[0]
-    rank = len(maps.shape(value))
-    dim = arguments(op, "input dim")["dim"] % (rank + 1)
-    h, w = maps.axes[value]
-    return _local(op, maps, value, (h + (dim <= h), w + (dim <= w)))
+    found = moved_dimensions(op, rank)
+    h, w = (found.index(axis) for axis in maps.axes[value])
+    return _local(op, maps, value, (h, w))
 
 
 @rule("squeeze")
@@ -98,8 +70,7 @@ def squeeze(op: Op, maps: Maps) -> Local | Whole:
     dims = [d for d in dimensions(dim, len(shape)) if shape[d] == 1]
     if set(dims) & set(maps.axes[value]):
         return Whole(op)
-    h, w = maps.axes[value]
-    return _local(op, maps, value, (h - sum(d < h for d in dims), w - sum(d < w for d in dims)))
+    return _local(op, maps, value, axes_after(maps.axes[value], dims, False))
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -115,7 +86,7 @@ def expand(op: Op, maps: Maps) -> Node | list[Node]:
             return VectorOp(
                 lambda env: (env[value].expand(shape),), (value,), op.outputs
             )  # already of the image's size
-        return spread(op, maps, value, over, out, maps.axes[over])
+        return spread(op, maps, value, {over: maps.pointwise(over)}, out, maps.axes[over])
     shift = len(maps.shape(out)) - len(maps.shape(value))
     h, w = (axis + shift for axis in maps.axes[value])
     if any(maps.shape(out)[axis + shift] != maps.shape(value)[axis] for axis in maps.axes[value]):
@@ -132,7 +103,7 @@ def expand(op: Op, maps: Maps) -> Node | list[Node]:
 @rule("repeat", "tile")
 def repeat(op: Op, maps: Maps) -> Local:
     value = op.inputs[0]
-    counts = _ints(op, "dims" if op.name == "tile" else "repeats")
+    counts = integers(op, "dims" if op.name == "tile" else "repeats")
     rank = max(len(counts), len(maps.shape(value)))
     counts = (1,) * (rank - len(counts)) + counts
     h, w = (axis + rank - len(maps.shape(value)) for axis in maps.axes[value])
@@ -141,34 +112,19 @@ def repeat(op: Op, maps: Maps) -> Local:
     return _local(op, maps, value, (h, w))
 
 
-@rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
-def split(op: Op, maps: Maps) -> Local:
+_SPLITS = frozenset("chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split".split())
+
+
+@rule(*_SPLITS, "unbind", "select", "index_select")
+def along_other_dimension(op: Op, maps: Maps) -> Local:
+    """Splits and selections along a dimension that is not an image axis."""
     value = op.inputs[0]
-    dim = arguments(op, "input sections dim", dim=0)["dim"] % len(maps.shape(value))
+    names = "input sections dim" if op.name in _SPLITS else "input dim"
+    dim = arguments(op, names, dim=0)["dim"] % len(maps.shape(value))
     if dim in maps.axes[value]:
-        raise Refusal(f"'{op.name}' cannot split a map along an image axis")
-    return _local(op, maps, value, maps.axes[value])
-
-
-@rule("unbind")
-def unbind(op: Op, maps: Maps) -> Local:
-    value = op.inputs[0]
-    dim = arguments(op, "input dim", dim=0)["dim"] % len(maps.shape(value))
-    h, w = maps.axes[value]
-    if dim in (h, w):
-        raise Refusal("'unbind' cannot split a map along an image axis")
-    return _local(op, maps, value, (h - (dim < h), w - (dim < w)))
-
-
-@rule("select", "index_select")
-def select(op: Op, maps: Maps) -> Local:
-    value = op.inputs[0]
-    dim = arguments(op, "input dim")["dim"] % len(maps.shape(value))
-    h, w = maps.axes[value]
-    if dim in (h, w):
-        raise Refusal(f"'{op.name}' cannot select positions of the image")
-    drop = op.name == "select"
-    return _local(op, maps, value, (h - (drop and dim < h), w - (drop and dim < w)))
+        what = "select positions of the image" if "select" in op.name else "split a map along an image axis"
+        raise Refusal(f"'{op.name}' cannot {what}")
+    return _local(op, maps, value, axes_after(maps.axes[value], (dim,), op.name not in ("unbind", "select")))
 
 
 @rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
@@ -216,8 +172,8 @@ def _end_to_end(op: Op, maps: Maps, values: list[int], dim: int) -> list[Node]:
             part, made = promoted(part, maps, axes, rank, size=(shape[axes[0]], shape[axes[1]]))
             nodes.extend(made)
         elif value in reads:  # a second time: under a new value number
-            made, _ = twin(part, maps, value)
-            part = replace(part, inputs=made.op.outputs)
+            made, number = mapped(part, maps, "twin", (value,), lambda x: x)
+            part = replace(part, inputs=(number,))
             nodes.append(made)
         (own,) = part.inputs
         if own not in maps or maps.axes[own] != axes:
@@ -232,14 +188,6 @@ def _end_to_end(op: Op, maps: Maps, values: list[int], dim: int) -> list[Node]:
         return (torch.cat([env[v] for v in parts], dim),)
 
     return [*nodes, Local(replace(op, name="end_to_end", args=(), kwargs={}, inputs=parts), reads, (axes,), run)]
-
-
-def twin(op: Op, maps: Maps, value: int) -> tuple[Local, int]:
-    """The same map under another number, for an op that reads it in two ways."""
-    made = maps.new_value(like=value)
-    maps.axes[made] = maps.axes[value]
-    own = replace(op, name="twin", args=(), kwargs={}, inputs=(value,), outputs=(made,))
-    return Local(own, {value: maps.pointwise(value)}, (maps.axes[made],), lambda env, _block: (env[value],)), made
 
 
 @rule("pad")
@@ -325,11 +273,3 @@ def pixel_unshuffle(op: Op, maps: Maps) -> Local:
         return (F.pixel_unshuffle(env[value], r),)
 
     return Local(op, reads, ((2, 3),), run)
-
-
-@rule("channel_shuffle", "native_channel_shuffle")
-def channel_shuffle(op: Op, maps: Maps) -> Local:
-    value = op.inputs[0]
-    if 1 in maps.axes[value]:
-        raise Refusal(f"'{op.name}' has an image axis as channel dimension")
-    return _local(op, maps, value, maps.axes[value])

@@ -77,3 +77,5 @@ CONVERSIONS = """
 """.split()
 
 ELEMENTWISE = [*TAGGED, *ALIASES, *COMPOSED, *OPERATORS, *ASSIGNMENTS, *CONVERSIONS]
+
+RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten"})

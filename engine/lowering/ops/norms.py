@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,15 +34,17 @@ from .base import (
     Node,
     Reduction,
     Refusal,
+    Run,
     VectorOp,
     arguments,
     batch_norm_arguments,
+    part_of,
     replay,
     rule,
 )
 from .pointwise import on_channels, only_maps
-from .promote import promoted
-from .reductions import exact, mapped, moments, vector, wide
+from .promote import mapped, promoted, vector
+from .reductions import exact, moments, wide
 
 
 def _number(ref: Any) -> int | None:
@@ -187,20 +190,19 @@ def _rows(op: Op, maps: Maps, value: int) -> Local | None:
     if value not in maps.flat or maps.axes[value] != (0, 0) or len(maps.shape(value)) < 2:
         return None
     flat, tracked = maps.flat[value], maps.shape(value)[1:]
-    made = maps.new_value((flat.ahead, flat.height * flat.width, flat.behind, *tracked), like=value)
-    maps.axes[made], maps.flat[made] = (1, 1), Flat(flat.height, flat.width)
+    shape = flat.ahead, flat.height * flat.width, flat.behind, *tracked
+    made = maps.new_map((1, 1), shape, like=value, flat=Flat(flat.height, flat.width))
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (env[value].reshape(flat.ahead, -1, flat.behind, *tracked),)
 
-    own = Op(op.func, "rows", (), {}, (value,), (made,), (), op.module)
-    return Local(own, {value: maps.pointwise(value)}, ((1, 1),), run)
+    return Local(part_of(op, "rows", (value,), (made,)), {value: maps.pointwise(value)}, ((1, 1),), run)
 
 
 def _pixelwise(
-    op: Op, maps: Maps, value: int, name: str, inputs: tuple[int, ...], run: Any, kwargs: dict[str, Any] | None = None
+    op: Op, maps: Maps, value: int, name: str, inputs: tuple[int, ...], run: Run, kwargs: dict[str, Any]
 ) -> Local:
-    made = Op(op.func, name, (), kwargs or {}, inputs, op.outputs[:1], (), op.module)
+    made = replace(part_of(op, name, inputs, op.outputs[:1]), kwargs=kwargs)
     return Local(made, {value: maps.pointwise(value)}, (maps.axes[value],), run)
 
 
@@ -255,13 +257,8 @@ def group_norm(op: Op, maps: Maps) -> list[Node]:
 
 @rule("instance_norm")
 def instance_norm(op: Op, maps: Maps) -> Local | list[Node]:
-    given = arguments(
-        op,
-        "input running_mean running_var weight bias use_input_stats momentum eps",
-        use_input_stats=True,
-        momentum=0.1,
-        eps=1e-5,
-    )
+    names = "input running_mean running_var weight bias use_input_stats momentum eps"
+    given = arguments(op, names, use_input_stats=True, momentum=0.1, eps=1e-5)
     value = given["input"].value
     if not given["use_input_stats"]:
         return on_channels(op, maps, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,21 +11,9 @@ from torch.nn import functional as F
 
 from ...capture.program import Op
 from ...torch_private import tree_leaves
-from .base import (
-    Axes,
-    Block,
-    Env,
-    Local,
-    Maps,
-    Node,
-    Refusal,
-    VectorOp,
-    arguments,
-    replay,
-    rule,
-)
+from .base import Axes, Block, Env, Local, Maps, Node, Refusal, VectorOp, arguments, replay, rule
 from .names import ELEMENTWISE
-from .promote import over_resident, promoted, renamed
+from .promote import over_resident, promoted, renamed, spread
 
 
 def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
@@ -69,16 +58,8 @@ def _widened(op: Op, maps: Maps, axes: Axes, shape: torch.Size) -> tuple[Op, lis
         full = list(maps.shape(value))
         for axis, n in zip(maps.axes[value], size, strict=True):
             full[axis] = n
-        made, lies = maps.new_value(full, like=value), maps.axes[value]
-        maps.axes[made], names[value] = lies, made
-
-        def run(env: Env, block: Block, value: int = value, full: list[int] = full, lies: Axes = lies):
-            sizes = list(full)
-            sizes[lies[0]], sizes[lies[1]] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-            return (env[value].expand(sizes),)
-
-        spread = Op(op.func, "spread", (), {}, (value,), (made,), (), op.module)
-        nodes.append(Local(spread, {value: over_resident(maps, value, size)}, (lies,), run))
+        names[value] = maps.new_map(maps.axes[value], full, like=value)
+        nodes.append(spread(op, maps, value, {value: over_resident(maps, value, size)}, names[value], maps.axes[value]))
     return (renamed(op, names), nodes) if names else (op, nodes)
 
 
@@ -121,13 +102,8 @@ def compared(op: Op, maps: Maps) -> Local:
     return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
 
 
-@rule("prelu")
-def prelu(op: Op, maps: Maps) -> Local:
-    return on_channels(op, maps, op.inputs[0])
-
-
-@rule("local_response_norm")
-def local_response_norm(op: Op, maps: Maps) -> Local:
+@rule("prelu", "local_response_norm", "channel_shuffle", "native_channel_shuffle")
+def with_channel_parameters(op: Op, maps: Maps) -> Local:
     return on_channels(op, maps, op.inputs[0])
 
 
@@ -169,3 +145,33 @@ def noise(op: Op, maps: Maps) -> Local | list[Node]:
         raise Refusal(f"'{op.name}' cannot draw a map from its own generator; use PyTorch's default generator")
     random = op.name != "rrelu" or bool(arguments(op, "input lower upper training")["training"])
     return _random(elementwise(op, maps), random)
+
+
+class _WithZeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *unread: Tensor) -> Tensor:
+        ctx.unread = [t.detach() for t in unread]  # not saved: their values are not needed, so they may change
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], *map(torch.zeros_like, ctx.unread)
+
+
+def with_zeros(x: Tensor, *unread: Tensor) -> Tensor:
+    """The same tensor; its backward returns zeros for the tensors in `unread`.
+
+    They are parameters that lowering no longer reads, such as a token that is joined and cut off again. PyTorch gives
+    them zeros, not None, and optimizers treat them differently: with zeros they decay a weight and its momentum.
+    """
+    return _WithZeros.apply(x, *unread)  # pyright: ignore[reportReturnType]
+
+
+@rule("with_zeros")
+def copy_with_zeros(op: Op, maps: Maps) -> Local:
+    value, *unread = op.inputs
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (with_zeros(env[value], *(env[v] for v in unread)),)
+
+    return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), run)

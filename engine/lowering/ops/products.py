@@ -8,18 +8,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from torch import Tensor
 
 from ...capture.program import Op
 from ..geometry import Cells
-from .attention import asks_all, take_whole
-from .base import Block, Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, replay, rule
-from .global_queries import once_for_each_image
+from .attention import asks_all, once_for_each_image, take_whole
+from .base import Local, Maps, Node, Reduction, Refusal, Whole, arguments, nodes_of, part_of, replay, rule
+from .contract import contraction
 from .pointwise import only_maps
-from .promote import promoted, spread_strip
+from .promote import mapped, spread_strip, vector
 
 
 @rule("matmul", "__matmul__", "bmm")
@@ -58,8 +55,7 @@ def _product(
         else:
             own, nodes = op, []
         if own is not op:
-            made = matmul(own, maps)
-            return [*nodes, *(made if isinstance(made, list) else [made])]
+            return [*nodes, *nodes_of(own, maps)]
     found = [axes for axes in (first, second) if axes is not None]
     contracted = (first is not None and -1 in first) or (second is not None and (-2 if ranks[1] > 1 else -1) in second)
     if contracted and len(found) == 1:
@@ -93,78 +89,35 @@ def linear(op: Op, maps: Maps) -> Local | Whole | list[Node]:
         return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
     if value not in maps.flat:
         raise Refusal("'linear' cannot contract an image axis; flatten both image axes first")
-    if maps.merged(value) or rank < 2 or maps.inputs(op) != [value]:
+    output, info = op.outputs[0], maps.program.values[op.outputs[0]]
+    if maps.merged(value) or rank < 2 or maps.inputs(op) != [value] or info.dtype.is_complex:
         return Whole(op)  # a classifier after a flatten: a weight for each element
-    output = op.outputs[0]
-    dtype = maps.program.values[output].dtype
-    transposed = maps.new_value(maps.shape(weight)[::-1], like=weight)
     product = output if bias is None else maps.new_value(like=output)
-    own = Op(torch.matmul, "matmul", (), {}, (value, transposed), (product,), (), op.module, line=op.line)
-    nodes: list[Node] = [VectorOp(lambda env: (env[weight].t(),), (weight,), (transposed,))]
-    nodes += _over_positions(own, maps, value, transposed)
+    own = part_of(op, "matmul", (value, weight), (product,))
+    batch = [str(d) for d in range(rank - 1)]
+    nodes = contraction(own, maps, (value, weight), ([*batch, "p"], ["d", "p"]), [*batch, "d"])
+    assert isinstance(nodes, list)
     if bias is not None:
-        added = bias.value
-        plus = VectorOp(lambda env: ((env[product] + env[added]).to(dtype),), (product, added), op.outputs)
-        nodes.append(plus)
+        nodes.append(vector((product, bias.value), output, lambda x, b: (x + b).to(info.dtype)))
     return nodes
 
 
 # -- over all positions of a flattened map ----------------------------------------------------------------------------
 
 
-def _over_positions(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
+def _over_positions(op: Op, maps: Maps, left: int, right: int) -> Local | Whole | list[Node]:
     """(..., c, pixels) @ (..., pixels, d); a factor without image axes has a value for each position."""
-    nodes: list[Node] = []
-    vectors = len(maps.shape(left)) == 1, len(maps.shape(right)) == 1
     known = left if left in maps else right
-    merged = maps.merged(known)
-    if merged and (left not in maps or right not in maps):
+    if maps.merged(known) and (left not in maps or right not in maps):
         raise Refusal(f"'{op.name}' cannot contract a flattened map that contains more than the image axes")
-    sides = []
-    for value, behind in ((left, -1), (right, -1 if vectors[1] else -2)):
-        if value in maps:
-            sides.append(value)
-            continue
-        rank = len(maps.shape(value))
-        alone = replace(op, args=(), kwargs={}, inputs=(known, value))
-        axis = rank + behind
-        renamed_op, made = promoted(alone, maps, (axis, axis), rank)
-        nodes.extend(made)
-        sides.append(renamed_op.inputs[1])
-    left, right = sides
-    if left not in maps or right not in maps or maps.flat[left] != maps.flat[right]:
-        raise Refusal(f"'{op.name}' cannot contract maps of different sizes")
-    shapes = tuple(
-        (1, *shape) if vector and side == 0 else (*shape, 1) if vector else tuple(shape)
-        for side, (shape, vector) in enumerate(zip((maps.shape(left), maps.shape(right)), vectors, strict=True))
+    first, second = len(maps.shape(left)), len(maps.shape(right))
+    batch = [str(d) for d in range(max(first, second) - 2, 0, -1)]
+    rows, cols = ["c"] if first > 1 else [], ["d"] if second > 1 else []
+    terms = (
+        [*(d for d in batch if int(d) <= first - 2), *rows, "p"],
+        [*(d for d in batch if int(d) <= second - 2), "p", *cols],
     )
-    (c, pixels), d = shapes[0][-2:], shapes[1][-1]
-    batch = torch.broadcast_shapes(shapes[0][:-2], shapes[1][:-2])
-    values = maps.program.values
-    dtype = torch.promote_types(values[left].dtype, values[right].dtype)
-    pair = maps.new_value((*batch, c + d, pixels), dtype, like=left)
-    maps.axes[pair] = (len(batch) + 1, len(batch) + 1)
-    maps.flat[pair] = maps.flat[left]
-
-    def join(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        rows = env[left][None] if vectors[0] else env[left]
-        cols = env[right][None] if vectors[1] else env[right].transpose(-1, -2)
-        return (torch.cat([part.expand(*batch, *part.shape[-2:]).to(dtype) for part in (rows, cols)], -2),)
-
-    def product(block: Tensor) -> Tensor:
-        x = block.flatten(-4 if merged else -2).to(torch.promote_types(block.dtype, torch.float32))
-        with torch.autocast(block.device.type, enabled=False):
-            return x[..., :c, :] @ x[..., c:, :].transpose(-1, -2)
-
-    both = {v: maps.pointwise(v) for v in (left, right)}
-    joined = Op(op.func, "pair", (), {}, (left, right), (pair,), (), op.module, line=op.line)
-    nodes.append(Local(joined, both, (maps.axes[pair],), join))
-    if not any(vectors):
-        return [*nodes, Reduction(op, pair, "sum", 1, (), True, form=product)]
-    full = maps.new_value((*batch, c, d), like=op.outputs[0])
-    shape = tuple(maps.shape(op.outputs[0]))
-    drop = VectorOp(lambda env: (env[full].reshape(shape),), (full,), op.outputs)
-    return [*nodes, Reduction(op, pair, "sum", 1, (), True, outputs=(full,), form=product), drop]
+    return contraction(op, maps, (left, right), terms, [*batch, *rows, *cols])
 
 
 # -- over one of the image's axes -------------------------------------------------------------------------------------
@@ -184,15 +137,7 @@ def _over_one_axis(op: Op, maps: Maps, left: int, right: int) -> list[Node]:
     dim = rank - 1 if value == left else rank - 2
     shape = [maps.shape(vector)[0] if d == dim else 1 for d in range(rank)]
     nodes, weights = spread_strip(op, maps, vector, shape, axes, size)
-    dtype = maps.program.values[op.outputs[0]].dtype
-    made = maps.new_value(dtype=torch.promote_types(dtype, torch.float32), like=value)
-    maps.axes[made] = axes
-    wide = maps.program.values[made].dtype
-
-    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-        return (env[value].to(wide) * env[weights].to(wide),)
-
-    own = Op(torch.mul, "weighted", (), {}, (value, weights), (made,), (), op.module, line=op.line)
-    local = Local(own, {v: maps.pointwise(v) for v in (value, weights)}, (axes,), run)
+    wide = torch.promote_types(maps.program.values[op.outputs[0]].dtype, torch.float32)
+    local, made = mapped(op, maps, "weighted", (value, weights), lambda x, w: x.to(wide) * w.to(wide), wide)
     rows, cols = (Cells(n, 1 if axis == dim else n) for axis, n in zip(axes, size, strict=True))
     return [*nodes, local, Reduction(op, made, "sum", 1, (dim,), False, grid=(rows, cols))]

@@ -9,16 +9,21 @@ their block needs.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...capture.program import Op, Ref
 from ...torch_private import tree_map
 from ..geometry import Access, repeated, same
-from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, VectorOp, arguments
+from .base import Axes, Block, Env, Flat, Local, Maps, Node, Refusal, VectorOp, arguments, nodes_of, part_of
+from .names import ELEMENTWISE
+
+Reads = Mapping[int, tuple[Access, Access]]
 
 
 def promoted(
@@ -54,39 +59,38 @@ def promoted(
         source = _spread_source(maps, value)
         spreads = source is not None and rank == len(maps.shape(value)) and axes[0] != axes[1]
         if source is not None and over is not None and spreads and all(maps.shape(source)[axis] == 1 for axis in axes):
-            number = maps.new_value(like=value)
-            maps.axes[number] = axes
-            nodes.append(spread(op, maps, source, over, number, axes))
+            number = maps.new_map(axes, like=value)
+            nodes.append(spread(op, maps, source, {over: maps.pointwise(over)}, number, axes))
         else:
-            number = _promote(maps, value, shape, axes, flat or size)
-            nodes.append(VectorOp(_view(value, tuple(shape), axes, flat or size), (value,), (number,)))
+            full = list(shape)
+            for axis, own in zip(axes, size if flat is None else (flat.length,) * 2, strict=True):
+                full[axis] = own
+            number = maps.new_map(axes, full, like=value, flat=flat)
+            nodes.append(vector((value,), number, partial(_viewed, shape, full, axes, flat)))
         names[value] = number
     if not names:
         return op, nodes
     return renamed(op, names), nodes
 
 
-def spread(op: Op, maps: Maps, source: int, over: int, output: int, axes: Axes) -> Local:
-    """The map `output` with the values of a vector at every position of the map `over`."""
+def spread(op: Op, maps: Maps, source: int, reads: Reads, output: int, axes: Axes) -> Local:
+    """The map `output` with the values of `source` at every position of the maps that are read."""
     shape = list(maps.shape(output))
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        full = list(shape)
-        height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        full, (height, width) = list(shape), block.size
         full[axes[0]], full[axes[1]] = (height, width) if axes[0] != axes[1] else (height * width,) * 2
         return (env[source].expand(full),)
 
-    own = Op(op.func, "spread", (), {}, (over, source), (output,), (), op.module)
-    return Local(own, {over: maps.pointwise(over)}, (axes,), run)
+    return Local(part_of(op, "spread", (*reads, source), (output,)), reads, (axes,), run)
 
 
 def resident(maps: Maps, value: int, axes: Axes, shape: Sequence[int] | None = None) -> tuple[list[Node], int]:
     """A vector that local ops read by region, like a map; `shape` adds dimensions of size one."""
     shape = list(maps.shape(value) if shape is None else shape)
-    number = maps.new_value(shape, like=value)
-    maps.axes[number] = axes
+    number = maps.new_map(axes, shape, like=value)
     maps.resident.add(number)
-    return [VectorOp(lambda env: (env[value].reshape(shape),), (value,), (number,))], number
+    return [vector((value,), number, lambda x: x.reshape(shape))], number
 
 
 def over_resident(maps: Maps, value: int, size: tuple[int, int]) -> tuple[Access, Access]:
@@ -105,14 +109,37 @@ def spread_strip(
         full[axis] = n
     number = maps.new_value(full, like=value) if output is None else output
     maps.axes[number] = axes
+    reads = {resident_value: over_resident(maps, resident_value, size)}
+    return [*nodes, spread(op, maps, resident_value, reads, number, axes)], number
 
-    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        sizes = list(maps.shape(number))
-        sizes[axes[0]], sizes[axes[1]] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-        return (env[resident_value].expand(sizes),)
 
-    own = Op(op.func, "spread", (), {}, (resident_value,), (number,), (), op.module)
-    return [*nodes, Local(own, {resident_value: over_resident(maps, resident_value, size)}, (axes,), run)], number
+def mapped(
+    op: Op,
+    maps: Maps,
+    name: str,
+    values: tuple[int, ...],
+    function: Callable[..., Tensor],
+    dtype: torch.dtype | None = None,
+    vectors: tuple[int, ...] = (),
+    output: int | None = None,
+) -> tuple[Local, int]:
+    """A per-pixel local op, `function(*values, *vectors)`; all values have the axes of the first."""
+    made = maps.new_value(dtype=dtype, like=values[0]) if output is None else output
+    maps.axes[made] = maps.axes[values[0]]
+    if values[0] in maps.flat:
+        maps.flat[made] = maps.flat[values[0]]
+
+    def run(env: Env, _block: Any) -> tuple[Tensor, ...]:
+        return (function(*(env[v] for v in (*values, *vectors))),)
+
+    reads = {v: maps.pointwise(v) for v in values}
+    reads.update({v: over_resident(maps, v, maps.size(made)) for v in vectors if v in maps.resident})
+    return Local(part_of(op, name, (*values, *vectors), (made,)), reads, (maps.axes[made],), run), made
+
+
+def vector(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor]) -> VectorOp:
+    """A vector op: `function(*inputs)`."""
+    return VectorOp(lambda env: (function(*(env[v] for v in inputs)),), inputs, (output,))
 
 
 def _spread_source(maps: Maps, value: int) -> int | None:
@@ -138,26 +165,97 @@ def renamed(op: Op, names: dict[int, int]) -> Op:
     return replace(op, args=tree_map(swap, op.args), kwargs=tree_map(swap, op.kwargs), inputs=inputs, mutated=mutated)
 
 
-def _promote(maps: Maps, value: int, shape: Sequence[int], axes: Axes, extent: Flat | tuple[int, int]) -> int:
-    full = list(shape)
-    if isinstance(extent, Flat):
-        full[axes[0]] = extent.length
-    else:
-        full[axes[0]], full[axes[1]] = extent
-    number = maps.new_value(full, like=value)
-    maps.axes[number] = axes
-    if isinstance(extent, Flat):
-        maps.flat[number] = extent
-    return number
+def _viewed(shape: Sequence[int], full: Sequence[int], axes: Axes, flat: Flat | None, x: Tensor) -> Tensor:
+    """A complete vector as a map."""
+    if flat is None:
+        return x.reshape(shape).expand(full)
+    # Separates images and windows that a reshape has joined.
+    return x.reshape(shape).unflatten(axes[0], flat.sizes(flat.height, flat.width))
 
 
-def _view(value: int, shape: tuple[int, ...], axes: Axes, extent: Flat | tuple[int, int]):
-    def run(env: Env) -> tuple[Tensor, ...]:
-        x = env[value].reshape(shape)
-        if isinstance(extent, Flat):  # separates images and windows that a reshape has joined
-            return (x.unflatten(axes[0], extent.sizes(extent.height, extent.width)),)
-        full = list(shape)
-        full[axes[0]], full[axes[1]] = extent
-        return (x.expand(full),)
+# -- ops on vectors ----------------------------------------------------------------------------------------------------
 
-    return run
+_RESAMPLES = frozenset({"interpolate", "upsample", "upsample_nearest", "upsample_bilinear"})
+_SPREADS = frozenset({"expand", "expand_as", "broadcast_to", "repeat", "tile"})
+_PRODUCTS = frozenset({"matmul", "__matmul__"})
+
+
+def rise(op: Op, maps: Maps) -> list[Node] | None:
+    """The nodes of an op on vectors with a value for each image position in its result: a map, made block by block.
+
+        interpolate   (N, C, 6, 6) -> (N, C, H, W)                 pyramid pooling
+        expand        (N, C, H, 1) -> (N, C, H, W)                 strip pooling
+        a + b, a @ b  (N, C, H, 1), (N, C, 1, W) -> (N, C, H, W)   coordinate attention
+
+    Its inputs are resident. Returns None for others, whose result is computed whole and stays a vector.
+    """
+    if len(op.outputs) != 1 or op.mutated or op.autocast is not None:
+        return None
+    output = op.outputs[0]
+    shape = tuple(maps.shape(output))
+    if len(shape) != 4 or 1 in shape[2:] or shape[2:] not in {maps.size(v) for v in maps.axes}:
+        return None
+    inputs = {v: tuple(maps.shape(v)) for v in op.inputs}
+    if any(len(given) > 4 or given[-2:] == shape[2:] for given in inputs.values()):
+        return None
+    if all(given[-2:] in ((), (1,), (1, 1)) for given in inputs.values()):
+        return None  # `promoted` spreads one value for all positions where it meets a map
+    try:
+        if op.name in _RESAMPLES:
+            return _resampled(op, maps)
+        if op.name in _SPREADS:
+            return _repeated(op, maps)
+        if op.name in _PRODUCTS:
+            return _product(op, maps)
+        return _broadcast(op, maps) if op.name in ELEMENTWISE else None
+    except Refusal:
+        return None
+
+
+def _resampled(op: Op, maps: Maps) -> list[Node] | None:
+    value = op.inputs[0]
+    if len(maps.shape(value)) != 4:
+        return None
+    nodes, resident_value = resident(maps, value, (2, 3))
+    made = nodes_of(renamed(op, {value: resident_value}), maps)
+    return [*nodes, *made] if isinstance(made[0], Local) else None
+
+
+def _repeated(op: Op, maps: Maps) -> list[Node] | None:
+    value, output = op.inputs[0], op.outputs[0]
+    own, full = tuple(maps.shape(value)), tuple(maps.shape(output))
+    own = (1,) * (4 - len(own)) + own
+    target = (*own[:2], *full[2:]) if op.name in ("repeat", "tile") else full
+    if target != full or any(size not in (1, whole) for size, whole in zip(own, full, strict=True)):
+        return None
+    nodes, _ = spread_strip(op, maps, value, own, (2, 3), (full[2], full[3]), output)
+    return nodes
+
+
+def _broadcast(op: Op, maps: Maps) -> list[Node] | None:
+    size = maps.shape(op.outputs[0])[-2], maps.shape(op.outputs[0])[-1]
+    nodes: list[Node] = []
+    names: dict[int, int] = {}
+    for value in dict.fromkeys(op.inputs):
+        shape = [1] * (4 - len(maps.shape(value))) + list(maps.shape(value))
+        if shape[2:] != [1, 1]:
+            made, names[value] = spread_strip(op, maps, value, shape, (2, 3), size)
+            nodes.extend(made)
+    return [*nodes, *nodes_of(renamed(op, names), maps)]
+
+
+def _product(op: Op, maps: Maps) -> list[Node] | None:
+    """An outer product, (N, C, H, 1) @ (N, C, 1, W)."""
+    left, right = op.inputs if len(op.inputs) == 2 else (op.inputs[0],) * 2
+    if maps.shape(left)[-1] != 1 or len(maps.shape(left)) != 4 or len(maps.shape(right)) != 4:
+        return None
+    output = op.outputs[0]
+    size = maps.shape(output)[2], maps.shape(output)[3]
+    nodes, rows = resident(maps, left, (2, 3))
+    more, cols = resident(maps, right, (2, 3))
+
+    def run(env: Env, _block: object) -> tuple[Tensor, ...]:
+        return (env[rows] * env[cols],)
+
+    reads = {v: over_resident(maps, v, size) for v in (rows, cols)}
+    return [*nodes, *more, Local(part_of(op, "outer_product", reads, (output,)), reads, ((2, 3),), run)]

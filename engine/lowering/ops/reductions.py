@@ -18,10 +18,25 @@ import torch
 from torch import Tensor
 
 from ...capture.program import Op
-from .base import Env, Local, Maps, Node, Reduction, Refusal, VectorOp, Whole, arguments, dimensions, replay, rule
+from .base import (
+    Local,
+    Maps,
+    Node,
+    Reduction,
+    Refusal,
+    VectorOp,
+    Whole,
+    arguments,
+    axes_after,
+    dimensions,
+    replay,
+    rule,
+)
 from .grids import Grid, is_read, strip_grid
 from .pointwise import elementwise
-from .promote import over_resident, resident
+from .promote import mapped, resident, vector
+
+Function = Callable[[Tensor], Tensor]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -54,91 +69,21 @@ def moments(
         raise Refusal("cannot compute statistics of no images; skip the layer for an empty batch")
     dtype = exact(info.device) if precise else wide(info.dtype)
     mean, var = (maps.new_value(shape, dtype, like=value) for _ in range(2))
-    reduction = Reduction(
-        op,
-        value,
-        "moments",
-        count,
-        axes,
-        True,
-        outputs=(mean, var),
-        precise=precise,
-        grid=grid,
-        per_pixel=count // pixels if grid is None else 1,
-    )
-    return reduction, mean, var
-
-
-def mapped(
-    op: Op,
-    maps: Maps,
-    name: str,
-    values: tuple[int, ...],
-    function: Callable[..., Tensor],
-    dtype: torch.dtype,
-    vectors: tuple[int, ...] = (),
-    output: int | None = None,
-) -> tuple[Local, int]:
-    """A per-pixel local op, `function(*values, *vectors)`; all values have the axes of the first."""
-    made = maps.new_value(dtype=dtype, like=values[0]) if output is None else output
-    maps.axes[made] = maps.axes[values[0]]
-    if values[0] in maps.flat:
-        maps.flat[made] = maps.flat[values[0]]
-
-    def run(env: Env, _block: Any) -> tuple[Tensor, ...]:
-        return (function(*(env[v] for v in (*values, *vectors))),)
-
-    own = Op(op.func, name, (), {}, (*values, *vectors), (made,), (), op.module)
-    reads = {v: maps.pointwise(v) for v in values}
-    reads.update({v: over_resident(maps, v, maps.size(made)) for v in vectors if v in maps.resident})
-    return Local(own, reads, (maps.axes[made],), run), made
-
-
-def vector(inputs: tuple[int, ...], output: int, function: Callable[..., Tensor]) -> VectorOp:
-    """A vector op: `function(*inputs)`."""
-    return VectorOp(lambda env: (function(*(env[v] for v in inputs)),), inputs, (output,))
-
-
-def axes_after(axes: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> tuple[int, int]:
-    """Image axes after the dimensions `dims` were reduced."""
-    if keepdim:
-        return axes
-    return axes[0] - sum(d < axes[0] for d in dims), axes[1] - sum(d < axes[1] for d in dims)
+    options = {"precise": precise, "grid": grid, "per_pixel": count // pixels if grid is None else 1}
+    return Reduction(op, value, "moments", count, axes, True, outputs=(mean, var), **options), mean, var
 
 
 _NAMES = {
-    "norm": "input p dim keepdim",
-    "vector_norm": "input p dim keepdim",
-    "var": "input dim unbiased keepdim",
-    "std": "input dim unbiased keepdim",
-    "var_mean": "input dim unbiased keepdim",
-    "std_mean": "input dim unbiased keepdim",
+    **dict.fromkeys(("norm", "vector_norm"), "input p dim keepdim"),
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), "input dim unbiased keepdim"),
 }
+_OVER_DIMS = """
+    mean sum amax amin max min var std norm vector_norm logsumexp prod var_mean std_mean argmax argmin any all
+    count_nonzero nansum nanmean
+""".split()
 
 
-@rule(
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "var",
-    "std",
-    "norm",
-    "vector_norm",
-    "logsumexp",
-    "prod",
-    "var_mean",
-    "std_mean",
-    "argmax",
-    "argmin",
-    "any",
-    "all",
-    "count_nonzero",
-    "nansum",
-    "nanmean",
-)
+@rule(*_OVER_DIMS)
 def reduction(op: Op, maps: Maps) -> Local | list[Node]:
     """Over channels: per pixel. Over both image axes: see the module's docstring. Otherwise on the whole map."""
     if op.name in ("max", "min") and len(op.inputs) == 2:
@@ -199,39 +144,18 @@ class ReductionCall:
         """A result with its reduced dimensions of size one, as local ops read it."""
         return ([], value) if self.grid is None else resident(self.maps, value, self.maps.axes[self.value])
 
-    def vector_like_output(self, dtype: torch.dtype) -> int:
-        return self.maps.new_value(self.maps.shape(self.output), dtype, like=self.output)
-
     def reduce(
         self, value: int, kind: str, output: int, count: int = 1, keepdim: bool | None = None, nan_counts: bool = False
     ) -> Reduction:
         keepdim = self.keepdim if keepdim is None else keepdim
-        return Reduction(
-            self.op,
-            value,
-            kind,
-            count,
-            self.dims,
-            keepdim,
-            self.first,
-            (output,),
-            nan_counts=nan_counts,
-            grid=self.grid,
-        )
+        options = {"nan_counts": nan_counts, "grid": self.grid}
+        return Reduction(self.op, value, kind, count, self.dims, keepdim, self.first, (output,), **options)
 
-    def of(
-        self,
-        name: str,
-        function: Callable[[Tensor], Tensor],
-        kind: str,
-        behind: Callable[[Tensor], Tensor],
-        nan_counts: bool = False,
-    ) -> list[Node]:
+    def of(self, name: str, function: Function, kind: str, behind: Function, nan_counts: bool = False) -> list[Node]:
         """The nodes of `behind(reduction(function(x)))`."""
         own = wide(self.maps.program.values[self.value].dtype)
         local, made = self.mapped(name, lambda x: function(x.to(own)), own)
-        total = self.vector_like_output(own)
-        dtype = self.dtype
+        total, dtype = self.maps.new_value(dtype=own, like=self.output), self.dtype
         last = vector((total,), self.output, lambda t: behind(t).to(dtype))
         return [local, self.reduce(made, kind, total, nan_counts=nan_counts), last]
 
@@ -259,16 +183,13 @@ def _finds_maxima(call: ReductionCall) -> bool:
     return maps.program.values[call.value].dtype.is_floating_point
 
 
-def _max(call: ReductionCall) -> list[Node] | None:
+def _extreme(call: ReductionCall) -> list[Node] | None:
     if not _finds_maxima(call):
         return None
-    return [call.reduce(call.value, "max", call.output, nan_counts=call.op.name == "max")]
-
-
-def _min(call: ReductionCall) -> list[Node] | None:
-    if not _finds_maxima(call):
-        return None
-    return call.of("negative", torch.neg, "max", torch.neg, nan_counts=call.op.name == "min")
+    nan_counts = call.op.name in ("max", "min")
+    if "max" in call.op.name:
+        return [call.reduce(call.value, "max", call.output, nan_counts=nan_counts)]
+    return call.of("negative", torch.neg, "max", torch.neg, nan_counts=nan_counts)
 
 
 def root(x: Tensor) -> Tensor:
@@ -343,7 +264,7 @@ def finite(top: Tensor) -> Tensor:
     return torch.where(top.isinf(), 0, top).detach()
 
 
-def shifted_exp(call: ReductionCall, shift: Callable[[Tensor], Tensor]) -> tuple[list[Node], int, int, int]:
+def shifted_exp(call: ReductionCall, shift: Function) -> tuple[list[Node], int, int, int]:
     """Nodes and values of exp(x - shift(max)), of the maximum and of the sum of the exponentials.
 
     Reduced dimensions of the maximum and the sum have size one.
@@ -372,17 +293,9 @@ def _logsumexp(call: ReductionCall) -> list[Node]:
 
 
 _FORMS: dict[str, Callable[[ReductionCall], list[Node] | None]] = {
-    "sum": _sum,
-    "mean": _sum,
-    "amax": _max,
-    "max": _max,
-    "amin": _min,
-    "min": _min,
-    "norm": _norm,
-    "vector_norm": _norm,
-    "var": _spread,
-    "std": _spread,
-    "var_mean": _spread,
-    "std_mean": _spread,
+    **dict.fromkeys(("sum", "mean"), _sum),
+    **dict.fromkeys(("amax", "max", "amin", "min"), _extreme),
+    **dict.fromkeys(("norm", "vector_norm"), _norm),
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), _spread),
     "logsumexp": _logsumexp,
 }

@@ -186,25 +186,22 @@ def weighted(op: Op, maps: Maps, value: int) -> Local:
         ratio = max(size[axis] / out[axis], 1 / factor if factor else 0, 1.0)
         wide = 1.0 if given["mode"] == "bicubic" and not given["antialias"] else ratio
         axes.append(_Weights(op, size[axis], out[axis], axis, 4 * wide + 2))
-    rows, cols = axes
+    return _resampled(op, value, *axes)
+
+
+def bilinear(op: Op, maps: Maps, value: int) -> Local:
+    """`F.interpolate(mode="bilinear")` of a map (N, C, H, W)."""
+    size, out = maps.size(value), maps.shape(op.outputs[0])[2:]
+    return _resampled(op, value, *(_Blend(op, size[axis], out[axis], axis) for axis in (0, 1)))
+
+
+def _resampled(op: Op, value: int, rows: _Blend | _Weights, cols: _Blend | _Weights) -> Local:
+    """A local op that resamples along both axes, 16-bit maps in float32."""
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         with torch.autocast(x.device.type, enabled=False):
             return (rows(cols(wide, 3, block.cols), 2, block.rows).to(x.dtype),)
-
-    return Local(op, {value: (rows.access, cols.access)}, ((2, 3),), run)
-
-
-def bilinear(op: Op, maps: Maps, value: int) -> Local:
-    """`F.interpolate(mode="bilinear")` of a map (N, C, H, W)."""
-    size, out = maps.size(value), maps.shape(op.outputs[0])[2:]
-    rows, cols = (_Blend(op, size[axis], out[axis], axis) for axis in (0, 1))
-
-    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        x = env[value]
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return (rows(cols(wide, 3, block.cols), 2, block.rows).to(x.dtype),)
 
     return Local(op, {value: (rows.access, cols.access)}, ((2, 3),), run)

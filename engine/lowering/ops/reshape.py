@@ -174,7 +174,7 @@ def _of_flat(op: Op, maps: Maps, value: int, before: Sequence[int], after: Seque
         if axes[0] == axes[1]:
             shape[position] = env[value].shape[axis] // (own.ahead * own.behind) * flat.ahead * flat.behind
         else:
-            shape[position : position + 2] = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+            shape[position : position + 2] = block.size
         return (env[value].reshape(shape),)
 
     return Local(op, {value: maps.pointwise(value)}, (axes,), run)

@@ -255,13 +255,11 @@ def embedding_of_tiles(op: Op, maps: Maps) -> Local | list[Node]:
     shape = maps.shape(output)
     nodes: list[Node] = []
     reads: dict[int, Any] = {value: tuple(map(_windows, maps.size(value), shape[2:], tiles.size, tiles.stride))}
-    own = op
     if mask is not None:
         if mask.value not in maps:
             alone = Op(op.func, "mask", (mask,), {}, (mask.value,), (output,), (), op.module, line=op.line)
             alone, nodes = promoted(alone, maps, (2, 3), 4, size=(shape[2], shape[3]))
             mask = alone.args[0]
-            own = Op(op.func, op.name, (), {}, (), op.outputs, (), op.module, op.autocast, op.line)
         if mask.value not in maps:
             raise Refusal("'tilewise' needs a mask with a value for each tile")
         reads[mask.value] = maps.pointwise(mask.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,16 +24,20 @@ def _outer(access: TransposedWindow, lo: int, hi: int) -> tuple[int, int, int]:
     return start - first, last - end, lo + access.pad - first * access.stride
 
 
+def _cropped(
+    rows: TransposedWindow, cols: TransposedWindow, block: Block, x: Tensor, function: Callable[[Tensor], Tensor]
+) -> tuple[Tensor]:
+    """The outputs of a block, of a function without padding of the block's inputs."""
+    (above, below, top), (before, after, left) = _outer(rows, *block.rows), _outer(cols, *block.cols)
+    amounts, (height, width) = [before, after, above, below], block.size
+    y = function(F.pad(x, amounts) if any(amounts) else x)
+    return (y[:, :, top : top + height, left : left + width],)
+
+
 @rule("conv_transpose2d")
 def conv_transpose2d(op: Op, maps: Maps) -> Local:
-    given = arguments(
-        op,
-        "input weight bias stride padding output_padding groups dilation",
-        stride=1,
-        padding=0,
-        groups=1,
-        dilation=1,
-    )
+    names = "input weight bias stride padding output_padding groups dilation"
+    given = arguments(op, names, stride=1, padding=0, groups=1, dilation=1)
     value, weight = given["input"].value, given["weight"].value
     if weight in maps or value not in maps or (given["bias"] is not None and given["bias"].value in maps):
         raise Refusal("'conv_transpose2d' cannot use weights that depend on the image")
@@ -43,14 +49,8 @@ def conv_transpose2d(op: Op, maps: Maps) -> Local:
     bias, groups = given["bias"], given["groups"]
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        x = env[value]
-        above, below, top = _outer(rows, *block.rows)
-        before, after, left = _outer(cols, *block.cols)
-        if above or below or before or after:
-            x = F.pad(x, [before, after, above, below])
-        y = F.conv_transpose2d(x, env[weight], bind(bias, env), stride, 0, 0, groups, dilation)
-        height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-        return (y[:, :, top : top + height, left : left + width],)
+        rest = env[weight], bind(bias, env), stride, 0, 0, groups, dilation
+        return _cropped(rows, cols, block, env[value], lambda x: F.conv_transpose2d(x, *rest))
 
     return Local(op, {value: (rows, cols)}, ((2, 3),), run)
 
@@ -66,15 +66,13 @@ def fold(op: Op, maps: Maps) -> Local:
         raise Refusal("'fold' needs columns that are the positions of the image in row-major order")
     rows, cols = (TransposedWindow(grid[i], out[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
 
+    def folded(x: Tensor) -> Tensor:
+        size = [s * (n - 1) + d * (k - 1) + 1 for s, n, d, k in zip(stride, x.shape[2:], dilation, kernel, strict=True)]
+        return F.fold(x.flatten(2), tuple(size), kernel, dilation, 0, stride)
+
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         (start, end), (first, last) = rows.span(*block.rows), cols.span(*block.cols)
-        above, below, top = _outer(rows, *block.rows)
-        before, after, left = _outer(cols, *block.cols)
-        x = F.pad(env[value].unflatten(2, (end - start, last - first)), [before, after, above, below])
-        size = [s * (n - 1) + d * (k - 1) + 1 for s, n, d, k in zip(stride, x.shape[2:], dilation, kernel, strict=True)]
-        y = F.fold(x.flatten(2), tuple(size), kernel, dilation, 0, stride)
-        height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-        return (y[:, :, top : top + height, left : left + width],)
+        return _cropped(rows, cols, block, env[value].unflatten(2, (end - start, last - first)), folded)
 
     return Local(op, {value: (rows, cols)}, ((2, 3),), run)
 
@@ -88,7 +86,7 @@ def pixel_shuffle(op: Op, maps: Maps) -> Local:
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         top, left = block.rows[0] % r, block.cols[0] % r
-        height, width = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        height, width = block.size
         return (F.pixel_shuffle(env[value], r)[:, :, top : top + height, left : left + width],)
 
     return Local(op, {value: (rows, cols)}, ((2, 3),), run)

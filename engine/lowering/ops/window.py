@@ -25,22 +25,15 @@ from .resample import INTERPOLATE, bilinear, nearest, select, weighted
 _LANES = 16  # channels that oneDNN's AVX-512 kernels process at a time
 
 
+Pair = tuple[int, int]
+
+
 def _windows(
-    maps: Maps,
-    op: Op,
-    value: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    pad: tuple[int, int],
-    dilation: tuple[int, int],
+    maps: Maps, op: Op, value: int, kernel: Pair, stride: Pair, pad: Pair, dilation: Pair
 ) -> tuple[Window, Window]:
-    size_in = maps.size(value)
-    shape = maps.shape(op.outputs[0])
-    size_out = (shape[-2], shape[-1])
-    return (
-        Window(size_in[0], size_out[0], kernel[0], stride[0], pad[0], dilation[0]),
-        Window(size_in[1], size_out[1], kernel[1], stride[1], pad[1], dilation[1]),
-    )
+    sizes = maps.size(value), maps.shape(op.outputs[0])[-2:]
+    rows, cols = (Window(*along) for along in zip(*sizes, kernel, stride, pad, dilation, strict=True))
+    return rows, cols
 
 
 def split_padding(pad: tuple[int, int, int, int]) -> tuple[tuple[int, int], list[int]]:
@@ -93,8 +86,7 @@ def conv2d(op: Op, maps: Maps) -> Local:
 
     def unvalued(env: Env, block: Block) -> tuple[Tensor, ...]:
         x, settings = padded(env[value], block)
-        size = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-        return (UnvaluedConv.apply(x, env[weight], bind(bias, env), size, *settings),)  # pyright: ignore
+        return (UnvaluedConv.apply(x, env[weight], bind(bias, env), block.size, *settings),)  # pyright: ignore
 
     windows = _windows(maps, op, value, kernel, stride, pad, dilation)
     options = {"fill": 0.0, "unvalued": unvalued, "spares": True, "fresh_grads": frozenset([value])}
@@ -166,14 +158,7 @@ def conv3d(op: Op, maps: Maps) -> Local:
 
 @rule("max_pool2d", "max_pool2d_with_indices")
 def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
-    given = arguments(
-        op,
-        "input kernel_size stride padding dilation ceil_mode return_indices",
-        padding=0,
-        dilation=1,
-        ceil_mode=False,
-        return_indices=False,
-    )
+    given = arguments(op, "input kernel_size stride padding dilation", padding=0, dilation=1)
     value = given["input"].value
     windows = each_window(op, maps, value)
     if windows is not None:
@@ -219,11 +204,8 @@ def max_unpool2d(op: Op, maps: Maps) -> Local:
     given = arguments(op, "input indices kernel_size stride padding output_size", padding=0)
     value, index = given["input"].value, given["indices"].value
     known = maps.pool_indices.get(index)
-    if (
-        known != (pair(given["kernel_size"]), tuple(maps.shape(op.outputs[0])[-2:]))
-        or known is None
-        or value not in maps
-    ):
+    expected = pair(given["kernel_size"]), tuple(maps.shape(op.outputs[0])[-2:])
+    if known is None or known != expected or value not in maps:
         raise Refusal(
             "'max_unpool2d' needs the indices of a max-pooling without overlaps of a map of the output's size"
         )
@@ -256,13 +238,8 @@ def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) 
 
 @rule("avg_pool2d")
 def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
-    given = arguments(
-        op,
-        "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
-        padding=0,
-        ceil_mode=False,
-        count_include_pad=True,
-    )
+    names = "input kernel_size stride padding ceil_mode count_include_pad divisor_override"
+    given = arguments(op, names, padding=0, count_include_pad=True)
     value = given["input"].value
     windows = each_window(op, maps, value)
     if windows is not None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.cuda_graphs.signature import translates
-from gigamorph.engine.lowering.ops.runs import column_runs
+from gigamorph.engine.lowering.relative_positions import column_runs
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.tiling.stage import TiledStage
 

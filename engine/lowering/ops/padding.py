@@ -1,17 +1,55 @@
-"""Circular padding: the last rows come before the first, and the first after the last; likewise for columns.
+"""Padding with values of the image: a mirrored border, the last pixel repeated, or circular.
 
-The rows and columns at the ends of the map become vectors, so later ops wait for them as for any reduction. Everything
-else is read through a window.
+Joining a map to its own mirror image is such a padding, as in `torch.cat([x, x.flip(2)], 2)[:, :, :height]`.
+
+Circular padding has the last rows before the first, and the first after the last; likewise for columns. The rows and
+columns at the ends of the map become vectors, so later ops wait for them as for any reduction. Everything else is read
+through a window.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...capture.program import Op, Ref
-from ..geometry import Window
-from .base import Block, Env, Local, Maps, Node, Whole
+from ..geometry import Mirror, Window
+from .base import Block, Env, Local, Maps, Node, Whole, part_of
+from .constants import Constants
+from .resample import select
+
+
+def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int], mode: str) -> Local:
+    """`F.pad` with a mode of `Mirror`; `pad` is (top, bottom, left, right)."""
+    h, w = maps.axes[value]
+    height, width = maps.size(value)
+    rows = Mirror(height, height + pad[0] + pad[1], pad[0], mode)
+    cols = Mirror(width, width + pad[2] + pad[3], pad[2], mode)
+
+    constants = Constants()
+
+    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
+        return (_take(_take(env[value], h, rows, block.rows, constants), w, cols, block.cols, constants),)
+
+    return Local(op, {value: (rows, cols)}, (maps.axes[value],), run)
+
+
+def joined_mirror(op: Op, maps: Maps, value: int, dim: int, length: int) -> Local:
+    """The first `length` rows or columns of a map that is joined to its mirror image."""
+    axes = maps.axes[value]
+    more = [length - maps.shape(value)[axis] if axis == dim else 0 for axis in axes]
+    return mirrored_pad(replace(op, inputs=(value,)), maps, value, (0, more[0], 0, more[1]), "symmetric")
+
+
+def _take(x: Tensor, dim: int, access: Mirror, span: tuple[int, int], constants: Constants) -> Tensor:
+    """The outputs of `span`, selected from the window with their inputs."""
+    start = access.span(*span)[0]
+    sources = [access.source(o) - start for o in range(*span)]
+    if sources == list(range(sources[0], sources[0] + len(sources))):
+        return x.narrow(dim, sources[0], len(sources))
+    return select(x, dim, constants.numbers(sources, x))
 
 
 def circular_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int]) -> list[Node]:
@@ -56,7 +94,7 @@ def circular_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int])
         return (_joined([first, x if inner.start < inner.stop else None, last], h),)
 
     vectors = tuple(v for v in (above, below, before, behind) if v is not None)
-    own = Op(op.func, "circular", (), {}, (value, *vectors), op.outputs, (), op.module)
+    own = part_of(op, "circular", (value, *vectors), op.outputs)
     reads = Window(height, height + top + bottom, pad=top), Window(width, width + left + right, pad=left)
     return [*nodes, Local(own, {value: reads}, ((h, w),), run)]
 
@@ -69,7 +107,7 @@ def _strip(op: Op, maps: Maps, value: int, dim: int, start: int, length: int) ->
     axes = maps.axes[value]
     reads = [*maps.pointwise(value)]
     reads[axes.index(dim)] = Window(maps.shape(value)[dim], length, pad=-start)
-    crop = Op(op.func, "crop", (), {}, (value,), (cropped,), (), op.module)
+    crop = part_of(op, "crop", (value,), (cropped,))
     # `clone`, because a view would retain the memory of the whole tile.
     local = Local(crop, {value: (reads[0], reads[1])}, (axes,), lambda env, _block: (env[value].clone(),))
     return [local, Whole(Op(torch.clone, "clone", (Ref(cropped),), {}, (cropped,), (strip,), (), op.module))], strip
