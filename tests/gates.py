@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 61_136,
-    ("engine", "kernels", "cli", "benchmarks"): 70_922,
-    ("benchmarks",): 5_989,
+    ("engine", "kernels"): 58_598,
+    ("engine", "kernels", "cli", "benchmarks"): 66_418,
+    ("benchmarks",): 4_356,
 }
 WORDS = {
     r"told|tells": 1,

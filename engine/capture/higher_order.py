@@ -1,8 +1,7 @@
 """Higher-order operators of Dynamo's graphs, and replacements for calls that are opaque to a recorder.
 
 Checkpointed layers are inlined, because the tiles are recomputed in the backward anyway. Custom autograd Functions and
-tensor hooks come as graphs of their forward and backward, which the lowering reads (`lowering.ops.custom`,
-`lowering.ops.hooks`).
+tensor hooks come as graphs of their forward and backward, which the lowering reads (`lowering.ops.custom`).
 """
 
 from __future__ import annotations
