@@ -38,10 +38,13 @@ def toy(monkeypatch):
 
     synthetic = Synthetic("it learns", Rule((Effect("auc", "other"),), (("auc", 0.6),)), rows)
     module = ModuleType("toy")
-    module.RECIPE = Recipe("toy", "Toy", "Nobody, 2000", "Nothing.", Config, train, synthetic)
+    module.RECIPE = Recipe("toy", "Toy", "Nobody, 2000", Config, train, synthetic)
     monkeypatch.setitem(sys.modules, "gigamorph.engine.mammography.recipes.toy", module)
     monkeypatch.setitem(recipes.RECIPES, "toy", "A recipe for tests.")
-    monkeypatch.setattr(recipes, "default_text", lambda name: "rate = 0.5  # Table 1\n")
+    of_others = recipes.default_text
+    monkeypatch.setattr(
+        recipes, "default_text", lambda name: "rate = 0.5  # Table 1\n" if name == "toy" else of_others(name)
+    )
     return calls
 
 

@@ -23,7 +23,7 @@ from gigamorph.engine.mammography.view.exams import View
 from gigamorph.engine.models.outputs import Outputs
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import Options, predict
-from gigamorph.engine.predict.views import combined
+from gigamorph.engine.predict.tables import combined
 from gigamorph.engine.train.metrics import Prediction
 
 MADE = {"model": "sha", "checkpoint": "net", "device": "cpu", "workers": 0}
