@@ -9,7 +9,7 @@ CONSTRAINTS := $(if $(filter-out 0,$(GPU)),,-c constraints-cpu.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types docs gate check clean
+.PHONY: demo test quick lint types docs gate check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -30,6 +30,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+quick: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" -q
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

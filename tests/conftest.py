@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("fixed")
 logging.getLogger("torch.__trace").handlers.clear()
 
 # Tests share helpers by plain imports: `from exactness import assert_exact`.
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+sys.path[:0] = [str(Path(__file__).parent / "helpers"), str(Path(__file__).parent)]
 
 # Tests name networks of their own modules in options and checkpoints; test_trust.py has its own setting.
 os.environ.setdefault("GIGAMORPH_TRUST", "*")
@@ -51,6 +51,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A look at all objects for garbage takes a fifth of a second or more here, where so much is imported: a few times less
 # often than usually.
 gc.set_threshold(10_000, 20, 200)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of tests/slow.txt, which `make quick` leaves out."""
+    from slow import read
+
+    slow, root = read(), Path(__file__).parents[1]
+    for item in items:
+        if item.name.partition("[")[0] in slow.get(str(item.path.relative_to(root)), ()):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -51,5 +51,6 @@ def test_random_programs_at_a_second_size(name: str, program: Program, which: in
     tally[name] += 1
 
 
+@pytest.mark.slow  # it counts what the others of this file tried
 def test_all_were_tried() -> None:
     assert all(tally.values()), tally
