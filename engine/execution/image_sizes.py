@@ -18,8 +18,6 @@ from ..torch_private import tree_map
 from .programs import Inputs
 from .run import run
 
-_TREES = dict, list, tuple
-
 
 def outputs_of_sizes(net: Any, batches: Sequence[Tensor | PixelBatch]) -> Any:
     """The outputs for image batches of several sizes, concatenated.
@@ -75,7 +73,7 @@ def _concatenable(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _require_tensors(result: Any) -> None:
     if isinstance(result, Tensor):
         return
-    if not isinstance(result, _TREES):
+    if not isinstance(result, dict | list | tuple):
         raise TypeError(
             f"outputs of images of several sizes are concatenated, but this network returns {type(result).__name__}; "
             "call it for each image"

@@ -202,8 +202,8 @@ def _resampled(op: Op, value: int, rows: _Blend | _Weights, cols: _Blend | _Weig
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        products = isinstance(rows, _Weights)  # which autocast would compute in 16 bits
-        with torch.autocast(x.device.type, enabled=False) if products else contextlib.nullcontext():
+        # Autocast would compute the products of weights in 16 bits.
+        with torch.autocast(x.device.type, enabled=False) if isinstance(rows, _Weights) else contextlib.nullcontext():
             return (rows(cols(wide, 3, block.cols), 2, block.rows).to(x.dtype),)
 
     return Local(op, {value: (rows.access, cols.access)}, ((2, 3),), run)
