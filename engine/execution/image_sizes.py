@@ -73,7 +73,7 @@ def _concatenable(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _require_tensors(result: Any) -> None:
     if isinstance(result, Tensor):
         return
-    if not isinstance(result, dict | list | tuple):
+    if not isinstance(result, (dict, list, tuple)):
         raise TypeError(
             f"outputs of images of several sizes are concatenated, but this network returns {type(result).__name__}; "
             "call it for each image"
