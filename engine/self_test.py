@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.torch_private import NAMES
 from .accelerate import accelerate
 from .capture.gaps import missing_functions
+from .capture.substitutes import SUBSTITUTES
 from .errors import GigamorphError
 from .torch_private import PrivateName, missing_names
 
@@ -74,4 +76,6 @@ def _step(network: nn.Module) -> dict[str, Tensor]:
 
 def missing() -> list[PrivateName]:
     """The private names of PyTorch that gigamorph uses and the installed PyTorch does not have."""
-    return [*missing_names(), *missing_functions()]
+    of_kernels = [PrivateName(path, *texts) for path, texts in NAMES.items()]
+    found = [*missing_names(), *(name for name in of_kernels if name.find_or(None) is None)]
+    return [*found, *missing_functions(*SUBSTITUTES)]

@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 58_598,
-    ("engine", "kernels", "cli", "benchmarks"): 66_418,
+    ("engine", "kernels"): 58_597,
+    ("engine", "kernels", "cli", "benchmarks"): 66_417,
     ("benchmarks",): 4_356,
 }
 WORDS = {

@@ -129,7 +129,7 @@ def _corrections() -> Iterator[tuple[str, Around]]:
 def _install() -> None:
     for path, around in _corrections():
         patch(path, around)
-    replace_conv_backend(_without_size_guards)
+    replace_conv_backend(functools.partial(_wrapped, around=_without_size_guards))
 
 
 def patch(path: str, around: Around) -> None:
@@ -171,10 +171,10 @@ def _name(path: str) -> PrivateName:
     return PrivateName(f"torch._dynamo.{path}", "record forwards correctly", "every network is refused")
 
 
-def missing_functions() -> list[PrivateName]:
-    """The functions of Dynamo that a correction wraps and this PyTorch does not have."""
-    paths = [path for path, _ in _corrections() if not path.endswith("?")]
-    return [_name(path) for path in paths if not _found(path)[1]]
+def missing_functions(*others: str) -> list[PrivateName]:
+    """The functions of the corrections, and those of other paths, that this PyTorch does not have."""
+    paths = dict.fromkeys((*(path for path, _ in _corrections()), *others))
+    return [_name(path) for path in paths if not path.endswith("?") and not _found(path)[1]]
 
 
 def _on_error(error: str, then: Callable[..., None]) -> Around:
@@ -596,16 +596,10 @@ def _without_compiler(states: Any) -> Any:
 # layouts of maps by tiles do not depend on it.
 
 
-def _without_size_guards(select: Any) -> Any:
-    @functools.wraps(select)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if is_on():
-            x, *rest = args or (kwargs.pop("input"),)
-            known = ([n.node.hint if isinstance(n, torch.SymInt) else n for n in of] for of in (x.shape, x.stride()))
-            args = (torch.empty_strided(*known, dtype=x.dtype, device=x.device), *rest)
-        return select(*args, **kwargs)
-
-    return wrapped
+def _without_size_guards(select: Any, *args: Any, **kwargs: Any) -> Any:
+    x, *rest = args or (kwargs.pop("input"),)
+    known = ([n.node.hint if isinstance(n, torch.SymInt) else n for n in of] for of in (x.shape, x.stride()))
+    return select(torch.empty_strided(*known, dtype=x.dtype, device=x.device), *rest, **kwargs)
 
 
 def refuse_generators() -> None:

@@ -63,7 +63,7 @@ def install_substitutes() -> None:
     for name in RECURRENT:
         _substitute(getattr(torch, name), _layer(name), lambda args, kwargs: True)
     torch.compiler.allow_in_graph(new_full)
-    for path, other in _SUBSTITUTES.items():
+    for path, other in SUBSTITUTES.items():
         patch(path, functools.partial(_call_other, other))
 
 
@@ -210,7 +210,7 @@ def _captured(function: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     return dynamo("variables").ConstantVariable.create(None)
 
 
-_SUBSTITUTES = {
+SUBSTITUTES = {
     "variables.misc.DebuggingVariable.call_function": _defer,
     "variables.misc.LoggingLoggerVariable.call_method": _log,
     "variables.functions.SkipFunctionVariable.call_function": _isinstance,
@@ -220,4 +220,4 @@ _SUBSTITUTES = {
     "variables.TensorVariable.as_python_constant": _known,
 }
 if sys.version_info < (3, 12):  # since then without a lock
-    _SUBSTITUTES[f"variables.UserDefinedObjectVariable.{READS}"] = _property
+    SUBSTITUTES[f"variables.UserDefinedObjectVariable.{READS}"] = _property

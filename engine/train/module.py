@@ -70,7 +70,7 @@ class Batches:
             if number is None:
                 return None
             batch = [examples[i] for i in order[number * size : (number + 1) * size]]
-            self._task.ahead(batch, seed_of_batch(self._seed, state.epoch, number, self._stage))
+            self._task.ahead(batch)
             return batch
 
         coming = next_batch()

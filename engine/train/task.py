@@ -59,12 +59,11 @@ class Task:
         """The indices (count,) of an epoch's examples, in training order."""
         return generator.permutation(count)
 
-    def ahead(self, batch: Sequence[Any], seed: int) -> None:
+    def ahead(self, batch: Sequence[Any]) -> None:
         """Announce the batch after the current one, which may be read while the current one is computed.
 
         Args:
             batch: the argument of the next call of `loss`.
-            seed: PyTorch's random seed in that call.
         """
 
     def loss(self, batch: Sequence[Any]) -> Tensor:

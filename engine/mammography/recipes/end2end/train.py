@@ -56,7 +56,7 @@ class PatchTask(Task):
         self._ahead.forget()  # batches that an interrupted epoch has left over have its augmentation
         return range(len(self.train))
 
-    def ahead(self, batch: Sequence[int], seed: int) -> None:
+    def ahead(self, batch: Sequence[int]) -> None:
         self._ahead.announce(batch)
 
     def loss(self, batch: Sequence[int]) -> Tensor:

@@ -58,7 +58,7 @@ class TwoViews(Task):
     def examples(self, epoch: int) -> Sequence[int]:
         return range(2 * len(self.pairs))
 
-    def ahead(self, batch: Sequence[int], seed: int) -> None:
+    def ahead(self, batch: Sequence[int]) -> None:
         self._ahead.announce(batch)
 
     def begin_epoch(self, epoch: int) -> None:

@@ -53,7 +53,7 @@ class SiameseTask(Task):
     def examples(self, epoch: int) -> Sequence[int]:
         return range(len(self.pairs))
 
-    def ahead(self, batch: Sequence[int], seed: int) -> None:
+    def ahead(self, batch: Sequence[int]) -> None:
         self._ahead.announce(batch)
 
     def begin_epoch(self, epoch: int) -> None:
