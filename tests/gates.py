@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 58_597,
-    ("engine", "kernels", "cli", "benchmarks"): 66_417,
+    ("engine", "kernels"): 58_681,
+    ("engine", "kernels", "cli", "benchmarks"): 66_501,
     ("benchmarks",): 4_356,
 }
 WORDS = {

@@ -1,49 +1,156 @@
-"""The state of a network before a call, for a call that is refused after a part of it has run."""
+"""The state that a forward can write, saved before a call that may be refused after a part of it has run."""
 
 from __future__ import annotations
 
+import os
+import random
+import types
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-_CONTAINERS = (list, dict, set, deque)
+from .tracebacks import is_users
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_OURS = tuple(os.path.join(_ROOT, name, "") for name in ("engine", "kernels", "cli"))  # has state of other networks
+_ITEMS = 10_000  # containers with more are data, not state
+_BYTES = 1 << 20  # so are larger arrays and tensors that are not held by a module
 
 
 class Rollback:
-    """Attributes of modules, items of containers in them, values of buffers, and the random numbers of the CPU.
+    """Saves a network's parameters, buffers and attributes, and what its code can reach by name.
+
+    That are attributes of its classes, globals of the files that define them, default arguments and closures, and
+    objects and functions of the user's own files in them, each with items of containers; and the random numbers of the
+    CPU.
 
     Args:
         network: None if the call has none.
     """
 
     def __init__(self, network: nn.Module | None):
-        modules = [] if network is None else [*network.modules()]
-        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
-        self._items = [
-            (value, dict(value) if isinstance(value, dict) else list(value))
-            for _, attributes in self._attributes
-            for value in attributes.values()
-            if isinstance(value, _CONTAINERS)
-        ]
-        buffers = [] if network is None else [*network.buffers()]
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in buffers]
-        self._random = torch.get_rng_state()
+        self._undo: list[Callable[[], Any]] = []
+        self._seen = dict[int, Any]()  # kept alive, so that ids stay unique
+        self._tensors = set[int]()
+        for module in [] if network is None else network.modules():
+            held = [*vars(module).values(), *vars(module).get("_parameters", {}).values()]
+            self._tensors |= {id(one) for one in [*held, *module.buffers(recurse=False)] if isinstance(one, Tensor)}
+        pending: list[Any] = [network]
+        while pending:
+            value = pending.pop()
+            if id(value) not in self._seen and not isinstance(value, str | int | float | None):
+                self._seen[id(value)] = value
+                pending.extend(self._save(value))
+        generator, numbers = torch.get_rng_state(), random.getstate()
+        arrays = np.random.get_state()
+        self._undo.append(lambda: (torch.set_rng_state(generator), random.setstate(numbers)))
+        self._undo.append(lambda: np.random.set_state(arrays))
 
     def undo(self) -> None:
         """Bring back what it was when this object was made."""
-        for own, before in self._attributes:
-            _refill(own, before)
-        for value, before in self._items:
-            _refill(value, before)
         with torch.no_grad():
-            for buffer, before in self._buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-        torch.set_rng_state(self._random)
+            for step in self._undo:
+                step()
+
+    def _save(self, value: Any) -> Iterator[Any]:
+        """Save one object; yields what it holds."""
+        if isinstance(value, Tensor | np.ndarray):
+            if id(value) in self._tensors or value.nbytes <= _BYTES:
+                self._undo.append(_restore_memory(value))
+        elif isinstance(value, list | set | deque | dict):
+            if len(value) <= _ITEMS:
+                before = dict(value) if isinstance(value, dict) else list(value)
+                self._undo.append(lambda: _restore_items(value, before))
+                yield from before.values() if isinstance(before, dict) else before
+        elif isinstance(value, tuple):
+            yield from value[:_ITEMS]
+        elif isinstance(value, types.FunctionType):
+            yield from (vars(value), value.__defaults__, value.__kwdefaults__, value.__closure__)
+            if _own(value.__code__.co_filename):
+                yield value.__globals__
+        elif isinstance(value, types.CellType):
+            content = _content(value)
+            self._undo.append(lambda: content and setattr(value, "cell_contents", content[0]))
+            yield from content
+        elif isinstance(value, types.MethodType | staticmethod | classmethod):
+            yield from (value.__func__, getattr(value, "__self__", None))
+        elif isinstance(value, property):
+            yield from (value.fget, value.fset)
+        elif isinstance(value, type):
+            if _own(_file(value)) or (issubclass(value, nn.Module) and _is_of_network(_file(value))):
+                attributes = dict(vars(value))
+                self._undo.append(lambda: _restore_attributes(value, attributes))
+                yield from (*attributes.values(), *value.__bases__)
+                yield from (one.__globals__ for one in attributes.values() if isinstance(one, types.FunctionType))
+        elif isinstance(value, types.ModuleType):
+            if _own(getattr(value, "__file__", None)):
+                yield vars(value)
+        elif isinstance(value, nn.Module) or _own(_file(type(value))):
+            yield from (type(value), getattr(value, "__dict__", None))
 
 
-def _refill(container: Any, items: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, list | deque) else container.update)(items)
+def _own(file: str | None) -> bool:
+    """Whether a file is the user's own, not one of an installed library."""
+    return _is_of_network(file) and "-packages" not in str(file)
+
+
+def _is_of_network(file: str | None) -> bool:
+    return file is not None and is_users(file) and not file.startswith(_OURS)
+
+
+def _file(kind: type) -> str | None:
+    """The file that defines a class; of a class made by `exec` or in a notebook, the file of its code."""
+    code = next((one.__code__ for one in vars(kind).values() if isinstance(one, types.FunctionType)), None)
+    return None if code is None else code.co_filename
+
+
+def _content(cell: types.CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # empty
+        return []
+
+
+def _restore_memory(value: Tensor | np.ndarray[Any, Any]) -> Callable[[], Any]:
+    if isinstance(value, np.ndarray):
+        array = value.copy()
+        return lambda: np.copyto(value, array) if value.flags.writeable else None
+    alias, before = value.detach(), value.detach().clone()
+
+    def restore() -> None:
+        if value.data_ptr() != alias.data_ptr() or value.shape != alias.shape:
+            value.data = alias
+        if not torch.equal(value, before):
+            value.copy_(before)
+
+    return restore
+
+
+def _restore_items(value: Any, before: Any) -> None:
+    if isinstance(value, dict):
+        is_globals = "__builtins__" in value
+        for key in [key for key in value if key not in before]:
+            if not (is_globals and (key.startswith("__") or not key.isidentifier())):  # those are of TorchDynamo
+                del value[key]
+        if not is_globals and [*value] != [*before]:
+            value.clear()
+        for key, item in before.items():
+            if key not in value or value[key] is not item:
+                value[key] = item
+    elif isinstance(value, list):
+        value[:] = before
+    else:
+        value.clear()
+        (value.extend if isinstance(value, deque) else value.update)(before)
+
+
+def _restore_attributes(kind: type, before: dict[str, Any]) -> None:
+    for name in [name for name in vars(kind) if name not in before]:
+        delattr(kind, name)
+    for name, value in before.items():
+        if vars(kind).get(name, kind) is not value:
+            setattr(kind, name, value)

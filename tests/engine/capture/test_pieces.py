@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_more_values_than_recordings_are_stored_for_do_each_call_once(monkeypatc
 @pytest.mark.parametrize("second", ["inference", "checkpoint"])
 def test_a_piece_that_is_refused_leaves_nothing_of_those_before_it(second: str) -> None:
     ours = Branching(second).double()
-    before, random = copy.deepcopy(ours), torch.get_rng_state()
+    before, state = copy.deepcopy(ours), torch.get_rng_state()
     items = ours.seen
     net = accelerate(ours, tile=8, fallback="untiled")
     for height in (20, 23):
@@ -80,7 +82,87 @@ def test_a_piece_that_is_refused_leaves_nothing_of_those_before_it(second: str) 
             net(image(height))
         assert ours.calls == 0 and ours.seen is items == [] and "offset" not in vars(ours)
         assert all(torch.equal(b, before.get_buffer(n)) for n, b in ours.named_buffers())
-        assert torch.equal(torch.get_rng_state(), random)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+TABLE, COUNT = {"sizes": [0]}, 0
+
+
+def _count_calls(seen: list[int] = []) -> None:  # noqa: B006
+    seen.append(len(seen))
+    _count_calls.calls = getattr(_count_calls, "calls", 0) + 1
+
+
+class Writer(nn.Module):
+    """Writes a value in its first piece; the second piece is refused."""
+
+    total = 0
+    everyone: ClassVar[list[int]] = []
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.how, self.nested = nn.Conv2d(1, 1, 3, padding=1), how, {"of": [{1}]}
+
+    def write(self, x: Tensor) -> None:
+        global COUNT
+        weight = self.conv.weight
+        if self.how == "parameter in place":
+            weight.data.clamp_(-0.01, 0.01)
+        elif self.how == "parameter without gradients":
+            with torch.no_grad():
+                weight.mul_(2)
+        elif self.how == "memory of a parameter":
+            weight.data = weight.data.renorm(2, 0, 0.5)
+        elif self.how == "global":
+            COUNT += 1
+        elif self.how == "items of a global":
+            TABLE["sizes"].append(x.shape[-1])
+            TABLE[x.shape] = x.shape[-1]
+        elif self.how == "class":
+            type(self).total += 1
+            self.everyone.append(1)
+        elif self.how == "nested items":
+            self.nested["of"][0].add(2)
+        elif self.how == "random numbers":
+            self.drawn = random.random(), np.random.rand()
+        else:
+            _count_calls()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(x)
+        x = self.conv(x)
+        if x.max() > -1e9:
+            with torch.inference_mode():
+                offset = torch.ones(1, dtype=x.dtype) * 3
+        return x + offset.clone()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "parameter in place",
+        "parameter without gradients",
+        "memory of a parameter",
+        "global",
+        "items of a global",
+        "class",
+        "nested items",
+        "random numbers",
+        "default and attribute of a function",
+    ],
+)
+def test_a_refusal_restores_what_an_earlier_piece_has_written(how: str) -> None:
+    net = Writer(how).double()
+
+    def seen() -> str:
+        weight, function = net.conv.weight, vars(_count_calls)
+        kept = weight.data_ptr(), weight.tolist(), TABLE, COUNT, Writer.total, Writer.everyone, net.nested
+        return repr((*kept, _count_calls.__defaults__, function, random.getstate(), np.random.get_state(), vars(net)))
+
+    before, ours = seen(), accelerate(net, tile=8, fallback="untiled")
+    with pytest.raises(UnsupportedError, match="inference_mode inside"):
+        ours(image())
+    assert seen() == before
 
 
 def test_an_array_that_is_read_in_inference_mode_is_refused_in_one_line() -> None:
