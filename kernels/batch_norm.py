@@ -36,6 +36,7 @@ from .dtypes import promoted, sum_dtype
 from .pointwise import act_grad
 from .stream import SHARE, Share, Stream, channel, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS, merge_blocks
+from .triton_private import jit_kernel
 from .tuning import roomy_registers
 from .windows import map_like, nhwc, without_margin
 
@@ -49,7 +50,7 @@ def affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, c, C, BC: tl.constexpr, ACC
     return mean, rstd, scale, bias
 
 
-@triton.jit(do_not_specialize=SHARE)
+@jit_kernel(SHARE)
 def _normalize_act_kernel(
     x,  # map [N, C, H, W]
     residual,  # map [N, C, H, W] or None
@@ -82,7 +83,7 @@ def _normalize_act_kernel(
         store(y, p, c, keep, activate(z, ACT), share, TILE)
 
 
-@triton.jit(do_not_specialize=SHARE)
+@jit_kernel(SHARE)
 def _normalize_act_gradients_kernel(
     x,  # map [N, C, H, W]
     dy,  # map [N, C, H, W]
@@ -269,7 +270,7 @@ def launch_normalize_act_gradients(
     return add_parts(sums, s.folds)
 
 
-@triton.jit(do_not_specialize=["count", *SHARE])
+@jit_kernel(["count", *SHARE])
 def _live_norm_kernel(
     x,  # map [N, C, H, W]
     dy,  # map [N, C, H, W]
@@ -348,7 +349,7 @@ def group_sums(sums: tuple[Tensor, Tensor], weight: Tensor | None, together: int
     return both.unflatten(1, (-1, together)).sum(2, keepdim=True).expand(-1, -1, together).flatten(1)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@jit_kernel(["parts"])
 def _add_kernel(
     x_ptr,  # [parts, 2, C]
     first_ptr,  # [C]

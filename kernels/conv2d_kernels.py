@@ -24,6 +24,7 @@ from .dtypes import accumulator
 from .moments import tile_moments
 from .precision import dot_precision
 from .stream import map_offsets
+from .triton_private import jit_kernel
 from .tuning import Config
 from .windows import ConvGeometry
 
@@ -207,7 +208,7 @@ def _finish(
 _POSITIONS = "OH OW lines segments row_even row_odd col_even col_odd residual_top residual_left".split()
 
 
-@triton.jit(do_not_specialize=_POSITIONS)
+@jit_kernel(_POSITIONS)
 def conv2d_descriptor_kernel(
     x_desc,  # [N, H, W, CIN] window
     x01_desc,
@@ -310,7 +311,7 @@ def _by_columns(x, w_ptr, n, i, j, inside, first, k, wanted, H, W, dil_h, dil_w,
     return acc
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "top", "left"])
+@jit_kernel(["N", "H", "W", "OH", "OW", "top", "left"])
 def conv2d_pointer_kernel(
     x,  # map [N, groups * CIN, H, W]
     w_ptr,  # [groups * COUT, R*S*CIN]

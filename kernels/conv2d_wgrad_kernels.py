@@ -9,15 +9,15 @@ input channels, groups and older chips.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from .activations import slope
 from .stream import map_offsets
+from .triton_private import jit_kernel
 
 
 # Integers that depend on the image's size are not specialised: a new size needs no compilation.
-@triton.jit(do_not_specialize=["OH", "segments", "total", "share", "top", "shift_even", "shift_odd"])
+@jit_kernel(["OH", "segments", "total", "share", "top", "shift_even", "shift_odd"])
 def wgrad_descriptor_kernel(
     x_desc,  # [N, H, W, CIN] window; with a stride of two its even columns
     x_odd_desc,  # the odd columns
@@ -110,7 +110,7 @@ def wgrad_descriptor_kernel(
             tl.store(to, total_dz, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["H", "W", "OH", "OW", "pixels", "share", "top", "left"])
+@jit_kernel(["H", "W", "OH", "OW", "pixels", "share", "top", "left"])
 def wgrad_pointer_kernel(
     x,  # map [N, groups * CIN, H, W]
     dy,  # map [N, groups * K, OH, OW]
@@ -192,7 +192,7 @@ def wgrad_pointer_kernel(
             tl.store(to, total_dz, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit_kernel(["splits"])
 def add_splits_kernel(
     part_ptr,  # [splits, length]
     dw_ptr,  # [weights]

@@ -28,11 +28,12 @@ from .activations import activate, activate_reference
 from .conv2d_forward import filter_matrix
 from .conv2d_kernels import Steps, gemm, product_options
 from .stream import dense
+from .triton_private import jit_kernel
 from .tuning import conv_conv1x1_config, most_mid_channels
 from .windows import ConvGeometry, Phases, can_describe, can_describe_product, describe, empty_map
 
 
-@triton.jit(do_not_specialize=["lines", "segments", "row_even", "row_odd", "col_even", "col_odd"])
+@jit_kernel(["lines", "segments", "row_even", "row_odd", "col_even", "col_odd"])
 def _conv_conv1x1_kernel(
     x_desc,  # [N, H, W, CIN] window
     x01_desc,

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .activations import activate, slope
 from .stream import map_offsets, whole
+from .triton_private import jit_kernel
 
 
 class Sizes(NamedTuple):
@@ -63,7 +64,7 @@ def _spread(sums, x, factors, at: tl.constexpr, APART: tl.constexpr, FACTORS_APA
     return sums
 
 
-@triton.jit(do_not_specialize=[*Sizes._fields, "lead_h", "lead_w", "base_h", "base_w"])
+@jit_kernel([*Sizes._fields, "lead_h", "lead_w", "base_h", "base_w"])
 def depthwise_kernel(
     x,  # map [N, C, H, W]
     gate,  # map [N, C, H, W] or None
@@ -170,7 +171,7 @@ def depthwise_kernel(
         tl.store(y.ptr + map_offsets(y, n, i, j, B.VEC) + c, total.to(y.ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=[*Sizes._fields, "tiles", "share", "top", "left"])
+@jit_kernel([*Sizes._fields, "tiles", "share", "top", "left"])
 def depthwise_wgrad_kernel(
     x,  # map [N, C, H, W]
     dy,  # map [N, C, OH, OW]

@@ -26,6 +26,7 @@ from .choice import run_fastest
 from .dtypes import promoted, sum_dtype
 from .stream import SHARE, Share, Stream, channel, load, step_pixels, store, whole
 from .tiles import MOST_NORM_CHANNELS
+from .triton_private import jit_kernel
 from .tuning import roomy_registers
 from .windows import map_like, nhwc
 
@@ -38,7 +39,7 @@ def _normalise(x, wanted, C, EPS: tl.constexpr):
     return centred * rstd, rstd
 
 
-@triton.jit(do_not_specialize=SHARE)
+@jit_kernel(SHARE)
 def _layer_norm_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, C, H, W]
@@ -73,7 +74,7 @@ def _layer_norm_kernel(
         store(y, p, c, keep, values, share, TILE)
 
 
-@triton.jit(do_not_specialize=SHARE)
+@jit_kernel(SHARE)
 def _layer_norm_backward_kernel(
     dy,  # map [N, C, H, W]
     x,  # map [N, C, H, W]

@@ -24,11 +24,12 @@ from .choice import run_fastest
 from .conv2d import conv2d_act_grad, conv2d_backward
 from .layer_norm import layer_norm, layer_norm_backward, layer_norm_reference
 from .stream import as_map, count_pixels, dense, pixel_offsets, pixel_product_options
+from .triton_private import jit_kernel
 from .tuning import linear_columns, linear_config
 from .windows import ConvGeometry, empty_map, nhwc
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W"])
+@jit_kernel(["pixels", "H", "W"])
 def _layer_norm_linear_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, K, H, W]

@@ -23,6 +23,7 @@ from .choice import run_fastest
 from .dtypes import accumulator, sum_dtype
 from .stream import SHARE, Share, Stream, channel, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS, merge_blocks, merge_chunk
+from .triton_private import jit_kernel
 from .windows import map_like, nhwc
 
 
@@ -37,7 +38,7 @@ def _merge_rows(count, mean, m2):
     return overall, tl.sum(m2 + count[:, None] * away * away, 0)
 
 
-@triton.jit(do_not_specialize=SHARE)
+@jit_kernel(SHARE)
 def _moments_kernel(
     x,  # map [N, C, H, W]
     mean_ptr,  # [programs, C], C folded
@@ -75,7 +76,7 @@ def _moments_kernel(
     tl.store(m2_ptr + at, m2, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["parts", "chunk", "down", "across", "rows", "cols", "lines", "run"])
+@jit_kernel(["parts", "chunk", "down", "across", "rows", "cols", "lines", "run"])
 def _merge_kernel(
     part_mean_ptr,  # [parts, C]
     part_m2_ptr,  # [parts, C]
@@ -134,7 +135,7 @@ def tile_moments(y, inside, count, ACC: tl.constexpr):
     return mean, tl.sum(away * away, 0)
 
 
-@triton.jit(do_not_specialize=["count", *SHARE])
+@jit_kernel(["count", *SHARE])
 def _moments_backward_kernel(
     x,  # map [N, C, H, W]
     addend,  # map [N, C, H, W] or None

@@ -25,11 +25,12 @@ from .conv2d import conv2d_forward, conv2d_moments
 from .dtypes import sum_dtype
 from .moments import merge_parts, moments_of_each, tile_moments
 from .stream import as_map, count_pixels, dense, pixel_offsets, pixel_product_options
+from .triton_private import jit_kernel
 from .tuning import linear_config, roomy_registers
 from .windows import ConvGeometry, empty_map, nhwc
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W"])
+@jit_kernel(["pixels", "H", "W"])
 def _normalized_conv1x1_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, K, H, W]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,10 +17,11 @@ from .activations import check_activation, slope, slope_reference
 from .choice import run_fastest
 from .stream import SHARE, Share, Stream, load, step_pixels, store, whole
 from .tiles import MOST_BLOCK_CHANNELS
+from .triton_private import jit_kernel
 from .windows import is_dense, map_like, nhwc
 
 
-@triton.jit(do_not_specialize=SHARE)
+@jit_kernel(SHARE)
 def _act_grad_kernel(
     dy,  # map [N, C, H, W]
     gate,  # map [N, C, H, W]

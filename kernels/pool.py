@@ -29,6 +29,7 @@ from .choice import run_fastest
 from .dtypes import accumulator
 from .stream import as_map, map_offsets, vector, whole
 from .tiles import pool_tile
+from .triton_private import jit_kernel
 from .windows import ConvGeometry, empty_map, map_like, nhwc
 
 NO_TAP = tl.constexpr(255)
@@ -75,7 +76,7 @@ def _at(m, n, i, j, c, VEC: tl.constexpr):
     return m.ptr + map_offsets(m, n, i, j, VEC)[:, None] + c[None, :]
 
 
-@triton.jit(do_not_specialize=[*Sizes._fields, "top", "left"])
+@jit_kernel([*Sizes._fields, "top", "left"])
 def _max_pool2d_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, C, OH, OW] or None
@@ -129,7 +130,7 @@ def _max_pool2d_kernel(
         tl.store(_at(taps, n, i, j, c, POOL.VEC), tap.to(tl.uint8), mask=keep)
 
 
-@triton.jit(do_not_specialize=[*Sizes._fields, "top", "left"])
+@jit_kernel([*Sizes._fields, "top", "left"])
 def _max_pool2d_grad_kernel(
     dy,  # map [N, C, OH, OW]
     taps,  # map [N, C, OH, OW] of bytes

@@ -17,6 +17,7 @@ from .precision import dot_precision
 from .stem_reference import Stem
 from .stream import as_map, dense
 from .tiles import StemTile, stem_backward_tile, stem_lines, stem_share, stem_tile
+from .triton_private import jit_kernel
 
 NO_SPOT = tl.constexpr(stem_reference.NO_SPOT)
 
@@ -132,7 +133,7 @@ def _store_row(y, spots, at_image, w, at, i, j, k, z, spot, FORM: tl.constexpr):
         tl.store(spots.ptr + pixels[:, None] + k[None, :], spot.to(tl.uint8), mask=keep)
 
 
-@triton.jit(do_not_specialize=[*Extents._fields, "lines", "strips", "segments"])
+@jit_kernel([*Extents._fields, "lines", "strips", "segments"])
 def _stem_forward_kernel(
     x,  # pixels [N, C, H, W]
     w,  # filters [taps x channels, K]
@@ -193,7 +194,7 @@ def _stem_forward_kernel(
             _store_row(y, spots, n, w, at, i + t, j, k, best, spot, FORM)
 
 
-@triton.jit(do_not_specialize=[*Extents._fields, "tiles", "share", "segments"])
+@jit_kernel([*Extents._fields, "tiles", "share", "segments"])
 def _stem_backward_kernel(
     x,  # pixels [N, C, H, W]
     dy,  # map [N, K, PH, PW]

@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .tuning import capability, interpreting, power_of_two, register_limit
+from .triton_private import interpreting
+from .tuning import capability, power_of_two, register_limit
 
 # -- depthwise convolution ----------------------------------------------------------------------------------------
 

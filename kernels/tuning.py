@@ -10,20 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 
 from .activations import MASKS
 from .precision import dot_precision
+from .triton_private import HAS_DESCRIPTORS, compile_target, interpreting
 
 # Most dynamic shared memory a block may have, bytes, by capability.
 SHARED_LIMIT = {0: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 # Number of multiprocessors assumed for every chip, so that results do not depend on the chip.
 PROCESSORS = 132
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    return knobs.runtime.interpret
 
 
 @functools.cache
@@ -42,16 +37,13 @@ def capability(device: torch.device) -> int:
         return 0 if torch.version.hip else _device_capability(index)  # AMD has other numbers, such as (9, 4)
     if interpreting():
         return 90
-    try:
-        target = triton.runtime.driver.active.get_current_target()
-    except RuntimeError:  # no driver
-        return 0
-    return target.arch if target.backend == "cuda" else 0  # pyright: ignore
+    target = compile_target()
+    return target.arch if target is not None and target.backend == "cuda" else 0
 
 
 def has_descriptors(device: torch.device) -> bool:
     """Whether the chip has a tensor memory accelerator."""
-    return capability(device) >= 90
+    return HAS_DESCRIPTORS and capability(device) >= 90
 
 
 def shared_limit(device: torch.device) -> int:

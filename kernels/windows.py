@@ -13,14 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .precision import dot_precision
 from .torch_private import FakeTensor
-from .tuning import has_descriptors, interpreting
-
-# Since Triton 3.7 descriptors round loaded values; before, tensor cores truncated the lower bits of float32.
-_ROUNDS = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
+from .triton_private import ROUNDS_TO_TF32, TensorDescriptor, interpreting
+from .tuning import has_descriptors
 
 
 class ConvGeometry(NamedTuple):
@@ -163,7 +160,7 @@ def describe(x: Tensor, box: Sequence[int], operand: bool = False) -> TensorDesc
     unit = 16 // view.element_size()
     strides = [unit if n == 1 and s % unit else s for s, n in zip(view.stride(), shape, strict=True)]
     strides[-1] = 1
-    rounded = operand and _ROUNDS and dot_precision(x.dtype) == "tf32" and not interpreting()
+    rounded = operand and ROUNDS_TO_TF32 and dot_precision(x.dtype) == "tf32" and not interpreting()
     return TensorDescriptor(view, list(shape), strides, list(box), **({"round_f32_to_tf32": True} if rounded else {}))
 
 

@@ -71,15 +71,23 @@ def prose(path: Path) -> str:
     return "\n".join(comments + strings)
 
 
-PRIVATE_HERE = {"engine/torch_private.py", "kernels/torch_private.py"}
+PRIVATE_HERE = {"engine/torch_private.py", "kernels/torch_private.py", "kernels/triton_private.py"}
+UNSTABLE = (
+    "triton.knobs",
+    "triton.runtime",
+    "triton.tools",
+    "triton.compiler",
+    "triton.backends",
+)  # without underscore
 LIBRARIES = {"torch", "functorch", "triton"}
 
 
 def private_names(text: str) -> list[tuple[int, str]]:
     """Line and dotted name of each private name of PyTorch or Triton that a file imports or reads.
 
-    A name is private if a part of it starts with an underscore. Methods of the user's modules and tensors
-    (`module._apply`, `nn.Conv2d._conv_forward`) are attributes of classes, which a network may override.
+    A name is private if a part of it starts with an underscore, or if it belongs to `UNSTABLE` modules. Methods of the
+    user's modules and tensors (`module._apply`, `nn.Conv2d._conv_forward`) are attributes of classes, which a network
+    may override.
     """
     tree = ast.parse(text)
     modules: dict[str, str] = {}
@@ -88,7 +96,8 @@ def private_names(text: str) -> list[tuple[int, str]]:
     def add(line: int, name: str) -> None:
         parts = name.split(".")
         of_class = any(part[:1].isupper() for part in parts[:-1])
-        if parts[0] in LIBRARIES and not of_class and any(re.match("_(?!_)", part) for part in parts):
+        is_private = any(re.match("_(?!_)", part) for part in parts) or name.startswith(UNSTABLE)
+        if parts[0] in LIBRARIES and not of_class and is_private:
             found.append((line, name))
 
     def dotted(node: ast.expr) -> str:
@@ -117,9 +126,7 @@ def main() -> int:
     for path in (path for folder in ("engine", "kernels", "cli") for path in (ROOT / folder).rglob("*.py")):
         name = str(path.relative_to(ROOT))
         for line, private in [] if name in PRIVATE_HERE else private_names(path.read_text()):
-            too_many.append(
-                f"{name}:{line} uses {private}; private names belong to {' and '.join(sorted(PRIVATE_HERE))}"
-            )
+            too_many.append(f"{name}:{line} uses {private}; private names belong to {', '.join(sorted(PRIVATE_HERE))}")
     for folders, limit in LINES.items():
         count = sum(code_lines(path) for folder in folders for path in (ROOT / folder).rglob("*.py"))
         print(f"{' + '.join(folders)}: {count:,} code lines of {limit:,}")

@@ -196,6 +196,11 @@ def test_quick_gate_passes():
     assert len(re.findall("^ok: ", done.stdout, re.MULTILINE)) == len(CHIPS)
 
 
+def test_multiplications_and_additions_are_fused_whatever_the_default_of_triton():
+    done = _child(__file__, "fusion")
+    assert done.stdout.split() == ["True"], done.stderr[-2000:]
+
+
 def test_refuses_to_interpret():
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "compile_gate.py")],
@@ -227,6 +232,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(BENCHMARKS))
     import compile_gate
 
+    if sys.argv[1:] == ["fusion"]:
+        triton.knobs.language.default_fp_fusion = False
+        with compile_gate.compile_only(90) as launches:
+            _stem()
+        print(*{launch.kernel.metadata.enable_fp_fusion for launch in launches})
+        sys.exit()
     if sys.argv[1:] == ["step"]:
         compile_gate.NETWORKS |= {"resnet18": _outer_stages, "pair": _pair}
         for chip in CHIPS:
