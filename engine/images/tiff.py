@@ -66,7 +66,7 @@ class TiffPixels(TiledPixels):
         else:
             own = series[chosen]
             if own is None:
-                raise DataError(f"{self.path}: plane {frame} is missing; fetch all files of the image")
+                raise DataError(f"{self.path}: plane {frame} is not in its folder; fetch all files of the image into it")
             offsets, counts = own.dataoffsets, own.databytecounts
             page = own if isinstance(own, tifffile.TiffPage) else page
             self._bytes = FileBytes(self.path if own.parent is tif else self._other_file(own.parent))
@@ -80,7 +80,7 @@ class TiffPixels(TiledPixels):
         found = Path(os.path.abspath(other.filehandle.path))
         if not found.is_relative_to(os.path.abspath(self.path.parent)):
             raise DataError(
-                f"{self.path}: plane {self.frame} is in {found}, outside of its folder; move them into one folder"
+                f"{self.path}: plane {self.frame} is not in its folder, but in {found}; move them into one folder"
             )
         return found
 

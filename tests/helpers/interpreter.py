@@ -81,6 +81,18 @@ def install() -> None:
     for name in ("binary_op", "unary_op", "ternary_op"):
         setattr(_Builder, name, refusing(getattr(_Builder, name), name))
 
+    # Since Triton 3.9 loads and stores want masks of bool, which some of the interpreter's own ops make integers.
+    def with_bools(method, place):
+        def call(self, *args, **options):
+            *before, mask = args[: place + 1]
+            mask = _Handle(mask.data.astype(bool), tl.int1)
+            return method(self, *before, mask, *args[place + 1 :], **options)
+
+        return call
+
+    _Builder.create_masked_load = with_bools(_Builder.create_masked_load, 1)
+    _Builder.create_masked_store = with_bools(_Builder.create_masked_store, 2)
+
     apply = interpreter.ReduceScanOpInterface.apply
 
     def reduce(self, values):

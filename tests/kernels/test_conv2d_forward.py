@@ -418,7 +418,7 @@ def test_operands_in_tf32_are_rounded_not_cut(dtype, setting, rounded, monkeypat
     monkeypatch.setattr(windows, "interpreting", lambda: False)
     monkeypatch.setattr(precision, "tf32_settings", lambda: (setting, "ieee"))
     x = torch.zeros(1, 16, 4, 4, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    if not windows._ROUNDS:
+    if not windows.ROUNDS_TO_TF32:
         pytest.skip("Triton before 3.7 cannot")
     assert windows.describe(x, [1, 1, 4, 16], operand=True).round_f32_to_tf32 == rounded
     assert not windows.describe(x, [1, 1, 4, 16]).round_f32_to_tf32, "what is added is added as it is"

@@ -593,5 +593,5 @@ def test_planes_of_ome_tiff_are_read_from_its_folder_alone(name, tmp_path):
     if inside:
         assert open_pixels(folder / "first.ome.tif", frame=1).stored.read(0, 16, 0, 16).min() == 7
     else:
-        with pytest.raises(DataError, match=r"plane 1 is in .*second\.ome\.tif, outside of its folder; move them into"):
+        with pytest.raises(DataError, match=r"first\.ome\.tif: plane 1 is not in its folder"):
             open_pixels(folder / "first.ome.tif", frame=1)
