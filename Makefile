@@ -9,7 +9,7 @@ CONSTRAINTS := $(if $(filter-out 0,$(GPU)),,-c constraints-cpu.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint types docs gate check clean
+.PHONY: demo test quick test-newest lint types docs gate check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints-cpu.txt
@@ -33,6 +33,10 @@ test: $(VENV)/installed
 
 quick: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" -q
+
+# The tests of the core on the newest PyTorch that pip offers, in an environment of its own (several gigabytes).
+test-newest: $(VENV)/installed
+	$(BIN)/python tests/releases.py --json build/releases.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
