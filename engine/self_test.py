@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.torch_private import NAMES
+from . import torch_private
 from .accelerate import accelerate
 from .capture.gaps import missing_functions
 from .capture.substitutes import SUBSTITUTES
@@ -76,6 +77,6 @@ def _step(network: nn.Module) -> dict[str, Tensor]:
 
 def missing() -> list[PrivateName]:
     """The private names of PyTorch that gigamorph uses and the installed PyTorch does not have."""
-    of_kernels = [PrivateName(path, *texts) for path, texts in NAMES.items()]
+    of_kernels = [PrivateName(path, *texts) for path, texts in NAMES.items() if path not in torch_private.NAMES]
     found = [*missing_names(), *(name for name in of_kernels if name.find_or(None) is None)]
     return [*found, *missing_functions(*SUBSTITUTES)]

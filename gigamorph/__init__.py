@@ -120,7 +120,12 @@ __all__ = [  # noqa: RUF022  (sorted by use, not alphabetically)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'gigamorph' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".engine.{_MODULES[name]}", __name__), name)
+    try:
+        module = importlib.import_module(f".engine.{_MODULES[name]}", __name__)
+    except ModuleNotFoundError as error:
+        missing = f"gigamorph.{name} needs the package {error.name}; install all that it needs: pip install gigamorph"
+        raise ModuleNotFoundError(missing, name=error.name) from None
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_a_checkout_is_whole(tmp_path: Path):
 def test_a_wheel_trains_and_loads(tmp_path: Path):
     """Installed from its wheel, outside of the checkout: data, a training, `load`, and a page of the viewer."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "PYPI.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("gigamorph", *FOLDERS):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -100,6 +101,49 @@ print(gigamorph.__file__)
     ran = subprocess.run(command, check=False, cwd=tmp_path / "work", env=where, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == str(tmp_path / "site" / "gigamorph" / "__init__.py")
+
+
+def test_the_source_distribution_tests_itself(tmp_path: Path):
+    """It has the tests, and what they read."""
+    tree = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tree:
+        pytest.skip("no checkout")
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    for name in tree:
+        if not name.startswith("benchmarks/results/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (own,) = (tmp_path / "unpacked").iterdir()
+    left_out = (".ci/", ".github/", ".git", "benchmarks/results/")
+    assert [name for name in tree if not name.startswith(left_out) and not (own / name).exists()] == []
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/engine/test_versions.py"]
+    ran = subprocess.run(
+        pytest_, check=False, cwd=own, env={**os.environ, "PYTHONPATH": str(own)}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_the_page_of_the_index_has_no_link_into_the_repository():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["readme"] == "PYPI.md"
+    assert re.findall(r"\]\((?!https://)", (ROOT / "PYPI.md").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ("from gigamorph import accelerate", "gigamorph.accelerate needs the package torch; install all that it needs"),
+        ("from gigamorph.cli.entry import main; main()", "error: the package torch is missing; install it, or all"),
+    ],
+)
+def test_without_pytorch_there_is_one_clear_line(use: str, message: str):
+    code = f"import sys; sys.modules['torch'] = None; import gigamorph; {use}"
+    ran = subprocess.run([sys.executable, "-c", code, "doctor"], check=False, capture_output=True, text=True)
+    last = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 1
+    assert message in last and last.endswith("pip install gigamorph")
 
 
 def test_one_version():

@@ -66,7 +66,7 @@ class TiffPixels(TiledPixels):
         else:
             own = series[chosen]
             if own is None:
-                raise DataError(f"{self.path}: plane {frame} is not in its folder; fetch all files of the image into it")
+                raise DataError(f"{self.path}: plane {frame} is not in its folder; fetch all files into it")
             offsets, counts = own.dataoffsets, own.databytecounts
             page = own if isinstance(own, tifffile.TiffPage) else page
             self._bytes = FileBytes(self.path if own.parent is tif else self._other_file(own.parent))

@@ -133,6 +133,26 @@ def test_version_with_a_suffix_is_no_old_one():
     assert problems(replace(HEALTHY, versions={**HEALTHY.versions, "lightning": "2.7.0rc1+local"})) == []
 
 
+def test_each_private_name_of_pytorch_that_is_missing_is_shown(monkeypatch):
+    from gigamorph.engine import self_test
+    from gigamorph.engine.torch_private import NAMES, PrivateName
+
+    find = PrivateName.find
+
+    def find_others(name):
+        if name.path == lost:
+            raise name.error()
+        return find(name)
+
+    monkeypatch.setattr(PrivateName, "find", find_others)
+    for lost, name in NAMES.items():
+        found = self_test.missing()
+        assert [one.path for one in found] == [lost]
+        [problem] = problems(replace(HEALTHY, missing_names=tuple((one.path, one.without) for one in found)))
+        assert problem.what == f"PyTorch 2.6.6 has no {lost}: {name.without}"
+        assert problem.level == "warning" and problem.fix.startswith("install torch 2.11 to")
+
+
 @pytest.mark.parametrize(("machine", "code"), [(HEALTHY, 0), (without(HEALTHY, "lightning"), 1)])
 def test_command_shows_facts_and_exits_by_what_it_found(machine, code, monkeypatch, capsys):
     import gigamorph.cli.health as health
