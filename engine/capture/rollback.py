@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .tracebacks import is_users
 
@@ -59,7 +60,7 @@ class Rollback:
     def _save(self, value: Any) -> Iterator[Any]:
         """Save one object; yields what it holds."""
         if isinstance(value, Tensor | np.ndarray):
-            if id(value) in self._tensors or value.nbytes <= _BYTES:
+            if _has_memory(value) and (id(value) in self._tensors or value.nbytes <= _BYTES):
                 self._undo.append(_restore_memory(value))
         elif isinstance(value, list | set | deque | dict):
             if len(value) <= _ITEMS:
@@ -113,6 +114,10 @@ def _content(cell: types.CellType) -> list[Any]:
         return [cell.cell_contents]
     except ValueError:  # empty
         return []
+
+
+def _has_memory(value: Tensor | np.ndarray[Any, Any]) -> bool:
+    return isinstance(value, np.ndarray) or not (is_lazy(value) or value.is_meta or value.layout != torch.strided)
 
 
 def _restore_memory(value: Tensor | np.ndarray[Any, Any]) -> Callable[[], Any]:

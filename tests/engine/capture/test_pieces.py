@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture import dynamo
+from gigamorph.engine.capture.rollback import Rollback
 
 
 class Branching(nn.Module):
@@ -163,6 +164,12 @@ def test_a_refusal_restores_what_an_earlier_piece_has_written(how: str) -> None:
     with pytest.raises(UnsupportedError, match="inference_mode inside"):
         ours(image())
     assert seen() == before
+
+
+def test_tensors_without_memory_are_left_alone() -> None:
+    net = nn.Sequential(nn.LazyConv2d(3, 3), nn.Conv2d(1, 1, 3, device="meta"))
+    net.sparse = torch.eye(3).to_sparse()
+    Rollback(net).undo()
 
 
 def test_an_array_that_is_read_in_inference_mode_is_refused_in_one_line() -> None:
