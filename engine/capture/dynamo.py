@@ -437,7 +437,8 @@ def outside(error: Exception) -> Exception:
     known = next((message for part, message in _OUTSIDE.items() if part in text), None)
     if known is None and _from_call(error):
         return _own_error(type(error).__name__, text, _user_line(str(error)))
-    failed = f"{_user_line(str(error))} cannot be recorded by TorchDynamo: {type(error).__name__}: {text}{_REMEDY}"
+    reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    failed = f"{_user_line(str(error))} cannot be recorded by TorchDynamo: {reason}{_REMEDY}"
     return UnsupportedError(known or failed)
 
 

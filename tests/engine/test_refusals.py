@@ -298,7 +298,7 @@ class Lines(nn.Module):
 
 def test_a_line_of_a_graph_is_the_users():
     told = said(Net(Lines()).double(), images(1, 3, 24, 24))
-    assert "test_refusals.py:" in told and "copy.py" not in told, told
+    assert "test_refusals.py:" in told and "copy.py:" not in told, told
 
 
 class Parts(nn.Module):

@@ -85,7 +85,8 @@ def install() -> None:
     def with_bools(method, place):
         def call(self, *args, **options):
             *before, mask = args[: place + 1]
-            mask = _Handle(mask.data.astype(bool), tl.int1)
+            if isinstance(mask, _Handle):
+                mask = _Handle(mask.data.astype(bool), tl.int1)
             return method(self, *before, mask, *args[place + 1 :], **options)
 
         return call

@@ -413,7 +413,10 @@ def test_others_are_refused(function):
 )
 def test_others_that_cannot_be_recorded_are_refused(function, message):
     before = list(calls)
-    with pytest.raises(UnsupportedError, match=r"^test_custom.py:\d+ \(" + message):
+    # PyTorch 2.11 records it, and then there is no rule.
+    with pytest.raises(
+        UnsupportedError, match=rf"^test_custom.py:\d+ \({message}|^module '2' \(test_custom.* no exact"
+    ):
         accelerate(network(function), tile=8)(torch.randn(1, 2, 24, 20, dtype=torch.float64))
     assert calls == before
 

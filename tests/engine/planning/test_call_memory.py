@@ -14,7 +14,9 @@ from gigamorph import accelerate
 from gigamorph.engine.capture.program import Op
 from gigamorph.engine.planning.call_memory import CallMemory, call_memory
 from gigamorph.engine.planning.simulate import Meter
+from gigamorph.engine.versions import release
 
+RELEASE = release(torch.__version__)
 SIDE = 256
 MAP = 8 * SIDE * SIDE * 4
 
@@ -55,7 +57,7 @@ def allocated(head: Callable[[Tensor], Tensor]) -> int:
     return meter.peak - before
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [name for name in HEADS if RELEASE > (2, 12) or not name.startswith("quantile")])
 def test_as_many_bytes_as_in_stock(name: str) -> None:
     """All that is there at the peak of the backward beside the map: its gradient, and what was not counted before."""
     prepared, found = calls_of(accelerate(Net(HEADS[name]), fallback="untiled"), SIDE)
@@ -77,6 +79,7 @@ def test_the_numbers_that_kernels_allocate_inside_are_those_of_the_largest_row()
     assert max(one.forward for one in found) == 16 * SIDE * SIDE
 
 
+@pytest.mark.skipif(RELEASE < (2, 12), reason="PyTorch 2.11 cannot record a quantile")
 def test_small_calls_count_for_nothing() -> None:
     prepared, found = calls_of(accelerate(Net(HEADS["quantile"])), 32)
     assert set(found) == {CallMemory()} and prepared.calls_backward == 0
