@@ -8,7 +8,9 @@ doctor``. The kernels have a file of their own, `kernels/torch_private.py`.
 from __future__ import annotations
 
 import functools
+import getpass
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,11 @@ from .errors import UnsupportedError
 from .versions import TESTED
 
 _REFUSED = "what needs it raises an error"
+
+try:
+    getpass.getuser()
+except (KeyError, OSError):  # a container's uid without an account: PyTorch 2.12 cannot name its folder of caches
+    os.environ["LOGNAME"] = f"uid{os.getuid()}"
 
 
 @dataclass(frozen=True)
@@ -362,6 +369,15 @@ def dynamo(name: str) -> Any:
 @functools.cache
 def dynamo_config() -> Any:
     return _CONFIG.find()
+
+
+_FUNCTORCH = _name(
+    "torch._functorch.config", "limit what a compiled forward of stock stores", "gigamorph bench front lacks these rows"
+)
+
+
+def functorch_config() -> Any:
+    return _FUNCTORCH.find()
 
 
 def stance() -> str:
