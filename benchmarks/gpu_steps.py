@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from gigamorph import accelerate, open_pixels, plan
 from gigamorph.engine.bench.meter import NvmlPeak, time_call
 from gigamorph.engine.bench.ordinary import loss_of
-from gigamorph.engine.bench.peers import checkpointed
 from gigamorph.engine.bench.read import LIVE
+from gigamorph.engine.bench.ways import checkpointed
 from gigamorph.engine.cuda_graphs import buffers
 from gigamorph.engine.models import create_model
 from gigamorph.engine.tiling.memory import parse_bytes, peak_bytes, reset_peak, used_bytes

@@ -82,7 +82,6 @@ def _timed(command: Any) -> Any:
         click.option("--box", type=_seconds, default=60.0, help="Time limit of a peer's runs, in seconds."),
         click.option("--rounds", type=click.IntRange(1), default=5, help="Most timed runs per peer."),
         click.option("--tile", type=click.IntRange(1), help="gigamorph's tile in pixels; by default the plan's."),
-        options.memory_budget,
         click.option("--cap", metavar="SIZE", callback=options.parse_budget, help="Memory limit of a run, as in 8GiB."),
         click.option(
             "--size",
@@ -118,6 +117,7 @@ def bench() -> None:
 
 @bench.command()
 @_timed
+@options.memory_budget
 @_peers_of_steps
 @click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Folder for a trace of each step.")
 @_task
@@ -148,6 +148,45 @@ def step(
 
 @bench.command()
 @_timed
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="PNG file of time against memory.")
+@_task
+def front(
+    models: tuple[str, ...],
+    sizes: tuple[tuple[int, int], ...],
+    plot: Path | None,
+    task: MakeTask,
+    path: Path | None,
+    **timing: Any,
+) -> None:
+    """Compare gigamorph at several budgets with all ways to make stock PyTorch faster or smaller.
+
+    Ways of stock: channels-last, frozen norms folded into convolutions, torch.compile (also with max-autotune, and with
+    limits of stored activations), checkpoints of blocks, lightstream. gigamorph runs without a budget, in shares of
+    stock's memory, and in the least that it can.
+
+    Example: gigamorph bench front --model resnet18 --size 512x512 --rounds 2 --json front.json --plot front.png
+    """
+    from ..engine.bench.front import comparisons, figure_of, ways
+    from ..engine.bench.step import Options, measure
+    from ..engine.report.figure import png
+
+    if plot is not None and len(models) * len(sizes) > 1:
+        raise click.UsageError("--plot needs one --model and one --size")
+    results = _new_results(task(models[0], sizes[0]).device)
+    for own in [task(model, size) for model in models for size in sizes]:
+        rows = measure(own, Options(ways(own), **timing), results.ceilings, _show_step)
+        results.steps += rows
+        _save(results, path)
+        for found in comparisons(rows):
+            click.echo(str(found))
+        if plot is not None:
+            plot.write_bytes(png(figure_of(rows, str(own))))
+    _exit_on_failure([row for row in results.steps if row.base_peer == "gigamorph"])
+
+
+@bench.command()
+@_timed
+@options.memory_budget
 @_peers("stock, compile, onnxruntime, openvino or gigamorph")
 @options.channel_count
 @_json

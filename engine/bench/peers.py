@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..accelerate import accelerate
-from ..errors import UnsupportedError
+from ..torch_private import functorch_config
 from .ordinary import Prepared, ordinary
 from .results import Task
 from .runtimes import NEEDS, missing, onnxruntime_step, openvino_step
+from .ways import checkpointed, fold_norms
 
 Settings = dict[str, Any]
 
@@ -48,10 +48,6 @@ class Peer:
     compiles: bool = False
 
 
-def _stock(network: nn.Module, task: Task, settings: Settings) -> Prepared:
-    return ordinary(network, task)
-
-
 def _bf16(network: nn.Module, task: Task, settings: Settings) -> Prepared:
     return ordinary(network, replace(task, precision="bf16"))
 
@@ -60,69 +56,39 @@ def _no_bf16(task: Task) -> str | None:
     return None if task.precision == "fp32" else f"the task is in {task.precision}"
 
 
-def _compile(network: nn.Module, task: Task, settings: Settings) -> Prepared:
-    compiled: Any = torch.compile(network, dynamic=False)
-    return ordinary(compiled, task)
-
-
 def _no_compiler(task: Task) -> str | None:
     if task.device == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         return None
     return "torch.compile needs a C++ compiler on the CPU; install g++"
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules named as blocks or bottlenecks, as in ResNets, ConvNeXts and most of timm."""
-    found: list[nn.Module] = []
+def _way(
+    network: nn.Module,
+    task: Task,
+    settings: Settings,
+    *,
+    folds: bool = False,
+    checkpoints: bool = False,
+    compiler: dict[str, Any] | None = None,
+) -> Prepared:
+    """What an expert does to stock PyTorch; see `ways.py`.
 
-    def search(module: nn.Module) -> None:
-        for child in module.children():
-            if "Block" in type(child).__name__ or "Bottleneck" in type(child).__name__:
-                found.append(child)
-            else:
-                search(child)
-
-    search(network)
-    return found
-
-
-def checkpointed(network: nn.Module) -> nn.Module:
-    """Checkpoint a network's blocks, so that only their inputs are stored; for a VGG the parts between poolings.
-
-    Raises:
-        UnsupportedError: it has neither.
+    Args:
+        folds: fold frozen norms.
+        checkpoints: checkpoint blocks.
+        compiler: options of `torch.compile`; None does not compile.
+        settings: ``activations`` is the share of activations that a compiled forward may store.
     """
-    found = blocks(network)
-    features = getattr(network, "features", None)
-    if not found and isinstance(features, nn.Sequential):
-        for name, part in list(_between_pools(features)):
-            features.add_module(name, part)
-            found.append(part)
-    if not found:
-        raise UnsupportedError(f"{type(network).__name__} has no blocks to checkpoint")
-    for block in found:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return network
+    network = fold_norms(network, task.image[1]) if folds else network
+    network = checkpointed(network) if checkpoints else network
+    if "activations" in settings:
+        functorch_config().activation_memory_budget = settings["activations"]  # of this process, for all its graphs
+    runs: Any = network if compiler is None else torch.compile(network, dynamic=False, **compiler)
+    return ordinary(runs, task)
 
 
-def _checkpoint(network: nn.Module, task: Task, settings: Settings) -> Prepared:
-    return ordinary(checkpointed(network), task)
-
-
-def _between_pools(features: nn.Sequential) -> list[tuple[str, nn.Module]]:
-    """Replace the layers up to each pooling by one module with the first layer's name; the others become identities."""
-    parts: list[tuple[str, nn.Module]] = []
-    names: list[str] = []
-    layers: list[nn.Module] = []
-    for name, layer in list(features.named_children()):
-        names.append(name)
-        layers.append(layer)
-        if isinstance(layer, nn.MaxPool2d):
-            parts.append((names[0], nn.Sequential(*layers)))
-            for other in names[1:]:
-                features.add_module(other, nn.Identity())
-            names, layers = [], []
-    return parts
+def _not_frozen(task: Task) -> str | None:
+    return None if task.batch_norm == "frozen" else "norms in training mode cannot be folded"
 
 
 def _no_gradients(task: Task) -> str | None:
@@ -147,19 +113,40 @@ def _gigamorph(network: nn.Module, task: Task, settings: Settings) -> Prepared:
     return ordinary(accelerate(network, **settings), task)
 
 
+_COMPILED: Any = {"channels_last": True, "compiles": True}
+_AUTOTUNE = {"mode": "max-autotune-no-cudagraphs"}
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("stock", "stock PyTorch", _stock),
-        Peer("channels-last", "channels-last", _stock, channels_last=True),
+        Peer("stock", "stock PyTorch", _way),
+        Peer("channels-last", "channels-last", _way, channels_last=True),
         Peer("bf16", "bf16 autocast", _bf16, _no_bf16, channels_last=True),
-        Peer("compile", "torch.compile", _compile, _no_compiler, channels_last=True, compiles=True),
-        Peer("checkpoint", "checkpoint per block", _checkpoint, _no_gradients),
+        Peer("compile", "torch.compile", partial(_way, compiler={}), _no_compiler, **_COMPILED),
+        Peer("checkpoint", "checkpoint per block", partial(_way, checkpoints=True), _no_gradients),
+        Peer("folded", "folded norms", partial(_way, folds=True), _not_frozen),
+        Peer(
+            "folded-channels-last", "folded channels-last", partial(_way, folds=True), _not_frozen, channels_last=True
+        ),
+        Peer(
+            "folded-checkpoint",
+            "folded, checkpoint per block",
+            partial(_way, folds=True, checkpoints=True),
+            lambda task: _not_frozen(task) or _no_gradients(task),
+            channels_last=True,
+        ),
+        Peer(
+            "folded-compile",
+            "folded, torch.compile",
+            partial(_way, folds=True, compiler={}),
+            lambda task: _not_frozen(task) or _no_compiler(task),
+            **_COMPILED,
+        ),
+        Peer("autotune", "torch.compile, max-autotune", partial(_way, compiler=_AUTOTUNE), _no_compiler, **_COMPILED),
         Peer("lightstream", "lightstream", _lightstream, _no_lightstream),
         Peer("onnxruntime", "ONNX Runtime", onnxruntime_step, partial(missing, "onnxruntime")),
         Peer("openvino", "OpenVINO", openvino_step, partial(missing, "openvino")),
         Peer("gigamorph", "gigamorph", _gigamorph),
     )
 }
-TRAINING = tuple(name for name in PEERS if name not in NEEDS)
+TRAINING = ("stock", "channels-last", "bf16", "compile", "checkpoint", "lightstream", "gigamorph")
 INFERENCE = ("stock", "compile", *NEEDS, "gigamorph")

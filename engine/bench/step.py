@@ -17,6 +17,7 @@ from ..errors import BudgetError, ForwardError, GigamorphError, UnsupportedError
 from ..planning.plan import Plan
 from ..planning.preview import plan
 from . import check, roofline
+from .front import LEAST, share_of
 from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .ordinary import autocast
 from .peers import PEERS, TRAINING, Settings
@@ -82,7 +83,7 @@ def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say =
                 if row.cap_bytes is None:
                     continue
             rows.append(row)
-            cell = _first_step(row, network, options, stack)
+            cell = _first_step(row, network, replace(options, budget=_budget(row, rows, network, options)), stack)
             if cell is None:
                 say(row)
                 continue
@@ -107,6 +108,21 @@ def measure_row(row: StepRow, steps: int) -> StepRow:
         _add_times(row, answer)
         _update_peaks(row, answer)
     return row
+
+
+def _budget(row: StepRow, rows: list[StepRow], network: nn.Module, options: Options) -> float | None:
+    """Return the budget of a row in bytes; of a front, a share of stock's peak or the least possible."""
+    if row.base_peer != "gigamorph" or row.peer == "gigamorph":
+        return options.budget
+    if row.peer == LEAST:
+        try:
+            return planned(network, row.task, 1).peak_bytes
+        except BudgetError as error:
+            return error.needed_bytes
+        except (UnsupportedError, ForwardError):
+            return None  # its first step says why
+    stock = next((other.peak_bytes for other in rows if other.peer == "stock"), None)
+    return share_of(row.peer) * (stock or planned(network, row.task, None).stock_bytes or 0)
 
 
 def _equal_cap(rows: list[StepRow]) -> int | None:
@@ -163,8 +179,11 @@ def settings(peer: str, task: Task, network: nn.Module, options: Options) -> lis
     if peer == EQUAL_MEMORY:
         assert options.cap is not None
         return [{"tile": tile_within(network, task, options.cap)}]
-    if peer == "gigamorph":
+    base, _, variant = peer.partition(", ")
+    if base == "gigamorph":
         return [{"memory_budget": None if budget is None else int(budget), "tile": options.tile}]
+    if variant.endswith("of activations"):
+        return [{"activations": share_of(peer)}]
     if peer == "lightstream":
         if budget is None:
             stock = planned(network, task, None, options.tile).stock_bytes
@@ -186,12 +205,12 @@ def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None
 
 def _predict(row: StepRow, network: nn.Module, given: Settings) -> Settings:
     """Store the predicted peak in the row, if the network has a plan; return the plan's choices."""
-    if row.peer not in ("stock", "gigamorph"):
+    if row.peer != "stock" and row.base_peer != "gigamorph":
         return {}
     with contextlib.suppress(BudgetError, UnsupportedError):
         made = planned(network, row.task, given.get("memory_budget"), given.get("tile"))
-        row.predicted_bytes = made.peak_bytes if row.peer == "gigamorph" else made.stock_bytes
-        if row.peer == "gigamorph":
+        row.predicted_bytes = made.stock_bytes if row.peer == "stock" else made.peak_bytes
+        if row.peer != "stock":
             return {"tile": list(made.tile), "retained": made.retained, "carries": made.halos}
     return {}
 
