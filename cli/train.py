@@ -299,9 +299,9 @@ def _train(
 ) -> None:
     """Train in this process, alone or as one of several; only the first process prints."""
     from ..engine.config import to_toml
+    from ..engine.datasets.tables.cells import write_csv
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
-    from ..engine.predict.tables import write_csv
     from ..engine.train.fit import Watch, fit
     from ..engine.train.folds import write_validation
     from ..engine.train.inputs import training_data

@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 from ..datasets.tables import Record
+from ..datasets.tables.cells import write_csv
 from ..errors import DataError
 from ..files import write_atomically
 from ..images.dicom_results import segment, segmentation, source_header
@@ -38,7 +39,7 @@ from ..predict.tables import placed, prediction_of
 from ..train.classify import prediction
 from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of, positive_class
 from ..train.heatmap import overlay_name, write_overlay
-from .exams import View, write_exams, write_rows
+from .exams import View, write_exams
 from .maps import Mark, find_marks
 
 Kind = Literal["fractional", "binary"]
@@ -230,7 +231,7 @@ class _Explain(PredictJob):
 
         if self._options.method == "activation":
             header = ["image_path", *frame, "class", "row", "column", "score"]
-            write_atomically(out / "marks.csv", lambda path: write_rows(path, header, marks()), "table")
+            write_csv(out / "marks.csv", header, marks(), "\n")
         else:
             collections.deque(marks(), maxlen=0)
         outputs = outputs_of(self._network.net)
@@ -242,7 +243,7 @@ class _Explain(PredictJob):
         if first is not None:
             which = None if label is None else classes.index(label)
             every = itertools.chain([first], exams)
-            write_atomically(out / "exams.csv", lambda path: write_exams(path, every, classes, which, frame), "table")
+            write_exams(out / "exams.csv", every, classes, which, frame)
         return {}
 
 

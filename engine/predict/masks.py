@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..accelerate import Accelerated, accelerate
 from ..datasets.masks import IGNORED, Mask, mask_as_stored, masks_of, strips
 from ..datasets.tables import SPLITS, Record, reading_of
+from ..datasets.tables.cells import write_csv
 from ..dense import map_shape, write_map
 from ..errors import DataError
 from ..files import temporary_name, whole_or_absent
@@ -40,7 +41,7 @@ from .options import RunOptions, Scores, Summary, Watch
 from .predictor import NetworkUnit, Wanted, naming
 from .rows import Row
 from .runner import run
-from .tables import patient_of, write_csv
+from .tables import patient_of
 
 MASKS = pa.schema(
     [

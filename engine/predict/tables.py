@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +13,10 @@ from typing import Any
 import torch
 
 from ..datasets.tables import reading_of
-from ..datasets.tables.cells import escape
+from ..datasets.tables.cells import write_csv
 from ..datasets.unknown_views import unplaced_line
 from ..evaluate.read import LABEL, ODDS, PROBABILITY, VALUE, digits
 from ..evaluate.recalibration import Calibration
-from ..files import write_atomically
 from ..models.outputs import Outputs
 from ..train.classify import truth_of
 from ..train.metrics import Prediction, per_breast, per_exam, scores
@@ -291,17 +288,3 @@ def _row(found: Prediction, classes: Sequence[str], reading: Sequence[str] = ())
     # Log-odds have all digits, because probabilities near 0 or 1 lose the order of images.
     values = (*(f"{value:.6g}" for value in found.probabilities), *(repr(value) for value in found.log_odds))
     return [*keys, *values]
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a csv file atomically and durably; text that a spreadsheet would evaluate is escaped."""
-
-    def write(part: Path) -> None:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows([escape(cell) for cell in row] for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-
-    write_atomically(path, write, "table")

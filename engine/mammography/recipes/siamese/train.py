@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ....datasets.tables import SPLITS, read_table
+from ....datasets.tables.cells import write_csv
 from ....evaluate.read import write_cases
 from ....evaluate.roc import auc
-from ....predict.tables import write_csv
 from ....train.loop import check_stages, run_stages
 from ....train.run import Run
 from ....train.stages import Stage
