@@ -226,9 +226,9 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     device = options.usable_device(config.device)
     if given["print_config"]:
         from ..engine.config import to_toml
-        from ..engine.train.option_checks import check_steps
+        from ..engine.train.option_checks import check_stages
 
-        check_steps(config.options())
+        check_stages(config.options().made_stages(validated=True))
         click.echo(to_toml(config), nl=False)
         return
     from ..engine.files import require_writable
