@@ -32,7 +32,6 @@ class Task:
         batch_norm: "frozen" (evaluation mode) or "live".
         precision: "fp32", "fp64", or "bf16" (autocast over float32 parameters).
         device: "cpu" or "cuda".
-        accumulate: a step adds to the gradients of the previous one, which stay allocated.
     """
 
     model: str
@@ -41,7 +40,6 @@ class Task:
     batch_norm: str = "frozen"
     precision: str = "fp32"
     device: str = "cpu"
-    accumulate: bool = False
 
     @property
     def megapixels(self) -> float:

@@ -7,7 +7,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +34,7 @@ from ..predict.options import RunOptions, Scores, Summary, Watch
 from ..predict.predictor import Classifier, NetworkUnit, Opener, Wanted, check_numbers, naming
 from ..predict.rows import Row
 from ..predict.runner import run
-from ..predict.tables import placed, prediction_of
+from ..predict.tables import prediction_of
 from ..train.classify import prediction
 from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of, positive_class
 from ..train.heatmap import overlay_name, write_overlay
@@ -216,9 +215,7 @@ class _Explain(PredictJob):
             for row, result in index.joined(results):
                 view = _view(row, result, index, classes)
                 own = view.prediction
-                if own.patient and own.exam:
-                    index.add_known("exam", [own.patient])
-                index.store_items([(None, (own.patient, own.exam) if own.patient else None, view)])
+                index.store_items([(own.image, own.patient, own.exam, own.laterality, view)])
                 for mark in result["marks"]:
                     yield [
                         row.name,
@@ -238,7 +235,7 @@ class _Explain(PredictJob):
         # Numbers are not combined like probabilities, and networks of combined views combine them differently.
         if outputs is not None and (outputs.numbers or outputs.views is not None):
             return {}
-        exams = (views for views in placed(index, "exam", attrgetter("prediction")) if len(views) > 1)
+        exams = (views for views in index.groups("exam") if len(views) > 1)
         first = next(exams, None)
         if first is not None:
             which = None if label is None else classes.index(label)

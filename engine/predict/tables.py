@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 
 from ..datasets.tables import reading_of
 from ..datasets.tables.cells import write_csv
-from ..datasets.unknown_views import unplaced_line
 from ..evaluate.read import LABEL, ODDS, PROBABILITY, VALUE, digits
 from ..evaluate.recalibration import Calibration
 from ..models.outputs import Outputs
@@ -95,17 +94,14 @@ def _images(
         if outputs is not None and not outputs.exclusive:
             true = [truth_of(row.record, outputs.names) for row, _ in some]
             found = [replace(one, numbers=outputs.numbers, truth=known) for one, known in zip(found, true, strict=True)]
-        index.add_known("breast", {one.patient for one in found if one.patient and one.laterality})
-        index.add_known("exam", {one.patient for one in found if one.patient and one.exam})
-        index.store_items((_breast(one), _exam(one), one) for one in found)
+        index.store_items((one.image, one.patient, one.exam, one.laterality, one) for one in found)
         yield from found
 
 
 def _grouped(
     index: Index, level: Level, classes: Sequence[str], outputs: Outputs | None, calibration: Calibration | None
 ) -> Iterator[Prediction]:
-    """The prediction of each breast or exam; images without one (`unplaced`) are left out with a warning."""
-    groups = placed(index, level)
+    groups = index.groups(level)
     if outputs is not None and outputs.views is not None:
         yield from (combined(outputs, classes, calibration, level, group) for group in groups)
         return
@@ -137,30 +133,6 @@ def combined(
     if calibration is not None:
         log_odds = calibration.both(log_odds)
     return replace(found, log_odds=tuple(log_odds), level=level)
-
-
-def placed(
-    index: Index, level: Level, prediction: Callable[[Any], Prediction] = lambda item: item
-) -> Iterator[list[Any]]:
-    """The stored items of each breast or exam; items without one (`unplaced`) are left out with a warning.
-
-    Args:
-        index: has the items, and the patients with images of known side or exam.
-        level: "breast" or "exam".
-        prediction: returns the prediction of an item.
-    """
-    left_out: dict[str, list[str]] = {"laterality": [], "exam_id": []}
-    for group in index.groups(level):
-        one = prediction(group[0])  # all or no items of a group have a side, or an exam
-        if one.patient and not one.exam and index.is_known("exam", one.patient):
-            left_out["exam_id"] += [prediction(item).image for item in group]
-        elif level == "breast" and one.patient and not one.laterality and index.is_known("breast", one.patient):
-            left_out["laterality"].append(one.image)
-        else:
-            yield group
-    for column, images in left_out.items():
-        if images and (level == "exam" or column == "laterality"):
-            log.warning(unplaced_line(column, len(images), images[0]))
 
 
 def _collecting(found: Iterable[Prediction], labelled: list[Prediction]) -> Iterator[Prediction]:
@@ -242,16 +214,6 @@ def exam_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -
 
 def _names_patient(row: Row) -> bool:
     return Path(row.record.patient_id).name != row.record.path.name
-
-
-def _breast(found: Prediction) -> tuple[str, ...] | None:
-    """The key of the breast; None if unknown."""
-    return (found.patient, found.exam, found.laterality) if found.patient and found.laterality else None
-
-
-def _exam(found: Prediction) -> tuple[str, ...] | None:
-    """The key of the exam; None if the patient is unknown."""
-    return (found.patient, found.exam) if found.patient else None
 
 
 def _called(found: Prediction, calibration: Calibration | None) -> list[int]:
