@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import re
 import sys
@@ -41,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # use this checkout, installed or not
 from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import NOT_RUN, OK  # noqa: E402
+from gigamorph.engine.files import write_json  # noqa: E402
 
 WORKER = Path(__file__).with_name("gpu_worker.py")
 # In this order: seconds of a section, where some get the remaining time, and of one item before its process is killed.
@@ -130,9 +130,7 @@ class Report:
             self.write()
 
     def write(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(partial, self.path)
+        write_json(self.path, self.data, "results")
 
 
 def run_items(items: list[Item], workers: list[Worker], report: Report, deadline: float, end: float) -> None:

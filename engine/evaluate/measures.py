@@ -26,7 +26,7 @@ exact, an exact interval if there is no bootstrap interval."""
 
 
 def weighted_pf1(truth: Array, p: Array, of_positives: Array, weights: Array) -> Array:
-    """Probabilistic F1 (b,) of rows with weights (b, n); `of_positives` has the probabilities of positives, 0 for others.
+    """Probabilistic F1 (b,) of rows with weights (b, n); `of_positives` has p of positives, 0 for negatives.
 
     Positives count with their probability p: precision = sum_pos p / sum p, recall = sum_pos p / positives, and
     F1 = 2 precision recall / (precision + recall) (Yacouby and Axman, 2020; the RSNA screening mammography challenge).
