@@ -24,6 +24,8 @@ from .rows import Row
 
 MEASURED = 200_000
 """Maximum number of labelled images that are measured here; use `gigamorph eval` on the table for more."""
+LEADING = ("image_path", "patient_id", "exam_id", "laterality", "view", "split")
+"""Names of the `leading_cells` of a row."""
 _BATCH = 4096
 log = logging.getLogger("gigamorph")
 
@@ -221,7 +223,7 @@ def _called(found: Prediction, calibration: Calibration | None) -> list[int]:
 
 
 def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
-    keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "label"]
+    keys = [*LEADING, "label"]
     if outputs is not None and not outputs.exclusive:
         keys += [LABEL + name for name in classes]
     if outputs is not None and outputs.numbers:
@@ -229,22 +231,18 @@ def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
     return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
 
 
+def leading_cells(found: Prediction, reading: Sequence[str] = ()) -> list[object]:
+    """The cells of a row up to the split; `reading` names the columns on how the image is read."""
+    how = (found.reading.get(name, "") for name in reading)
+    return [found.image, *how, found.patient, found.exam, found.laterality, found.view, found.split]
+
+
 def _row(found: Prediction, classes: Sequence[str], reading: Sequence[str] = ()) -> list[object]:
     """A row of a table; columns are identified by class names, not by order."""
-    label = "" if found.label is None else classes[found.label]
-    keys: tuple[object, ...] = (
-        found.image,
-        *(found.reading.get(name, "") for name in reading),
-        found.patient,
-        found.exam,
-        found.laterality,
-        found.view,
-        found.split,
-        label,
-    )
+    keys = [*leading_cells(found, reading), "" if found.label is None else classes[found.label]]
     if not found.exclusive:
         truth = found.truth or [math.nan] * len(found.log_odds)
-        keys += tuple("" if math.isnan(value) else digits(value) for value in truth)
+        keys += ["" if math.isnan(value) else digits(value) for value in truth]
     if found.numbers:
         return [*keys, *(repr(value) for value in found.log_odds)]
     # Log-odds have all digits, because probabilities near 0 or 1 lose the order of images.

@@ -242,6 +242,11 @@ def dice(counts: np.ndarray) -> np.ndarray:
         return np.where(given + own > 0, 2 * both / (given + own), np.nan)
 
 
+def dice_cells(counts: np.ndarray) -> list[str]:
+    """Cells of a table: the Dice of each class except the background, empty if undefined."""
+    return ["" if np.isnan(value) else repr(value) for value in dice(counts)[1:].tolist()]
+
+
 def dice_scores(counts: np.ndarray, images: int, names: Sequence[str]) -> dict[str, float | int | None]:
     """Dice of each class except the background over the pixels of all images, and their mean ("dice").
 
@@ -314,12 +319,11 @@ class Segmentation(TargetTask[Overlap]):
 
 
 def write_overlaps(path: Path, found: Sequence[Overlap], names: Sequence[str]) -> None:
-    """Write a row for each image: Dice of each class except the background, empty if undefined."""
+    """Write a row for each image with its `dice_cells`."""
     rows = []
     for one in found:
         patient = one.record.patient_id if one.record.patient_known else ""
-        values = ["" if np.isnan(value) else repr(float(value)) for value in dice(one.counts)[1:]]
-        rows.append([one.record.path, patient, *values])
+        rows.append([one.record.path, patient, *dice_cells(one.counts)])
     write_csv(path, ["image_path", "patient_id", *(f"dice_{name}" for name in names[1:])], rows)
 
 
