@@ -38,7 +38,7 @@ class Process:
         lean: return freed memory to the system at once (glibc), so that resident memory is the memory in use. Otherwise
             the heap may cache as much again if blocks are small. It costs time.
         folder: the module's folder, if it is not on Python's path.
-        env: what its environment has besides this one's.
+        env: environment variables in addition to those of this process.
         log: the file to which its error output is appended.
     """
 
