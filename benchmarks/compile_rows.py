@@ -22,6 +22,7 @@ from rich.table import Table
 from triton.runtime.jit import JITFunction
 
 from gigamorph import kernels
+from gigamorph.cli.table import rows_table
 
 
 @dataclass
@@ -127,51 +128,30 @@ class RowFile:
 
 
 def table(rows: list[Row]) -> Table:
-    result = Table(box=None, pad_edge=False)
-    for heading in ("first call", "sm", "kernel", "times"):
-        result.add_column(heading, justify="right" if heading in ("sm", "times") else "left", overflow="fold")
-    for heading in ("shared", "regs", "warps", "blocks", "TMA"):
-        result.add_column(heading, justify="right")
-    for heading in ("matrix", "verdict"):
-        result.add_column(heading, overflow="fold")
-    for row in rows:
-        verdict = f"[red]{'; '.join(row.faults)}[/red]" if row.faults else "ok"
-        result.add_row(
-            row.case,
-            str(row.chip),
-            row.kernel,
-            str(row.launches),
-            f"{row.shared:,}",
-            str(row.registers),
-            str(row.warps),
-            str(row.blocks),
-            str(row.loads),
-            row.matrix,
-            verdict,
-        )
-    return result
+    verdicts = [f"[red]{'; '.join(row.faults)}[/red]" if row.faults else "ok" for row in rows]
+    return rows_table([asdict(row) | {"faults": verdict} for row, verdict in zip(rows, verdicts, strict=True)])
 
 
 def by_kernel(rows: list[Row]) -> Table:
     """Return for each kernel and chip the number of compilations, the worst figures, and the number with faults."""
-    result = Table(box=None, pad_edge=False)
-    for heading in ("sm", "kernel", "compiled", "shared", "regs", "blocks", "matrix", "TMA", "faults"):
-        result.add_column(heading, justify="left" if heading in ("kernel", "matrix") else "right")
     built = sorted((row for row in rows if row.kernel), key=lambda row: (row.chip, row.kernel))
+    result = []
     for (chip, kernel), group in itertools.groupby(built, key=lambda row: (row.chip, row.kernel)):
         same = list(group)
-        result.add_row(
-            str(chip),
-            kernel,
-            str(len(same)),
-            f"{max(row.shared for row in same):,}",
-            str(max(row.registers for row in same)),
-            str(min(row.blocks for row in same)),
-            " ".join(sorted({row.matrix for row in same} - {""})),
-            str(sum(row.loads > 0 for row in same)),
-            str(sum(bool(row.faults) for row in same)),
+        result.append(
+            {
+                "sm": chip,
+                "kernel": kernel,
+                "compiled": len(same),
+                "shared": f"{max(row.shared for row in same):,}",
+                "regs": max(row.registers for row in same),
+                "blocks": min(row.blocks for row in same),
+                "matrix": " ".join(sorted({row.matrix for row in same} - {""})),
+                "TMA": sum(row.loads > 0 for row in same),
+                "faults": sum(bool(row.faults) for row in same),
+            }
         )
-    return result
+    return rows_table(result)
 
 
 def summary(rows: list[Row], seconds: float) -> str:

@@ -40,6 +40,7 @@ from coverage_markdown import PAGE, page  # noqa: E402
 from gigamorph.engine.bench.machine import provenance  # noqa: E402
 from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import OK  # noqa: E402
+from gigamorph.engine.files import write_json  # noqa: E402
 
 MODES = ("eval", "live")
 # A BatchNorm after a global pooling has one value per image; with two images its output is always plus and minus one.
@@ -277,14 +278,8 @@ class Results:
         self.rows[report["network"], report["mode"]] = report | {"commit": self.commit}
         order = {(name, mode): i for i, (name, mode) in enumerate(itertools.product(CLASSES, MODES))}
         rows = [self.rows[key] for key in sorted(self.rows, key=lambda key: order.get(key, len(order)))]
-        text = (
-            json.dumps(
-                {**self.source, "limit": LIMIT, "dtype": "float64", "counts": counts(rows), "networks": rows}, indent=1
-            )
-            + "\n"
-        )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(text)
+        found = {**self.source, "limit": LIMIT, "dtype": "float64", "counts": counts(rows), "networks": rows}
+        write_json(self.path, found, "results")
 
 
 def counts(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -298,17 +293,9 @@ def _line(number: int, total: int, report: dict[str, Any]) -> str:
     ratios = " ".join(f"{ratio:.2f}" for ratio in report.get("float32", {}).values())
     size = "x".join(map(str, report.get("size", ())))
     shown = verdict.upper() if verdict == "wrong" else verdict
-    parts = [f"[{number:3}/{total}]", f"{report['network']:30} {report['mode']:4} {shown:11} {size:8}"]
-    return " ".join(
-        [
-            *parts,
-            f"{report.get('seconds', 0):5.0f} s ",
-            detail,
-            ratios,
-            report.get("message", ""),
-            report.get("notes", ""),
-        ]
-    ).rstrip()
+    where = f"[{number:3}/{total}] {report['network']:30} {report['mode']:4} {shown:11} {size:8}"
+    parts = [where, f"{report.get('seconds', 0):5.0f} s ", detail, ratios]
+    return " ".join([*parts, report.get("message", ""), report.get("notes", "")]).rstrip()
 
 
 def main() -> int:

@@ -25,10 +25,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -38,43 +36,29 @@ from typing import Any
 
 from gpu_summary import Row, summary
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # use this checkout, installed or not
+from gigamorph.engine.bench.process import Process  # noqa: E402
+from gigamorph.engine.bench.results import NOT_RUN, OK  # noqa: E402
+from gigamorph.engine.files import write_json  # noqa: E402
+
 WORKER = Path(__file__).with_name("gpu_worker.py")
-# In this order; those of one line run in parallel on all workers.
-GROUPS = (
-    ("ceilings",),
-    ("tests", "checks"),
-    ("sanitizer",),
-    ("ops",),
-    ("tiles",),
-    ("steps",),
-    ("traces",),
-    ("limits",),
-)
-SECTIONS = tuple(section for group in GROUPS for section in group)
-# Seconds of a section, and of one item before its process is killed. `steps` gets the remaining time.
-BUDGET = {
-    "ceilings": 40,
-    "tests": 420,
-    "checks": 420,
-    "sanitizer": 400,
-    "ops": 110,
-    "tiles": 30,
-    "steps": 1e9,
-    "traces": 120,
-    "limits": 1e9,
+# In this order: seconds of a section, where some get the remaining time, and of one item before its process is killed.
+SECONDS = {
+    "ceilings": (40, 40),
+    "tests": (420, 300),
+    "checks": (420, 90),
+    "sanitizer": (400, 120),
+    "ops": (110, 25),
+    "tiles": (30, 30),
+    "steps": (1e9, 90),
+    "traces": (120, 60),
+    "limits": (1e9, 150),
 }
-LIMIT = {
-    "ceilings": 40,
-    "tests": 300,
-    "checks": 90,
-    "sanitizer": 120,
-    "prepare": 170,
-    "ops": 25,
-    "tiles": 30,
-    "steps": 90,
-    "traces": 60,
-    "limits": 150,
-}
+SECTIONS = tuple(SECONDS)
+LIMIT = {section: limit for section, (_, limit) in SECONDS.items()} | {"prepare": 170}
+# Sections of one group run in parallel on all workers.
+GROUPS = (("ceilings",), ("tests", "checks"), *((section,) for section in SECTIONS[3:]))
 ALWAYS = ("machine", "ceilings", "choices")  # not affected by --match
 WORKERS = 14
 COMPILERS = 5  # of these, as many as steps fit a GPU's memory in parallel
@@ -86,61 +70,32 @@ class Worker:
     """A process that runs items; it is started on first use, and again after it has died."""
 
     def __init__(self, dry: bool, log: Path, cache: Path | None = None):
-        self.dry, self.log, self.cache = dry, log, cache
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
+        self.log = log
         # Parallel workers share the cores; timed work is on the GPU.
-        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"}
-        if self.cache is not None:
+        self.env = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"}
+        if cache is not None:
             paths = {"GIGAMORPH_CACHE": "choices", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-            environment |= {name: str(self.cache / folder) for name, folder in paths.items()}
-        if self.dry:
-            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-u", str(WORKER), *(["--dry"] if self.dry else [])]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("a"),
-            text=True,
-            env=environment,
-        )
-        self.answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, args=(self.process, self.answers), daemon=True).start()
-
-    @staticmethod
-    def _read(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            answers.put(line)
-        answers.put("")
+            self.env |= {name: str(cache / folder) for name, folder in paths.items()}
+        if dry:
+            self.env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.process: Process | None = None
 
     def ask(self, do: str, name: str, seconds: float) -> Row:
         """Return one item's row; an error if it takes too long or the process dies."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-        assert self.process is not None and self.process.stdin is not None
-        try:
-            print(json.dumps({"do": do, "name": name}), file=self.process.stdin, flush=True)
-            line = self.answers.get(timeout=seconds)
-        except queue.Empty:
+        process = self.process = self.process or Process(WORKER.stem, folder=WORKER.parent, env=self.env, log=self.log)
+        process.longest = seconds
+        answer = process.ask("work", section=do, name=name)
+        if answer["status"] != OK:
             self.stop()
-            return {"error": "timed out", "message": f"no result after {seconds:.0f} s"}
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self.process.wait()
-            return {"error": "process died", "message": f"exit code {code}; the last lines of the log: {self._tail()}"}
-        return json.loads(line)
-
-    def _tail(self) -> str:
-        return self.log.read_text(errors="replace")[-400:]
+        if "row" in answer:
+            return answer["row"]
+        error = "timed out" if answer["status"] == NOT_RUN else "process died"
+        return {"error": error, "message": answer["reason"]}
 
     def stop(self) -> None:
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            self.process.__exit__()
+            self.process = None
 
 
 class Report:
@@ -175,9 +130,7 @@ class Report:
             self.write()
 
     def write(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(partial, self.path)
+        write_json(self.path, self.data, "results")
 
 
 def run_items(items: list[Item], workers: list[Worker], report: Report, deadline: float, end: float) -> None:
@@ -240,7 +193,7 @@ def main() -> None:
             items = [(s, n) for s in sections for n in listed[s] if re.search(options.match, n) or n in ALWAYS]
             items = [(s, n) for s, n in items if n in ALWAYS or not report.has(s, n)]
             started = time.monotonic()
-            deadline = min(end, started + max(BUDGET[section] for section in sections))
+            deadline = min(end, started + max(SECONDS[section][0] for section in sections))
             if sections[0] in ("tests", "checks", "sanitizer"):
                 prepared = listed["prepare"] if "checks" in sections else []
                 ahead = [("prepare", n) for n in prepared if n.partition(":")[0] in wanted]

@@ -120,42 +120,23 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
     residual, gate, mask = (random_map(2, *size, dtype, g) for size in ((k, oh, ow), (k, oh, ow), (c, h, w)))
     addend = random_map(2, c, h, w, dtype, g)
     scale, shift = (torch.rand(k, generator=g).add(0.5).to(DEVICE) for _ in range(2))
-    wide = [t.double() for t in (x, weight, scale, shift, residual, dy, gate, mask, addend)]
-    x8, weight8, scale8, shift8, residual8, dy8, gate8, mask8, addend8 = wide
     for name, config in _variants(op, dtype, geometry, dry):
         guarded = Guarded()
         # The addend covers a part of the map, as at the ends of residual blocks, or all of it.
         at, part = ((1, 0), (slice(1, None), slice(-2))) if name == "computed" else ((0, 0), (slice(None), slice(None)))
+        maps = {"gate": gate, "addend": addend[:, :, *part], "mask": mask}
+        acts = {"gate_act": "relu", "addend_at": at, "mask_act": "relu"}
 
-        def run(guarded: Guarded = guarded, at: tuple[int, int] = at, part: tuple = part) -> tuple[Tensor, ...]:
+        def run(guarded: Guarded = guarded, maps: dict = maps, acts: dict = acts) -> tuple[Tensor, ...]:
             if op == "forward":
                 y, z = (guarded.empty(2, k, oh, ow, dtype=dtype) for _ in range(2))
-                forward(
-                    guarded(x),
-                    guarded(weight),
-                    y,
-                    place,
-                    "relu",
-                    scale=scale,
-                    shift=shift,
-                    residual=guarded(residual),
-                    z=z,
-                )
+                rest = {"scale": scale, "shift": shift, "residual": guarded(residual), "z": z}
+                forward(guarded(x), guarded(weight), y, place, "relu", **rest)
                 return y, z
             if op == "dgrad":
                 dx = guarded.empty(2, c, h, w, dtype=dtype)
-                dgrad(
-                    guarded(dy),
-                    guarded(weight),
-                    dx,
-                    place,
-                    gate=guarded(gate),
-                    gate_act="relu",
-                    addend=guarded(addend[:, :, *part]),
-                    addend_at=at,
-                    mask=guarded(mask),
-                    mask_act="relu",
-                )
+                rest = {which: guarded(one) for which, one in maps.items()}
+                dgrad(guarded(dy), guarded(weight), dx, place, **rest, **acts)
                 return (dx,)
             dw = torch.zeros(weight.shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
             dshift = torch.zeros(k, device=DEVICE)
@@ -165,27 +146,17 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
         with forced(config) if config else contextlib.nullcontext():
             results = bench.twice(run)
         guarded.check()
+        x8, weight8, dy8 = (t.double() for t in (x, weight, dy))
         if op == "forward":
-            oracle = conv2d_forward_reference(x8, weight8, scale8, shift8, residual8, place, "relu")
+            wide = (t.double() for t in (scale, shift, residual))
+            oracle = conv2d_forward_reference(x8, weight8, *wide, place, "relu")
         elif op == "dgrad":
-            oracle = (
-                conv2d_dgrad_reference(
-                    dy8,
-                    weight8,
-                    (h, w),
-                    place,
-                    gate=gate8,
-                    gate_act="relu",
-                    addend=addend8[:, :, *part],
-                    addend_at=at,
-                    mask=mask8,
-                    mask_act="relu",
-                ),
-            )
+            wide_maps = {which: one.double() for which, one in maps.items()}
+            oracle = (conv2d_dgrad_reference(dy8, weight8, (h, w), place, **wide_maps, **acts),)
         else:
-            oracle = conv2d_wgrad_reference(weight.shape, x8, dy8, gate8, "relu", place)
-        for part, result, expected in zip(("0", "1"), results, oracle, strict=False):
-            bench.compare(f"{name}, {part}", result, expected)
+            oracle = conv2d_wgrad_reference(weight.shape, x8, dy8, gate.double(), "relu", place)
+        for number, (result, expected) in enumerate(zip(results, oracle, strict=False)):
+            bench.compare(f"{name}, {number}", result, expected)
     return bench.row
 
 

@@ -193,61 +193,43 @@ def stream(op: str, channels: int, side: int) -> Case:
     x, other = (randn(1, channels, side, side) for _ in range(2))
     scale, shift = (torch.rand(channels, device=DEVICE).add(0.5) for _ in range(2))
     low = scale.to(DTYPE), shift.to(DTYPE)
-    size = x.nbytes
+    place = [3, 3], ConvGeometry.of((2, 2), (1, 1, 1, 1))
+    aten = torch.ops.aten
+    _, *statistics_of_rows = aten.native_layer_norm(x.permute(0, 2, 3, 1), [channels], *low, 1e-6)
+    y, indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    dy = torch.randn_like(y)
 
     def norm(x: Tensor) -> Tensor:
         return F.layer_norm(x.permute(0, 2, 3, 1), (channels,), *low, 1e-6).permute(0, 3, 1, 2)
 
+    def norm_backward(x: Tensor) -> Any:
+        rows = other.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+        return aten.native_layer_norm_backward(*rows, [channels], *statistics_of_rows, *low, [True, True, True])
+
     def bn(x: Tensor) -> Tensor:
         return F.relu(F.batch_norm(x, None, None, *low, True))
 
-    if op == "layer_norm":
-        case = {
-            "ours": forced_ours(lambda: layer_norm(x, *low, 1e-6)),
-            "eager": lambda: norm(x),
-            "compile": compiled(norm, x),
-        }
-        return Case(case, 0, 2 * size)
-    if op == "layer_norm backward":
-        rows = x.permute(0, 2, 3, 1)
-        _, mean, rstd = torch.ops.aten.native_layer_norm(rows, [channels], *low, 1e-6)
-        return Case(
-            {
-                "ours": forced_ours(lambda: layer_norm_backward(other, x, low[0], 1e-6)),
-                "eager": lambda: torch.ops.aten.native_layer_norm_backward(
-                    other.permute(0, 2, 3, 1), rows, [channels], mean, rstd, *low, [True, True, True]
-                ),
-            },
-            0,
-            3 * size,
-        )
-    if op == "relu backward":
-        case = {
-            "ours": forced_ours(lambda: act_grad(other, x, "relu")),
-            "eager": lambda: torch.ops.aten.threshold_backward(other, x, 0),
-        }
-        return Case(case, 0, 3 * size)
-    if op == "batch norm relu, training":
+    def our_bn() -> Tensor:
+        mean, m2 = moments(x)
+        return normalize_act(x, mean, (m2 / side**2 + 1e-5).rsqrt(), scale, shift, None, "relu")
 
-        def ours() -> Tensor:
-            mean, m2 = moments(x)
-            return normalize_act(x, mean, (m2 / side**2 + 1e-5).rsqrt(), scale, shift, None, "relu")
+    def pool_backward(x: Tensor) -> Tensor:
+        return aten.max_pool2d_with_indices_backward(dy, x, [3, 3], [2, 2], [1, 1], [1, 1], False, indices)
 
-        return Case({"ours": forced_ours(ours), "eager": lambda: bn(x), "compile": compiled(bn, x)}, 0, 3 * size)
-    place = [3, 3], ConvGeometry.of((2, 2), (1, 1, 1, 1))
-    if op == "max pool":
-        case = {"ours": forced_ours(lambda: max_pool2d(x, *place)), "eager": lambda: F.max_pool2d(x, 3, 2, 1)}
-        return Case({**case, "compile": compiled(lambda t: F.max_pool2d(t, 3, 2, 1), x)}, 0, size * 5 // 4)
-    if op == "max pool backward":
-        y, indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)
-        dy = torch.randn_like(y)
-        stock = torch.ops.aten.max_pool2d_with_indices_backward
-        case = {
-            "ours": forced_ours(lambda: max_pool2d_backward(dy, x, *place)),
-            "eager": lambda: stock(dy, x, [3, 3], [2, 2], [1, 1], [1, 1], False, indices),
-        }
-        return Case(case, 0, size * 9 // 4)
-    raise ValueError(f"{op} is not a known op")
+    # Ours, the same of PyTorch, and the traffic in maps of the size of x.
+    ops: dict[str, tuple[Callable[[], Any], Callable[[Tensor], Any], float]] = {
+        "layer_norm": (lambda: layer_norm(x, *low, 1e-6), norm, 2),
+        "layer_norm backward": (lambda: layer_norm_backward(other, x, low[0], 1e-6), norm_backward, 3),
+        "relu backward": (lambda: act_grad(other, x, "relu"), lambda t: aten.threshold_backward(other, t, 0), 3),
+        "batch norm relu, training": (our_bn, bn, 3),
+        "max pool": (lambda: max_pool2d(x, *place), lambda t: F.max_pool2d(t, 3, 2, 1), 5 / 4),
+        "max pool backward": (lambda: max_pool2d_backward(dy, x, *place), pool_backward, 9 / 4),
+    }
+    ours, stock, maps = ops[op]
+    case = {"ours": forced_ours(ours), "eager": lambda: stock(x)}
+    if not op.endswith("backward"):
+        case["compile"] = compiled(stock, x)
+    return Case(case, 0, int(maps * x.nbytes))
 
 
 STREAMS = (

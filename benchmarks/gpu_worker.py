@@ -1,12 +1,8 @@
-"""A worker of `gpu.py`: every item by section and name, and the process that runs the requested ones.
-
-Requests and answers are lines of JSON; output of libraries goes to the log.
-"""
+"""A worker of `gpu.py`: every item by section and name, and the server that runs the requested ones."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import time
@@ -112,34 +108,33 @@ def choices() -> Row:
     return {"file": measurements.measurement_file("").name, "choices": rows, "failed": choice.failures()}
 
 
-def work(dry: bool) -> None:
-    """Answer requests, a line of JSON each, until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # output of libraries goes to the log
-    import torch
+class Server:
+    """The work of a worker process; see gigamorph.engine.bench.process. Output of libraries goes to the log."""
 
-    items = registry(dry)
-    torch.manual_seed(0)
-    for line in sys.stdin:
-        request = json.loads(line)
-        row: Row = {}
-        if request["do"] == "list":
-            row = {section: list(found) for section, found in items.items()}
-        else:
-            started = time.perf_counter()
-            try:
-                row = items[request["do"]][request["name"]]()
-            except Exception as error:
-                traceback.print_exc()
-                kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-                row = {"error": kind, "message": str(error)[:600]}
-            if request["do"] in ("ops", "steps", "limits", "ceilings"):
-                row |= {"clocks": clocks()}
-            row["item_seconds"] = round(time.perf_counter() - started, 3)
-        fatal = torch.cuda.is_available() and _context_is_lost()
-        print(json.dumps(row, default=str), file=answers, flush=True)
-        if fatal:
-            os._exit(1)
+    def __init__(self) -> None:
+        import torch
+
+        self.items = registry(dry="TRITON_INTERPRET" in os.environ)
+        torch.manual_seed(0)
+
+    def work(self, section: str, name: str) -> Row:
+        """Return an item's row, or the names of all items; the status tells whether this process can go on."""
+        import torch
+
+        if section == "list":
+            return {"row": {section: list(found) for section, found in self.items.items()}}
+        started = time.perf_counter()
+        try:
+            row: Row = self.items[section][name]()
+        except Exception as error:
+            traceback.print_exc()
+            kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+            row = {"error": kind, "message": str(error)[:600]}
+        if section in ("ops", "steps", "limits", "ceilings"):
+            row |= {"clocks": clocks()}
+        row["item_seconds"] = round(time.perf_counter() - started, 3)
+        lost = torch.cuda.is_available() and _context_is_lost()
+        return {"row": row, "status": "failed" if lost else "ok"}
 
 
 def _context_is_lost() -> bool:
@@ -153,7 +148,3 @@ def _context_is_lost() -> bool:
     gc.collect()
     torch.cuda.empty_cache()
     return False
-
-
-if __name__ == "__main__":
-    work("--dry" in sys.argv)

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 
-class Count:
-    """Context manager that counts finished work with `add`, up to the total that `start` sets.
+class View:
+    """Context manager with a bar on a terminal; elsewhere, lines at intervals keep logs short."""
 
-    Without a terminal, it prints a line every `interval` seconds, so that logs stay short.
-    """
+    def __init__(self, console: Console, interval: float, *columns: ProgressColumn) -> None:
+        self._console, self._interval, self._shown = console, interval, time.monotonic()
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
-    def __init__(self, what: str, total: int = 0, console: Console | None = None, interval: float = 10.0) -> None:
-        self._what, self._total, self.done = what, total, 0
-        self._console = console or Console(stderr=True)
-        self._interval, self._shown = interval, time.monotonic()
-        columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task(what, total=total or None)
-
-    def __enter__(self) -> Count:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a permanent line."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def due(self) -> bool:
+        """Whether a line is to be printed: there is no terminal, and the interval since the last one is over."""
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._shown < self._interval:
+            return False
+        self._shown = now
+        return True
+
+
+class Count(View):
+    """Context manager that counts finished work with `add`, up to the total that `start` sets."""
+
+    def __init__(self, what: str, total: int = 0, console: Console | None = None, interval: float = 10.0) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
+        super().__init__(console or Console(stderr=True), interval, *columns)
+        self._what, self._total, self.done = what, total, 0
+        self._task = self._bar.add_task(what, total=total or None)
 
     def start(self, total: int) -> None:
         """Set the total."""
@@ -39,6 +54,5 @@ class Count:
         """Add `count` finished items."""
         self.done += count
         self._bar.update(self._task, completed=self.done)
-        if not self._console.is_terminal and time.monotonic() - self._shown >= self._interval:
-            self._shown = time.monotonic()
-            self._console.print(f"{self._what}: {self.done} of {self._total}", highlight=False, soft_wrap=True)
+        if self.due():
+            self.say(f"{self._what}: {self.done} of {self._total}")

@@ -141,8 +141,8 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     Example: gigamorph data check table.csv --out problems.csv
     """
     from ..engine.datasets.check import KINDS, check_images
+    from ..engine.datasets.tables.cells import write_csv
     from ..engine.datasets.tables.generic import labels_of
-    from ..engine.predict.tables import write_csv
     from .counter import Count
 
     table = _read(source, dataset, check_files=False, labels=False)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
 from ..engine.tiling.memory import format_bytes, peak_bytes, used_bytes
 from ..engine.train.progress import Progress
+from .counter import View
 
 _REFRESH_INTERVAL = 0.1
 """Seconds between updates of the bar; its values take time to measure."""
 
 
-class ProgressView:
+class ProgressView(View):
     """Context manager that displays the progress reports of the engine.
 
     On a terminal: one bar per stage with megapixels per second, memory in use and time left. Otherwise: a line every
@@ -27,25 +27,11 @@ class ProgressView:
     def __init__(
         self, console: Console | None = None, device: str = "cpu", interval: float = 10.0, quiet: bool = False
     ) -> None:
-        self._console = console or Console(quiet=quiet)
-        self._device, self._interval = device, interval
-        self._key: tuple[str, int] | None = None
-        self._began, self._shown = time.monotonic(), 0.0
-        self._first = 0
         texts = TextColumn("{task.description:<14}"), TextColumn("{task.fields[detail]}")
         columns = texts[0], BarColumn(bar_width=None), texts[1], TimeElapsedColumn()
-        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-
-    def __enter__(self) -> ProgressView:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """Print a permanent line."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        super().__init__(console or Console(quiet=quiet), interval, *columns)
+        self._device, self._began, self._first = device, time.monotonic(), 0
+        self._key: tuple[str, int] | None = None
 
     def __call__(self, progress: Progress) -> None:
         key, shown = (progress.stage, progress.epoch), self._key
@@ -62,8 +48,7 @@ class ProgressView:
                 self._shown = now
                 for task in self._bar.task_ids:
                     self._bar.update(task, completed=progress.image + progress.part, detail=self._detail(progress, now))
-        elif not progress.note and now - self._shown >= self._interval:
-            self._shown = now
+        elif not progress.note and self.due():
             self.say(f"{_title(progress)}: image {progress.image}/{progress.images}, {self._detail(progress, now)}")
 
     def _detail(self, progress: Progress, now: float) -> str:
@@ -81,7 +66,7 @@ class ProgressView:
         return ", ".join(parts if self._console.is_terminal else parts[1:])
 
 
-class StageView(logging.Handler):
+class StageView(logging.Handler, View):
     """Context manager that shows the latest info message of a logger as the current stage, on standard error.
 
     On a terminal: one line with the stage, memory in use and time. Otherwise: at most one line every ``interval``
@@ -89,33 +74,28 @@ class StageView(logging.Handler):
     """
 
     def __init__(self, logger: str, console: Console | None = None, interval: float = 10.0) -> None:
-        super().__init__(logging.INFO)
-        self._log, self._interval = logging.getLogger(logger), interval
-        self._console = console or Console(stderr=True)
-        self._shown = time.monotonic()
+        logging.Handler.__init__(self, logging.INFO)
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("")
+        View.__init__(self, console or Console(stderr=True), interval, *columns)
+        self._log = logging.getLogger(logger)
         self._level = self._log.level
+        self._task = self._bar.add_task("")
 
-    def __enter__(self) -> StageView:
+    def __enter__(self) -> Self:
         self._log.setLevel(min(self._log.getEffectiveLevel(), logging.INFO))
         self._log.addHandler(self)
-        self._bar.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._bar.stop()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self._log.removeHandler(self)
         self._log.setLevel(self._level)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = f"{record.getMessage()} ({format_bytes(used_bytes('cpu'))})"
         self._bar.update(self._task, description=text)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._shown >= self._interval:
-            self._shown = now
-            self._console.print(text, highlight=False, soft_wrap=True)
+        if self.due():
+            self.say(text)
 
 
 def _title(progress: Progress) -> str:

@@ -115,7 +115,11 @@ def _time(seconds: float | None) -> str:
 
 def show_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Print rows of numbers and texts with a header; missing values stay empty."""
-    console = console or Console(highlight=False)
+    (console or Console(highlight=False)).print(rows_table(rows))
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of rows of numbers and texts with a header; missing values stay empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(box=None, pad_edge=False)
     for name in names:
@@ -123,7 +127,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]], console: Console | None = None)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_shown(row.get(name)) for name in names))
-    console.print(table)
+    return table
 
 
 def _shown(value: Any) -> str:

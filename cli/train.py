@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 
 SAVED, QUARANTINE = "config.toml", "quarantine.csv"
 
-# Tables of a configuration that contain options of the command line; others are at its top level.
-_TABLES = {
-    **dict.fromkeys(
-        ("task", "labels", "channels", "mean", "std", "voi", "for_processing", "white", "augment", "downsample"), "data"
-    ),
-    **dict.fromkeys(("skip_bad", "folds", "views"), "data"),
-    **dict.fromkeys(("lr", "rates", "weight_decay"), "optimizer"),
-    "class_weights": "loss",
-}
 _NOT_IN_FILE = ("data", "out", "recipe", "config", "settings", "print_config", "resume", "quiet", "verbose")
 
 
@@ -226,9 +217,9 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     device = options.usable_device(config.device)
     if given["print_config"]:
         from ..engine.config import to_toml
-        from ..engine.train.option_checks import check_steps
+        from ..engine.train.option_checks import check_stages
 
-        check_steps(config.options())
+        check_stages(config.options().made_stages(validated=True))
         click.echo(to_toml(config), nl=False)
         return
     from ..engine.files import require_writable
@@ -256,10 +247,10 @@ def _required(data: str | None, out: str | None) -> tuple[str, Path]:
 def _make_config(ctx: click.Context, given: dict[str, Any], echo: Printer) -> TrainConfig:
     """Merge the values of the file (of a resumed run, its own), of the options and of -o; later ones win."""
     from ..engine.config import parse_value, put, read_values
-    from ..engine.train.config import make_config, read_saved
+    from ..engine.train.config import TrainConfig, make_config, read_saved
     from ..engine.trust import trust_named
 
-    values: dict[str, Any] = {}
+    values, defaults = dict[str, Any](), TrainConfig()
     source = given["config"]
     if source is not None:
         values = read_values(source)
@@ -268,8 +259,10 @@ def _make_config(ctx: click.Context, given: dict[str, Any], echo: Printer) -> Tr
         values = read_saved(source)
     for name, value in given.items():
         if name not in _NOT_IN_FILE and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            table = _TABLES.get(name)
-            put(values, f"{table}.{name}" if table else name, _plain(name, value))
+            table = next(
+                (f"{one}." for one in ("data", "optimizer", "loss") if hasattr(getattr(defaults, one), name)), ""
+            )
+            put(values, table + name, _plain(name, value))
     for setting in given["settings"]:
         key, value = parse_value(setting)
         if key in ("model", "log", "callbacks"):  # typed by the user, as in the option
@@ -299,9 +292,9 @@ def _train(
 ) -> None:
     """Train in this process, alone or as one of several; only the first process prints."""
     from ..engine.config import to_toml
+    from ..engine.datasets.tables.cells import write_csv
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
-    from ..engine.predict.tables import write_csv
     from ..engine.train.fit import Watch, fit
     from ..engine.train.folds import write_validation
     from ..engine.train.inputs import training_data

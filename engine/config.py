@@ -200,14 +200,20 @@ def from_plain(values: dict[str, Any], cls: type[T], source: str) -> T:
     return _build(cls, values, source, "")
 
 
-def check_plain(values: Mapping[str, Any], cls: type, source: str) -> None:
+def check_plain(values: Mapping[str, Any], cls: type, source: str, prefix: str = "") -> None:
     """Check that values of a file include all keys of a class, with the right types; further keys are allowed.
+
+    Args:
+        values: of the file, or of one of its tables.
+        cls: the class.
+        source: the file.
+        prefix: of the keys in messages, as in ``table.``.
 
     Raises:
         DataError: a key is missing, or a value has another type.
     """
     try:
-        _build(cls, _known_keys(without_nulls(values), cls), source, "")
+        _build(cls, _known_keys(without_nulls(values), cls), source, prefix)
     except GigamorphError as error:
         raise DataError(str(error)) from error
 

@@ -177,8 +177,7 @@ def streaming_step(network: nn.Module, task: Task, tile: int) -> Prepared:
             return first_tensor(head(streaming(image)))
 
     def train(image: Tensor) -> Tensor:
-        if not task.accumulate:
-            network.zero_grad(set_to_none=True)
+        network.zero_grad(set_to_none=True)
         with autocast(task):
             middle = streaming(image).requires_grad_()
             output = first_tensor(head(middle))

@@ -29,8 +29,7 @@ def ordinary(net: nn.Module, task: Task) -> Prepared:
     """Build a step of one forward and one backward."""
 
     def train(image: Tensor) -> Tensor:
-        if not task.accumulate:
-            net.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)
         with autocast(task):
             output = first_tensor(net(image))
         loss_of(output).backward()

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,23 @@ class Process:
         lean: return freed memory to the system at once (glibc), so that resident memory is the memory in use. Otherwise
             the heap may cache as much again if blocks are small. It costs time.
         folder: the module's folder, if it is not on Python's path.
+        env: environment variables in addition to those of this process.
+        log: the file to which its error output is appended.
     """
 
-    def __init__(self, server: str, longest: float = 600.0, lean: bool = False, folder: Path | None = None):
-        self.longest = longest
+    def __init__(
+        self,
+        server: str,
+        longest: float = 600.0,
+        lean: bool = False,
+        folder: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ):
+        self.longest, self.log = longest, log
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, server, *([] if folder is None else [str(folder)])],
-            env={**os.environ, **(_RETURN_FREED_MEMORY if lean else {})},
+            env={**os.environ, **(_RETURN_FREED_MEMORY if lean else {}), **(env or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -70,8 +81,11 @@ class Process:
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._errors = [*self._errors[-20:], line.rstrip()]
+        with open(self.log or os.devnull, "a") as log:
+            for line in self._process.stderr:
+                log.write(line)
+                log.flush()
+                self._errors = [*self._errors[-20:], line.rstrip()]
 
     def ask(self, do: str, **what: Any) -> Answer:
         """Send one request; return its answer with "status" and, if that is not "ok", the "reason"."""
@@ -93,7 +107,7 @@ class Process:
         last = next((line for line in reversed(self._errors) if line.strip()), "no message")
         if "alloc" in last.lower() or "memory" in last.lower():
             return {"status": OUT_OF_MEMORY, "reason": last[:300]}
-        return {"status": FAILED, "reason": f"the process ended with code {code}: {last[:300]}"}
+        return {"status": FAILED, "reason": f"the process ended with exit code {code}: {last[:300]}"}
 
 
 class Child(Process):
@@ -139,7 +153,7 @@ def serve(name: str) -> None:
             answer |= getattr(server, request.pop("do"))(**request) or {}
         except Exception as error:
             answer["status"], answer["reason"] = status_of(error)
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(answer, default=str), file=answers, flush=True)
         if answer["status"] != OK:
             os._exit(0)  # memory left over by an error would count
 

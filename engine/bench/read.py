@@ -61,10 +61,13 @@ def _row(kind: type, row: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
     row = {name: value for name, value in row.items() if name in known}
     if "task" in row:
-        row["task"] = Task(**{**row["task"], "image": tuple(row["task"]["image"])})
+        row["task"] = _row(Task, row["task"])
+    if "image" in row:
+        row["image"] = tuple(row["image"])
     if row.get("check"):
-        worst = row["check"].get("worst")
-        row["check"] = Check(**{**row["check"], "worst": tuple(worst) if worst else None})
+        row["check"] = _row(Check, row["check"])
+    if row.get("worst"):
+        row["worst"] = tuple(row["worst"])
     if "tries" in row:
         row["tries"] = [Try(**one) for one in row["tries"]]
     if "curve" in row:

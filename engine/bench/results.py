@@ -8,13 +8,12 @@ measurements, from which rates and shares follow. A row that could not be measur
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from ..files import write_json
 
 FORMAT = "gigamorph-bench 1"
 OK, OUT_OF_MEMORY, WRONG, REFUSED, FAILED, NOT_RUN = ("ok", "out of memory", "wrong", "refused", "failed", "not run")
@@ -32,7 +31,6 @@ class Task:
         batch_norm: "frozen" (evaluation mode) or "live".
         precision: "fp32", "fp64", or "bf16" (autocast over float32 parameters).
         device: "cpu" or "cuda".
-        accumulate: a step adds to the gradients of the previous one, which stay allocated.
     """
 
     model: str
@@ -41,7 +39,6 @@ class Task:
     batch_norm: str = "frozen"
     precision: str = "fp32"
     device: str = "cpu"
-    accumulate: bool = False
 
     @property
     def megapixels(self) -> float:
@@ -276,5 +273,4 @@ class Results:
         Raises:
             GigamorphError: it cannot be written.
         """
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
-        write_atomically(path, lambda part: part.write_text(text), "results")
+        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)}, "results")

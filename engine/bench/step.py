@@ -132,14 +132,14 @@ def _equal_cap(rows: list[StepRow]) -> int | None:
     return ours.peak_bytes if ours is not None and ours.status in (OK, WRONG) and "lightstream" in run else None
 
 
-def exactness(task: Task, say: Say = lambda row: None) -> list[StepRow]:
+def exactness(task: Task) -> list[StepRow]:
     """Compare stock and gigamorph in float64 on a small image in small tiles, to show the exactness of a step."""
     options = Options(("stock", "gigamorph"), rounds=1, box=0, tile=_EXACT_TILE)
     small = replace(task, image=(1, task.image[1], *_EXACT_IMAGE), precision="fp64", device="cpu")
     try:
-        return measure(small, options, {}, say)
+        return measure(small, options, {})
     except GigamorphError:  # most ViTs accept only one image size
-        return measure(replace(small, image=task.image), options, {}, say)
+        return measure(replace(small, image=task.image), options, {})
 
 
 def _first_step(row: StepRow, network: nn.Module, options: Options, stack: contextlib.ExitStack) -> Child | None:

@@ -76,7 +76,7 @@ def check_images(
     labels: Sequence[str] = (),
     white: White | None = None,
     workers: int | None = None,
-    on_done: Callable[[], object] | None = None,
+    on_done: Callable[[], object] = lambda: None,
     on_stopped: Callable[[int], object] | None = None,
 ) -> list[Problem]:
     """Decode all images in parallel, compare them with each other and with the table, and return their problems.
@@ -95,8 +95,7 @@ def check_images(
     try:
         for number, result in run_parallel(_inspect, with_white(records, white), workers=workers, chunk=4):
             facts[number] = result
-            if on_done is not None:
-                on_done()
+            on_done()
     except KeyboardInterrupt:
         if on_stopped is None or not facts:
             raise

@@ -12,11 +12,10 @@ from typing import Literal
 import numpy as np
 
 from ..errors import DataError
-from ..files import whole_or_absent
 from ..images.affine import Affine
 from ..images.levels import White, require_numbers
 from ..images.pixels import ImageSource
-from ..images.writers import write_png, write_tiff
+from ..images.writers import write_grey
 from .dataset import open_record
 from .masks import open_inside
 from .tables.file_names import stem_of
@@ -61,7 +60,7 @@ class Conversion:
         """
         source = self.open(record)
         target = self.target(name)
-        _write(source, target, self.file_format, 65535)
+        _write(source, target)
         flips = source.to_original.xx < 0, source.to_original.yy < 0
         for number, finding in enumerate(record.findings):
             if finding.mask is not None:
@@ -113,22 +112,15 @@ def names_of(records: Sequence[Record]) -> list[str]:
     return names
 
 
-def _write(source: ImageSource, target: Path, file_format: Format, white: int) -> None:
+def _write(source: ImageSource, target: Path) -> None:
     _, height, width = source.shape
 
     def read(top: int, bottom: int, left: int, right: int) -> np.ndarray:
         grey = source.read(top, bottom, left, right)[0]
         require_numbers(grey, f"{source.name}: ")
-        return np.rint(np.clip(grey.numpy(), 0, 1) * np.float64(white)).astype(np.uint16)
+        return np.rint(np.clip(grey.numpy(), 0, 1) * np.float64(65535)).astype(np.uint16)
 
-    try:
-        with whole_or_absent(target) as part:
-            if file_format == "png":
-                write_png(part, (height, width), read)
-            else:
-                write_tiff(part, (height, width), np.dtype(np.uint16), read)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror or error}); free some space") from error
+    write_grey(target, (height, width), np.uint16, read)
 
 
 def _write_mask(mask: Path, target: Path, image: ImageSource, flips: tuple[bool, bool]) -> None:
@@ -144,8 +136,7 @@ def _write_mask(mask: Path, target: Path, image: ImageSource, flips: tuple[bool,
         values = mirrored.read(top, bottom, left, right).amax(0).numpy()
         return np.where(values > level, np.uint8(255), np.uint8(0))
 
-    with whole_or_absent(target) as part:
-        write_tiff(part, (height, width), np.dtype(np.uint8), read)
+    write_grey(target, (height, width), np.uint8, read)
 
 
 def _moved(finding: Finding, back: Affine, mask: Path | None) -> Finding:

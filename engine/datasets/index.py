@@ -43,8 +43,8 @@ def index_folder(
     identifiers: bool = False,
     pattern: str | None = None,
     workers: int | None = None,
-    on_start: Callable[[int], object] | None = None,
-    on_done: Callable[[], object] | None = None,
+    on_start: Callable[[int], object] = lambda count: None,
+    on_done: Callable[[], object] = lambda: None,
 ) -> Index:
     """Read the headers of all images below a folder, in parallel; a damaged file is recorded and stops nothing.
 
@@ -68,13 +68,11 @@ def index_folder(
     masks = masks_among(paths, folder)
     left_out = set(masks)
     paths = [path for path in paths if path not in left_out]
-    if on_start is not None:
-        on_start(len(paths))
+    on_start(len(paths))
     found: list[Record | DataError] = [DataError(f"{path}: not read") for path in paths]
     for number, record in run_parallel(_read, paths, workers=workers, chunk=64):
         found[number] = record
-        if on_done is not None:
-            on_done()
+        on_done()
     records = [record for record in found if isinstance(record, Record)]
     if not identifiers:
         records = _numbered(records)

@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..errors import DataError
-from ..files import whole_or_absent
 from ..images.levels import require_numbers
 from ..images.pixels import ImageSource, PixelSource, steps_of
-from ..images.writers import PNG_PIXELS, write_png
+from ..images.writers import PNG_PIXELS, write_grey
 from .grey import odd_range
 from .views import DownsampledSource, NormalizedSource
 
@@ -107,12 +105,7 @@ def write_preview(source: Input, path: str | Path) -> str:
     def read(top: int, bottom: int, left: int, right: int) -> np.ndarray:
         return _levels(source, shown.read(top, bottom, left, right), 65535).astype(np.uint16)
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_or_absent(path) as part:
-            write_png(part, (shown.shape[1], shown.shape[2]), read)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    write_grey(path, (shown.shape[1], shown.shape[2]), np.uint16, read)
     return note
 
 

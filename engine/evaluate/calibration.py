@@ -58,12 +58,6 @@ def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> 
     )
 
 
-def expected_error(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """ECE of rows (n,)."""
-    truth, p = labels_and_probabilities(labels, probabilities)
-    return float(Binned(truth, some(p)).expected_error(np.ones((1, len(p))))[0])
-
-
 class Binned:
     """Rows (n,) in the bins of the ECE, for weighted sums; fastest if sorted by probability."""
 

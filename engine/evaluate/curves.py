@@ -43,12 +43,6 @@ class _Class:
         sides = [np.searchsorted(of, scores, side) for of in (others, scores) for side in ("left", "right")]
         return cls(scores, *sides)
 
-    def mirrored(self, others: int) -> _Class:
-        """The rows with negated scores; `others` is the number of rows of the other class."""
-        n = len(self.scores)
-        turned = (others - self.upto, others - self.below, n - self.last, n - self.first)
-        return _Class(-self.scores[::-1], *(places[::-1] for places in turned))
-
 
 class WeightedCurves:
     """The curves of rows with weights.
@@ -68,8 +62,8 @@ class WeightedCurves:
         self._sorted = bool((self.order == np.arange(len(values))).all())
         by_class = np.split(values[self.order], [int((~truth).sum())])
         self._rows = (_Class.of(*by_class), _Class.of(*by_class[::-1]))
-        sizes = [len(one) for one in by_class]
-        self._turned = (self._rows[1].mirrored(sizes[0]), self._rows[0].mirrored(sizes[1]))
+        turned = [-one[::-1] for one in by_class]
+        self._turned = (_Class.of(*turned[::-1]), _Class.of(*turned))
         distinct = np.unique(values)[::-1]
         self._above = [np.searchsorted(one, distinct, "left") for one in by_class]
 

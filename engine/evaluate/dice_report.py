@@ -73,9 +73,6 @@ def write_dice_report(out: str | Path, rows: Rows, found: dict[str, Any], table:
         ],
         undefined=len(means) - len(order),
         images=len(means),
-        resamples=found["resamples"],
-        seed=found["seed"],
-        versions=", ".join(f"{name} {text}" for name, text in found["versions"].items()),
     )
 
 

@@ -16,7 +16,7 @@ from . import odds, roc
 from .bootstrap import Resamples, Spread
 from .calibration import Binned, in_the_large, reliability, slope_and_intercept
 from .cases import Cases
-from .checks import classes_of, labels_and_probabilities
+from .checks import classes_of
 from .curves import WeightedCurves, ratio
 
 Array = NDArray[np.float64]
@@ -25,19 +25,13 @@ Measure = dict[str, Any]
 exact, an exact interval if there is no bootstrap interval."""
 
 
-def pf1(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Probabilistic F1 of rows (n,).
+def weighted_pf1(truth: Array, p: Array, of_positives: Array, weights: Array) -> Array:
+    """Probabilistic F1 (b,) of rows with weights (b, n); `of_positives` has p of positives, 0 for negatives.
 
     Positives count with their probability p: precision = sum_pos p / sum p, recall = sum_pos p / positives, and
     F1 = 2 precision recall / (precision + recall) (Yacouby and Axman, 2020; the RSNA screening mammography challenge).
     It is 0 if all positives have probability 0, and NaN without positives.
     """
-    truth, p = labels_and_probabilities(labels, probabilities)
-    return float(weighted_pf1(truth, p, truth * p, np.ones((1, len(p))))[0])
-
-
-def weighted_pf1(truth: Array, p: Array, of_positives: Array, weights: Array) -> Array:
-    """`pf1` (b,) of rows with weights (b, n); `of_positives` has probabilities of positives, 0 for negatives."""
     positives = weights @ truth
     # 2PR / (P + R) with P = hits / all and R = hits / positives
     hits, below = weights @ of_positives, weights @ p + positives

@@ -147,7 +147,7 @@ def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) 
             picture = f"{level}_{''.join(c if c.isalnum() else '_' for c in name)}"
             pictures[picture] = png(_figure(cases.labelled(), images.outputs.index(name), name, outputs[name]))
         levels.append((level, _measures({name: outputs[name] for name in shown})))
-    return write_results(out, found, "numbers.html", pictures, levels=levels, resamples=found["resamples"])
+    return write_results(out, found, "numbers.html", pictures, levels=levels)
 
 
 def _measures(outputs: dict[str, dict[str, Any]]) -> Table:

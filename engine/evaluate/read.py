@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,11 @@ from numpy.typing import NDArray
 
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
-from ..datasets.tables.cells import Rows, no_number, read_rows
+from ..datasets.tables.cells import Rows, no_number, read_rows, write_csv
 from ..datasets.tables.generic import SPLIT_NAMES, known, own_name, whole
 from ..datasets.tables.values import box_around, number, side
 from ..datasets.unknown_views import unplaced, unplaced_line
 from ..errors import DataError
-from ..files import write_atomically
 from ..parsing import parse_json
 from . import odds
 from .cases import Cases, Level
@@ -169,23 +167,16 @@ def write_cases(path: str | Path, cases: Cases) -> Path:
     prefix = VALUE if cases.kind == "numbers" else ODDS if cases.probable else SCORE
     score_columns = [prefix + name for name in outputs]
 
-    def rows(file: Any) -> None:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([_NAMES[cases.level], *KEYS, *label_columns, *score_columns, *further])
-        labels = truth if several else cases.labels[:, None]
-        for i, name in enumerate(cases.names):
-            known = ["" if np.isnan(v) or (v < 0 and not several) else digits(v) for v in labels[i]]
-            if cases.kind == "classes":
-                known = [outputs[number] if number >= 0 else "" for number in labels[i]]
-            keys = (cases.patients[i], cases.exams[i], cases.sides[i])
-            values = [repr(float(value)) for value in scores[i]]
-            writer.writerow([name, *keys, *known, *values, *(cases.columns[column][i] for column in further)])
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            rows(file)
-
-    write_atomically(path, write, "table")
+    labels = truth if several else cases.labels[:, None]
+    rows = []
+    for i, name in enumerate(cases.names):
+        known = ["" if np.isnan(v) or (v < 0 and not several) else digits(v) for v in labels[i]]
+        if cases.kind == "classes":
+            known = [outputs[number] if number >= 0 else "" for number in labels[i]]
+        keys = (cases.patients[i], cases.exams[i], cases.sides[i])
+        values = [repr(float(value)) for value in scores[i]]
+        rows.append([name, *keys, *known, *values, *(cases.columns[column][i] for column in further)])
+    write_csv(path, [_NAMES[cases.level], *KEYS, *label_columns, *score_columns, *further], rows, "\n")
     return path
 
 

@@ -6,14 +6,13 @@ called positive if z is at least the threshold.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import write_json
 from ..parsing import parse_json
 from .cases import Cases
 from .class_names import positive_number
@@ -104,7 +103,7 @@ def write_calibration(
     one = Calibration(name, *fitted, float(threshold), len(known), split, sha256, tuple(flips))
     path = Path(out) / _FILE
     stored = {name: value for name, value in asdict(one).items() if name != "number"}
-    write_atomically(path, lambda p: p.write_text(json.dumps(stored, indent=1) + "\n"), "calibration")
+    write_json(path, stored, "calibration")
     return path
 
 

@@ -55,7 +55,11 @@ def write_results(
     text = json.dumps(found, indent=1, allow_nan=False) + "\n"
     write_atomically(out / "metrics.json", lambda p: p.write_text(text), "metrics")
     title = found.get("predictions") or "predictions"
-    return write_page(out / "report.html", template, pictures, title=title, facts_of=facts_of(found), **content)
+    content |= {name: found[name] for name in ("resamples", "seed") if name in found}
+    used = ", ".join(f"{name} {text}" for name, text in found.get("versions", {}).items())
+    return write_page(
+        out / "report.html", template, pictures, title=title, facts_of=facts_of(found), versions=used, **content
+    )
 
 
 def rows_line(rows: Mapping[str, Any]) -> str:
@@ -157,9 +161,6 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "levels": [_level(level, one) for level, one in found["levels"].items()],
         "froc": froc,
         "froc_table": None if froc is None or "undefined" in froc else _froc(froc),
-        "resamples": found["resamples"],
-        "seed": found["seed"],
-        "versions": ", ".join(f"{name} {text}" for name, text in found.get("versions", {}).items()),
     }
 
 

@@ -7,7 +7,6 @@ with probabilities p_i and mean p, dz / dz_i = p_i (1 - p_i) / (n p (1 - p)).
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit, log_expit
 
-from ..datasets.tables.cells import escape
+from ..datasets.tables.cells import write_csv
 from ..evaluate.class_names import positive_number
 from ..train.metrics import Prediction, per_breast, per_exam
 from .maps import Mark
@@ -98,13 +97,5 @@ def write_exams(
     path: Path, exams: Iterable[Sequence[View]], classes: Sequence[str], which: int | None, frame: Sequence[str] = ()
 ) -> None:
     """Write ``exams.csv``, with a row for each exam of several views."""
-    rows = (map(escape, combined(group, classes, which, frame)) for group in exams)
-    write_rows(path, [*HEADER, *frame], ([number, *row] for number, row in enumerate(rows, 1)))
-
-
-def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a csv file."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    rows = (combined(group, classes, which, frame) for group in exams)
+    write_csv(path, [*HEADER, *frame], ([number, *row] for number, row in enumerate(rows, 1)), "\n")

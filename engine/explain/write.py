@@ -7,7 +7,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 from ..datasets.tables import Record
+from ..datasets.tables.cells import write_csv
 from ..errors import DataError
 from ..files import write_atomically
 from ..images.dicom_results import segment, segmentation, source_header
@@ -34,11 +34,11 @@ from ..predict.options import RunOptions, Scores, Summary, Watch
 from ..predict.predictor import Classifier, NetworkUnit, Opener, Wanted, check_numbers, naming
 from ..predict.rows import Row
 from ..predict.runner import run
-from ..predict.tables import placed, prediction_of
+from ..predict.tables import prediction_of
 from ..train.classify import prediction
 from ..train.explanation import Explanation, caption, explain_class, explain_gradient, log_odds_of, positive_class
 from ..train.heatmap import overlay_name, write_overlay
-from .exams import View, write_exams, write_rows
+from .exams import View, write_exams
 from .maps import Mark, find_marks
 
 Kind = Literal["fractional", "binary"]
@@ -215,9 +215,7 @@ class _Explain(PredictJob):
             for row, result in index.joined(results):
                 view = _view(row, result, index, classes)
                 own = view.prediction
-                if own.patient and own.exam:
-                    index.add_known("exam", [own.patient])
-                index.store_items([(None, (own.patient, own.exam) if own.patient else None, view)])
+                index.store_items([(own.image, own.patient, own.exam, own.laterality, view)])
                 for mark in result["marks"]:
                     yield [
                         row.name,
@@ -230,19 +228,19 @@ class _Explain(PredictJob):
 
         if self._options.method == "activation":
             header = ["image_path", *frame, "class", "row", "column", "score"]
-            write_atomically(out / "marks.csv", lambda path: write_rows(path, header, marks()), "table")
+            write_csv(out / "marks.csv", header, marks(), "\n")
         else:
             collections.deque(marks(), maxlen=0)
         outputs = outputs_of(self._network.net)
         # Numbers are not combined like probabilities, and networks of combined views combine them differently.
         if outputs is not None and (outputs.numbers or outputs.views is not None):
             return {}
-        exams = (views for views in placed(index, "exam", attrgetter("prediction")) if len(views) > 1)
+        exams = (views for views in index.groups("exam") if len(views) > 1)
         first = next(exams, None)
         if first is not None:
             which = None if label is None else classes.index(label)
             every = itertools.chain([first], exams)
-            write_atomically(out / "exams.csv", lambda path: write_exams(path, every, classes, which, frame), "table")
+            write_exams(out / "exams.csv", every, classes, which, frame)
         return {}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,19 +107,7 @@ def _text(value: Any) -> str | None:
     return " ".join(str(value).split()) or None if value is not None else None
 
 
-def read_headers(
-    paths: Sequence[Path], *, workers: int | None = None, on_done: Callable[[], object] | None = None
-) -> list[DicomInfo | DataError]:
-    """`dicom.read_info` of each file, in the order of `paths`; the error for a file that cannot be read.
-
-    Args:
-        paths: the files.
-        workers: the number of processes, as in `run_parallel`.
-        on_done: called after each file.
-    """
-    found: list[DicomInfo | DataError] = [DataError("not read")] * len(paths)
-    for index, result in run_parallel(read_info, paths, workers=workers, chunk=64):
-        found[index] = result
-        if on_done is not None:
-            on_done()
-    return found
+def read_headers(paths: Sequence[Path]) -> list[DicomInfo | DataError]:
+    """`read_info` of each file, in the order of `paths`; the error for a file that cannot be read."""
+    found = dict(run_parallel(read_info, paths, chunk=64))
+    return [found[number] for number in range(len(paths))]

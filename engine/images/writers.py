@@ -13,6 +13,7 @@ import numpy as np
 import tifffile
 
 from ..errors import DataError
+from ..files import whole_or_absent
 
 ReadRegion = Callable[[int, int, int, int], np.ndarray]
 """Maps (top, bottom, left, right) to the pixels (rows, columns) of the region."""
@@ -76,9 +77,31 @@ def write_tiff(
         )
 
 
+def write_grey(path: Path, shape: tuple[int, int], dtype: type[np.integer], read: ReadRegion) -> None:
+    """Write a grey TIFF if the name ends in ``.tif``, else a PNG; a file that exists is complete.
+
+    Raises:
+        DataError: if it cannot be written, or the image is too large for a PNG, see `grey_suffix`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_or_absent(path) as part:
+            if path.suffix == ".tif":
+                write_tiff(part, shape, np.dtype(dtype), read)
+            else:
+                write_png(part, shape, read)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); free some space") from error
+
+
+def grey_suffix(shape: tuple[int, int]) -> str:
+    """``.png``, or ``.tif`` for an image that is too large for a PNG."""
+    return ".png" if shape[0] * shape[1] <= PNG_PIXELS else ".tif"
+
+
 def write_png(path: Path, shape: tuple[int, int], read: ReadRegion) -> None:
     """Write a grey PNG; `DataError` if the image is too large, because it is encoded as a whole."""
-    if shape[0] * shape[1] > PNG_PIXELS:
+    if grey_suffix(shape) != ".png":
         raise DataError(f"{path}: {shape[0]} x {shape[1]} pixels are too many for a PNG; write tiff")
     path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(read(0, shape[0], 0, shape[1])), level=4))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from ..datasets.convert import Conversion, Format, names_of
 from ..datasets.tables import Record
-from ..errors import DataError
 from ..images.affine import Affine
 from ..images.levels import White
 from ..images.parallel import available_cpus
@@ -80,7 +79,6 @@ class _Convert(Job):
     def __init__(self, records: Sequence[Record], conversion: Conversion) -> None:
         self._conversion = conversion
         self._wanted = {Row(record).key(""): name for record, name in zip(records, names_of(records), strict=True)}
-        self._masks = any(finding.mask for record in records for finding in record.findings)
         paths = [os.path.abspath(record.path) for record in records]
         self._root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
         self.records: list[Record] = []
@@ -101,14 +99,6 @@ class _Convert(Job):
     def pixels(self, row: Row) -> int:
         _, height, width = self._conversion.open(row.record).shape
         return height * width
-
-    def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
-        try:
-            (out / "images").mkdir(parents=True, exist_ok=True)
-            if self._masks:
-                (out / "masks").mkdir(exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{out}: cannot be written ({error.strerror or error})") from error
 
     def unit(self) -> Unit:
         return ConversionUnit(self._conversion)

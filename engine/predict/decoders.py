@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..datasets.grey import odd_grey
 from ..datasets.tables import Record
@@ -33,7 +32,7 @@ from ..errors import DataError, GigamorphError
 from ..images.dicomweb import remote_file
 from ..images.pixels import ImageSource, stored_source
 from ..images.rawfile import one_line
-from ..images.stored import StoredPixels
+from ..images.stored import ArrayPixels
 from .rows import Work, fetch
 
 LARGEST = 2**28
@@ -225,24 +224,19 @@ def _size(source: ImageSource) -> int:
     return math.prod(source.stored.shape) * np.dtype(str(source.stored.dtype).removeprefix("torch.")).itemsize
 
 
-class DecodedPixels(StoredPixels):
-    """Decoded pixels of a file (`stored.StoredPixels`), which can be sent to other processes without the file."""
+class DecodedPixels(ArrayPixels):
+    """Decoded pixels of a file, which can be sent to other processes without the file."""
 
     def __init__(self, source: ImageSource, name: str) -> None:
         stored = source.stored
-        self.shape, self.dtype, self.name = stored.shape, stored.dtype, name
-        self.to_original = stored.to_original
-        self.self_describing = stored.self_describing
-        self.info = getattr(stored, "info", None)
         _, height, width = stored.shape
-        self.values = stored.read(0, height, 0, width)
+        super().__init__(stored.read(0, height, 0, width), name)
+        self.dtype, self.to_original, self.self_describing = stored.dtype, stored.to_original, stored.self_describing
+        self.info = getattr(stored, "info", None)
         # Some values are only known after pixels are read, and take time.
         self.table, self.full, self.steps = stored.table, stored.full, stored.steps
         self._flips = stored.flips() if source.flip == "auto" and source.laterality is None else (False, False)
         _ = source.full, source.to_original
-
-    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
-        return self.values[:, top:bottom, left:right]
 
     def flips(self) -> tuple[bool, bool]:
         return self._flips

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
-import itertools
+import logging
 import os
 import pickle
 import re
@@ -22,6 +22,7 @@ from typing import Any, Literal
 from ..datasets.tables import READING, Record, reading_of
 from ..datasets.tables.folders import LeftOutMasks
 from ..datasets.tables.generic import is_absent
+from ..datasets.unknown_views import unplaced_line
 from ..errors import DataError, GigamorphError
 from .rows import Row, Work, is_folder, is_table, rows_of, writable
 
@@ -31,23 +32,25 @@ create table images (number integer primary key, key text not null, shard intege
 create table done (key text primary key) without rowid;
 create table failed (key text primary key, image text not null, reason text not null) without rowid;
 create table results (key text primary key, result blob) without rowid;
-create table items (number integer primary key, breast text, exam text, item blob);
+create table items (number integer primary key, image text, patient text, exam text, side text, item blob);
 create table numbers (kind text, name text, number integer, primary key (kind, name)) without rowid;
 create unique index of_numbers on numbers (kind, number);
 create table named (number integer primary key, name text not null);
 create table sizes (number integer primary key, pixels integer not null);
 create table shares (number integer primary key, shard integer not null);
-create table known (level text, patient text, primary key (level, patient)) without rowid;
 create table stored (key text primary key) without rowid;
 create table places (place blob primary key, source integer, label integer) without rowid;
 create table names (name text primary key collate nocase) without rowid;
 """
+# Items without a value that others of their patient have.
+_UNPLACED = "({0} = '' and patient in (select patient from items where patient <> '' and {0} <> ''))"
 Level = Literal["breast", "exam"]
 Kind = Literal["P", "E"]
 _NUMBERED = re.compile(r"[PE][0-9]{5,15}")
 _CACHE_KIB = 16 * 1024
 _MISSING = 3  # files that a message names
 _NAMED = 5  # labels
+log = logging.getLogger("gigamorph")
 
 
 class Index:
@@ -64,7 +67,6 @@ class Index:
         for setting in ("journal_mode=memory", "synchronous=off", f"cache_size=-{_CACHE_KIB}", "temp_store=file"):
             self._base.execute(f"pragma {setting}")
         self._base.executescript(_TABLES)
-        self._single = itertools.count()
         self.rows = self.images = 0
         self.sha256 = ""
         self._reading = set[str]()
@@ -261,33 +263,35 @@ class Index:
         for blob, result in self._base.execute("select row, result from rows join results using (key) order by number"):
             yield pickle.loads(blob), pickle.loads(result)
 
-    def store_items(self, items: Iterable[tuple[tuple[str, ...] | None, tuple[str, ...] | None, Any]]) -> None:
-        """Store items with their breasts and exams; None forms a group of one item."""
-
-        def name(group: tuple[str, ...] | None) -> str:
-            return f"\0{next(self._single)}" if group is None else "\0".join(group)
-
-        values = ((name(breast), name(exam), pickle.dumps(item, 5)) for breast, exam, item in items)
-        self._insert("insert into items (breast, exam, item) values (?, ?, ?)", values)
+    def store_items(self, items: Iterable[tuple[str, str, str, str, Any]]) -> None:
+        """Store items with their image, patient, exam and side, which are "" where unknown."""
+        values = ((*keys, pickle.dumps(item, 5)) for *keys, item in items)
+        self._insert("insert into items (image, patient, exam, side, item) values (?, ?, ?, ?, ?)", values)
 
     def clear_items(self) -> None:
         """Delete the stored items."""
         self._base.execute("delete from items")
 
-    def add_known(self, level: Level, patients: Iterable[str]) -> None:
-        """Add patients with at least one image of known side (level "breast") or known exam (level "exam")."""
-        known = ((level, patient) for patient in patients)
-        self._insert("insert or ignore into known values (?, ?)", known)
-
-    def is_known(self, level: Level, patient: str) -> bool:
-        """Whether `add_known` has added the patient."""
-        return self._one("select count(*) from known where level = ? and patient = ?", level, patient)[0] > 0
-
     def groups(self, level: Level) -> Iterator[list[Any]]:
-        """The stored items, grouped by breast or exam, in the order of the first item of each group."""
+        """The stored items, grouped by breast or exam, in the order of the first item of each group.
+
+        Items of unknown breast or exam form groups of one item. They are left out with a warning where others of their
+        patient have a side or exam, see `unknown_views`.
+        """
+        left_out, alone, column, side = _UNPLACED.format("exam"), "patient = ''", "exam_id", ""
+        images = f"select image from items where {left_out} order by number"
+        if level == "breast":
+            images = f"select image from items where {_UNPLACED.format('side')} and not {left_out} order by number"
+            left_out += f" or {_UNPLACED.format('side')}"
+            alone, column, side = "patient = '' or side = ''", "laterality", "side, "
+        if left := self._base.execute(images).fetchall():
+            log.warning(unplaced_line(column, len(left), left[0][0]))
         group: list[Any] = []
         last = None
-        found = f"select min(number) over (partition by {level}) as first, item from items order by first, number"
+        found = (
+            f"select min(number) over (partition by patient, exam, {side} case when {alone} then number end) as first, "
+            f"item from items where not ({left_out}) order by first, number"
+        )
         for first, blob in self._base.execute(found):
             if first != last and group:
                 yield group

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from ..accelerate import Accelerated, accelerate
 from ..datasets.masks import IGNORED, Mask, mask_as_stored, masks_of, strips
-from ..datasets.tables import SPLITS, Record, reading_of
+from ..datasets.tables import SPLITS, Record
+from ..datasets.tables.cells import write_csv
 from ..dense import map_shape, write_map
 from ..errors import DataError
-from ..files import temporary_name, whole_or_absent
+from ..files import temporary_name
 from ..images.dicom_results import highdicom_errors, own_code, segment, segmentation, source_header
 from ..images.open import open_pixels
 from ..images.pixels import PixelSource
-from ..images.writers import write_png, write_tiff
+from ..images.writers import grey_suffix, write_grey
 from ..train.checkpoint import load_checkpoint, preprocessing_of
 from ..train.data import Images
-from ..train.heatmap import overlay_name
 from ..train.inputs import images
-from ..train.mask_target import MaskTarget, dice, dice_scores
+from ..train.mask_target import MaskTarget, dice_cells, dice_scores
 from ..train.network import restore_network, target_of
 from ..train.record import with_splits
 from .decoders import Opened
@@ -40,7 +40,7 @@ from .options import RunOptions, Scores, Summary, Watch
 from .predictor import NetworkUnit, Wanted, naming
 from .rows import Row
 from .runner import run
-from .tables import patient_of, write_csv
+from .tables import LEADING, leading_cells, prediction_of
 
 MASKS = pa.schema(
     [
@@ -143,12 +143,8 @@ class SegmentationUnit(NetworkUnit):
             with naming(work.row.name):
                 write_map(segmenter.net, source, raw)
             mask = mask_as_stored(ArrayMask(np.load(raw, mmap_mode="r")), source)
-            target = wanted.out / "masks" / overlay_name(work.name, (1, *mask.shape))
-            with whole_or_absent(target) as part:
-                if target.suffix == ".png":
-                    write_png(part, mask.shape, mask.read)
-                else:
-                    write_tiff(part, mask.shape, np.dtype(np.uint8), mask.read)
+            target = wanted.out / "masks" / (work.name + grey_suffix(mask.shape))
+            write_grey(target, mask.shape, np.uint8, mask.read)
             area, counts = _pixel_counts(mask, own, len(segmenter.target.names))
         except OSError as error:
             raise DataError(f"{wanted.out / 'masks'}: cannot be written ({error.strerror or error})") from error
@@ -280,9 +276,12 @@ class _Masks(PredictJob):
                     of_split = counts.setdefault(row.record.split or "", [np.zeros_like(shape), np.zeros(1, int)])
                     of_split[0] += shape
                     of_split[1] += 1
-                yield [*self._leading_cells(row, result, index), *_measures(result, shape, len(names))]
+                own = {"log_odds": (), "exclusive": True, **result}
+                found = prediction_of(row, own, index, None, self._options.identifiers)
+                cells = [*leading_cells(found, index.reading), f"masks/{result['mask']}"]
+                yield [*cells, *_measures(result, shape, len(names))]
 
-        keys = ["image_path", *index.reading, "patient_id", "exam_id", "laterality", "view", "split", "mask"]
+        keys = [LEADING[0], *index.reading, *LEADING[1:], "mask"]
         header = [*keys, *(f"share_{name}" for name in names), *(f"dice_{name}" for name in names[1:])]
         write_csv(out / "predictions.csv", header, rows())
         self.write_note(out, masks={"classes": list(names), "binary": self._network.target.binary})
@@ -293,13 +292,6 @@ class _Masks(PredictJob):
         for row, result in index.joined(results):
             make = functools.partial(mask_segmentation, row, out / "masks" / result["mask"], self._network.target.names)
             yield Document(f"{result['key']}\0segmentation", row.name, make)
-
-    def _leading_cells(self, row: Row, result: Result, index: Index) -> list[str]:
-        own, patient = row.record, patient_of(row, result, index, self._options.identifiers)
-        side, view = own.laterality or result["laterality"], own.view or result["view"]
-        reading = reading_of(own)
-        how = (reading.get(name, "") for name in index.reading)
-        return [row.name, *how, patient, own.exam_id or "", side, view, own.split or "", f"masks/{result['mask']}"]
 
 
 def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> Dataset:
@@ -332,6 +324,5 @@ def mask_segmentation(row: Row, mask: Path, names: Sequence[str], uid: str) -> D
 
 def _measures(result: Result, counts: np.ndarray | None, classes: int) -> list[str]:
     area = np.array(result["area"], np.float64)
-    values = [] if counts is None else dice(counts)[1:].tolist()
-    scores = ["" if np.isnan(value) else repr(value) for value in values] or [""] * (classes - 1)
+    scores = [""] * (classes - 1) if counts is None else dice_cells(counts)
     return [*(repr(share) for share in (area / area.sum()).tolist()), *scores]

@@ -122,7 +122,7 @@ class _Predict(PredictJob):
 
         index.clear_items()
         for row, result in index.joined(results):
-            index.store_items([(None, (study_of(row),), image_values(row, result))])
+            index.store_items([("", study_of(row), "", "", image_values(row, result))])
         for group in index.groups("exam"):
             images = list({one.key: one for one in group}.values())  # an image of several rows once
             content = repr([(one.key, one.values) for one in images])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import logging
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,9 @@ from typing import Any
 import torch
 
 from ..datasets.tables import reading_of
-from ..datasets.tables.cells import escape
-from ..datasets.unknown_views import unplaced_line
+from ..datasets.tables.cells import write_csv
 from ..evaluate.read import LABEL, ODDS, PROBABILITY, VALUE, digits
 from ..evaluate.recalibration import Calibration
-from ..files import write_atomically
 from ..models.outputs import Outputs
 from ..train.classify import truth_of
 from ..train.metrics import Prediction, per_breast, per_exam, scores
@@ -28,6 +24,8 @@ from .rows import Row
 
 MEASURED = 200_000
 """Maximum number of labelled images that are measured here; use `gigamorph eval` on the table for more."""
+LEADING = ("image_path", "patient_id", "exam_id", "laterality", "view", "split")
+"""Names of the `leading_cells` of a row."""
 _BATCH = 4096
 log = logging.getLogger("gigamorph")
 
@@ -98,17 +96,14 @@ def _images(
         if outputs is not None and not outputs.exclusive:
             true = [truth_of(row.record, outputs.names) for row, _ in some]
             found = [replace(one, numbers=outputs.numbers, truth=known) for one, known in zip(found, true, strict=True)]
-        index.add_known("breast", {one.patient for one in found if one.patient and one.laterality})
-        index.add_known("exam", {one.patient for one in found if one.patient and one.exam})
-        index.store_items((_breast(one), _exam(one), one) for one in found)
+        index.store_items((one.image, one.patient, one.exam, one.laterality, one) for one in found)
         yield from found
 
 
 def _grouped(
     index: Index, level: Level, classes: Sequence[str], outputs: Outputs | None, calibration: Calibration | None
 ) -> Iterator[Prediction]:
-    """The prediction of each breast or exam; images without one (`unplaced`) are left out with a warning."""
-    groups = placed(index, level)
+    groups = index.groups(level)
     if outputs is not None and outputs.views is not None:
         yield from (combined(outputs, classes, calibration, level, group) for group in groups)
         return
@@ -140,30 +135,6 @@ def combined(
     if calibration is not None:
         log_odds = calibration.both(log_odds)
     return replace(found, log_odds=tuple(log_odds), level=level)
-
-
-def placed(
-    index: Index, level: Level, prediction: Callable[[Any], Prediction] = lambda item: item
-) -> Iterator[list[Any]]:
-    """The stored items of each breast or exam; items without one (`unplaced`) are left out with a warning.
-
-    Args:
-        index: has the items, and the patients with images of known side or exam.
-        level: "breast" or "exam".
-        prediction: returns the prediction of an item.
-    """
-    left_out: dict[str, list[str]] = {"laterality": [], "exam_id": []}
-    for group in index.groups(level):
-        one = prediction(group[0])  # all or no items of a group have a side, or an exam
-        if one.patient and not one.exam and index.is_known("exam", one.patient):
-            left_out["exam_id"] += [prediction(item).image for item in group]
-        elif level == "breast" and one.patient and not one.laterality and index.is_known("breast", one.patient):
-            left_out["laterality"].append(one.image)
-        else:
-            yield group
-    for column, images in left_out.items():
-        if images and (level == "exam" or column == "laterality"):
-            log.warning(unplaced_line(column, len(images), images[0]))
 
 
 def _collecting(found: Iterable[Prediction], labelled: list[Prediction]) -> Iterator[Prediction]:
@@ -247,22 +218,12 @@ def _names_patient(row: Row) -> bool:
     return Path(row.record.patient_id).name != row.record.path.name
 
 
-def _breast(found: Prediction) -> tuple[str, ...] | None:
-    """The key of the breast; None if unknown."""
-    return (found.patient, found.exam, found.laterality) if found.patient and found.laterality else None
-
-
-def _exam(found: Prediction) -> tuple[str, ...] | None:
-    """The key of the exam; None if the patient is unknown."""
-    return (found.patient, found.exam) if found.patient else None
-
-
 def _called(found: Prediction, calibration: Calibration | None) -> list[int]:
     return [] if calibration is None else [int(calibration.calls(found.log_odds))]
 
 
 def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
-    keys = ["image_path", "patient_id", "exam_id", "laterality", "view", "split", "label"]
+    keys = [*LEADING, "label"]
     if outputs is not None and not outputs.exclusive:
         keys += [LABEL + name for name in classes]
     if outputs is not None and outputs.numbers:
@@ -270,38 +231,20 @@ def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:
     return [*keys, *(PROBABILITY + name for name in classes), *(ODDS + name for name in classes)]
 
 
+def leading_cells(found: Prediction, reading: Sequence[str] = ()) -> list[object]:
+    """The cells of a row up to the split; `reading` names the columns on how the image is read."""
+    how = (found.reading.get(name, "") for name in reading)
+    return [found.image, *how, found.patient, found.exam, found.laterality, found.view, found.split]
+
+
 def _row(found: Prediction, classes: Sequence[str], reading: Sequence[str] = ()) -> list[object]:
     """A row of a table; columns are identified by class names, not by order."""
-    label = "" if found.label is None else classes[found.label]
-    keys: tuple[object, ...] = (
-        found.image,
-        *(found.reading.get(name, "") for name in reading),
-        found.patient,
-        found.exam,
-        found.laterality,
-        found.view,
-        found.split,
-        label,
-    )
+    keys = [*leading_cells(found, reading), "" if found.label is None else classes[found.label]]
     if not found.exclusive:
         truth = found.truth or [math.nan] * len(found.log_odds)
-        keys += tuple("" if math.isnan(value) else digits(value) for value in truth)
+        keys += ["" if math.isnan(value) else digits(value) for value in truth]
     if found.numbers:
         return [*keys, *(repr(value) for value in found.log_odds)]
     # Log-odds have all digits, because probabilities near 0 or 1 lose the order of images.
     values = (*(f"{value:.6g}" for value in found.probabilities), *(repr(value) for value in found.log_odds))
     return [*keys, *values]
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a csv file atomically and durably; text that a spreadsheet would evaluate is escaped."""
-
-    def write(part: Path) -> None:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows([escape(cell) for cell in row] for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-
-    write_atomically(path, write, "table")

@@ -129,11 +129,6 @@ class _Graded:
 
 
 @dataclass(frozen=True)
-class _Scaled:
-    preprocessing: _Graded
-
-
-@dataclass(frozen=True)
 class _Preprocessing:
     normalize: _Scale
     voi: str
@@ -251,11 +246,6 @@ class _Rows:
     rows: tuple[_Row, ...]
 
 
-@dataclass(frozen=True)
-class _Logged:
-    state: _Rows
-
-
 def require_record(record: Any, path: str | Path) -> None:
     """Refuse a record with a required value that is missing or has a wrong type or range.
 
@@ -289,7 +279,7 @@ def scale_of(record: dict[str, Any], path: str | Path) -> dict[str, Any] | None:
     prepared = record.get("preprocessing")
     if not isinstance(prepared, dict) or prepared.get("normalize") is None:
         return None
-    check_plain(record, _Scaled, str(path))
+    check_plain(prepared, _Graded, str(path), "preprocessing.")
     return prepared["normalize"]
 
 
@@ -320,7 +310,7 @@ def stored_state(checkpoint: Mapping[str, Any], module: nn.Module, path: str) ->
     """
     record, own = checkpoint["gigamorph"], module.state_dict()
     check_plain(record, _Resumed, path)
-    check_plain(record, _Logged, path)
+    check_plain(record["state"], _Rows, path, "state.")
     _require_tensors(record.get("gradients"), own, f"{path}: key 'gradients'")
     if "average" in record:
         average = record["average"] if isinstance(record["average"], dict) else {}

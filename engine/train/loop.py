@@ -14,23 +14,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import DataError, GigamorphError
 from ..models.compat import make_torchvision_importable
 from ..models.weights import first_line
 from ..parallel.lock import hold
-from ..parallel.process_group import ProcessGroup
 from .callbacks import Epochs, Interrupt
 from .checkpoint import REMEDY, load_checkpoint, save_torch, stored_state
 from .loggers import logged, make_callbacks, make_loggers
 from .module import StageModule
-from .optimizers import find_optimizer, make_optimizer
+from .option_checks import check_stages
 from .options import LIGHTNING
 from .progress import Meter
 from .run import Run
-from .schedules import factor_of
-from .stages import Stage, freeze, require_multiple, restored, trainable_names
+from .stages import Stage, freeze, restored
 from .state import State
 from .task import Task
 
@@ -89,7 +86,7 @@ def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
             another process, or a file cannot be written.
         KeyboardInterrupt: at Ctrl-C, after ``last.ckpt`` was written.
     """
-    check_stages(stages, run.group, task.module)
+    check_stages(stages, run.group.at_once, task.module)
     with _locked_folder(run):
         return _run_stages(task, stages, run)
 
@@ -142,27 +139,6 @@ def _run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
         _load_state(task, load_checkpoint(best), str(best))
     task.module.eval()
     return Trained(state.rows, state.best_epoch, None if state.best is None else state.best[0])
-
-
-def check_stages(stages: Sequence[Stage], group: ProcessGroup, module: nn.Module | None = None) -> None:
-    """Refuse invalid stages before any work.
-
-    Args:
-        stages: the stages.
-        group: the processes that train together.
-        module: the trained module; without it, patterns and optimizer options are not checked.
-
-    Raises:
-        GigamorphError: if a pattern matches no parameter of the module, batches cannot be distributed to the processes,
-            or an optimizer or schedule is unknown.
-    """
-    for stage in stages:
-        if module is not None:
-            trainable_names(module, stage)
-            make_optimizer(module, stage)
-        require_multiple(stage, group.at_once)
-        find_optimizer(stage.optimizer)
-        factor_of(stage, 1)
 
 
 @dataclass(frozen=True)

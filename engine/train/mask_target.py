@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +27,9 @@ from ..datasets.masks import (
     masks_of,
 )
 from ..datasets.tables import Record, read_table
-from ..datasets.tables.cells import escape
+from ..datasets.tables.cells import write_csv
 from ..dense import dense_loss, map_shape
 from ..errors import BudgetError, DataError
-from ..files import write_atomically
 from ..images.parallel import available_cpus
 from ..images.pixels import PixelSource
 from .image_task import TargetTask
@@ -244,6 +242,11 @@ def dice(counts: np.ndarray) -> np.ndarray:
         return np.where(given + own > 0, 2 * both / (given + own), np.nan)
 
 
+def dice_cells(counts: np.ndarray) -> list[str]:
+    """Cells of a table: the Dice of each class except the background, empty if undefined."""
+    return ["" if np.isnan(value) else repr(value) for value in dice(counts)[1:].tolist()]
+
+
 def dice_scores(counts: np.ndarray, images: int, names: Sequence[str]) -> dict[str, float | int | None]:
     """Dice of each class except the background over the pixels of all images, and their mean ("dice").
 
@@ -316,18 +319,12 @@ class Segmentation(TargetTask[Overlap]):
 
 
 def write_overlaps(path: Path, found: Sequence[Overlap], names: Sequence[str]) -> None:
-    """Write a row for each image: Dice of each class except the background, empty if undefined."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image_path", "patient_id", *(f"dice_{name}" for name in names[1:])])
-            for one in found:
-                patient = one.record.patient_id if one.record.patient_known else ""
-                values = ["" if np.isnan(value) else repr(float(value)) for value in dice(one.counts)[1:]]
-                writer.writerow([escape(cell) for cell in (str(one.record.path), patient, *values)])
-
-    write_atomically(path, write, "table")
+    """Write a row for each image with its `dice_cells`."""
+    rows = []
+    for one in found:
+        patient = one.record.patient_id if one.record.patient_known else ""
+        rows.append([one.record.path, patient, *dice_cells(one.counts)])
+    write_csv(path, ["image_path", "patient_id", *(f"dice_{name}" for name in names[1:])], rows)
 
 
 def scored_lines(metrics: Mapping[str, Any]) -> list[str]:

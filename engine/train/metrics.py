@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..datasets.tables import READING
-from ..datasets.unknown_views import unplaced
 from ..evaluate import odds as of
 from ..evaluate.cases import Cases, Level
 from ..evaluate.class_names import positive_number
@@ -109,10 +108,14 @@ def per_exam(predictions: Sequence[Prediction], classes: Sequence[str]) -> list[
     return _grouped(predictions, classes, "exam")
 
 
-def _grouped(predictions: Sequence[Prediction], classes: Sequence[str], level: Level) -> list[Prediction]:
+def _grouped(
+    predictions: Sequence[Prediction], classes: Sequence[str], level: Level, placed: bool = False
+) -> list[Prediction]:
+    """Breasts or exams; with `placed`, without the images that are in none."""
     if not predictions:
         return []
-    breasts = as_cases(predictions, classes).at(level)
+    cases = as_cases(predictions, classes)
+    breasts = (cases.placed(level) if placed else cases).at(level)
     scores, labels = breasts.scores, breasts.labels
     if breasts.kind == "binary":
         scores = np.concatenate([-scores, scores], 1)
@@ -153,12 +156,7 @@ def scores(predictions: Sequence[Prediction], classes: Sequence[str]) -> dict[st
     name, measure = ("mae", mae_of) if any(p.numbers for p in known) else ("auc", auc_of)
     if predictions and predictions[0].level == "exam":
         return {"exams": len(known), f"{name}_exam": measure(known)}
-    left_out = {
-        n
-        for values in ([p.exam for p in known], [p.laterality for p in known])
-        for n in unplaced([p.patient for p in known], values)
-    }
-    breasts = per_breast([p for n, p in enumerate(known) if n not in left_out], classes)
+    breasts = _grouped(known, classes, "breast", placed=True)
     return {
         "images": len(known),
         f"{name}_image": measure(known),

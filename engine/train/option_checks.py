@@ -18,7 +18,7 @@ from .loggers import require_callbacks, require_loggers
 from .optimizers import make_optimizer
 from .options import TrainOptions
 from .schedules import factor_of
-from .stages import require_multiple, trainable_names
+from .stages import Stage, require_multiple, trainable_names
 
 
 def check_choices(
@@ -41,10 +41,8 @@ def check_choices(
     """
     require_loggers(loggers)
     require_callbacks(callbacks)
-    check_steps(options)
     stages = options.made_stages(validated=True)
-    for stage in stages:
-        require_multiple(stage, at_once)
+    check_stages(stages, at_once)
     _require_weights(options.weights)
     named = any(stage.frozen or stage.rates for stage in stages)
     if _grown(options.weights):
@@ -54,20 +52,30 @@ def check_choices(
         with factory_of(spec):
             return
     model = _meta_network(options.model, channels)
-    for stage in stages if named else ():
-        trainable_names(model, stage)
-        make_optimizer(model, stage)
+    if named:
+        check_stages(stages, at_once, model)
 
 
-def check_steps(options: TrainOptions) -> None:
-    """Check only the optimizers and schedules, without a network.
+def check_stages(stages: Sequence[Stage], at_once: int = 1, module: nn.Module | None = None) -> None:
+    """Refuse invalid stages before any work.
+
+    Args:
+        stages: the stages.
+        at_once: batches that are computed concurrently.
+        module: the trained module; without it, patterns are not checked.
 
     Raises:
-        GigamorphError: if one is unknown or does not accept its options.
+        GigamorphError: if a pattern matches no parameter of the module, batches cannot be distributed to the processes,
+            or an optimizer or schedule is unknown or does not accept its options.
     """
-    for stage in options.made_stages(validated=True):
+    for stage in stages:
+        require_multiple(stage, at_once)
         factor_of(stage, 1)
-        make_optimizer(nn.Conv2d(1, 1, 1), replace(stage, rates=()))
+        if module is None:
+            make_optimizer(nn.Conv2d(1, 1, 1), replace(stage, rates=(), undecayed=()))
+        else:
+            trainable_names(module, stage)
+            make_optimizer(module, stage)
 
 
 def _require_weights(weights: str | None) -> None:

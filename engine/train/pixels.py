@@ -102,11 +102,8 @@ class _ReadError:
         return ""
 
 
-def unreadable(images: ImageDataset, workers: int | None = None) -> dict[int, str]:
+def unreadable(images: ImageDataset) -> dict[int, str]:
     """The indices of images that cannot be read completely, with the reason; reads in parallel."""
-    found: dict[int, str] = {}
     records: Sequence[Record] = images.records
-    for number, result in run_parallel(_ReadError(images), records, workers=workers, chunk=4):
-        if str(result):
-            found[number] = str(result)
-    return dict(sorted(found.items()))
+    found = sorted(run_parallel(_ReadError(images), records, chunk=4), key=lambda pair: pair[0])
+    return {number: str(error) for number, error in found if str(error)}

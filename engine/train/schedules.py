@@ -98,8 +98,17 @@ def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:
     def make(optimizer: torch.optim.Optimizer) -> Any:
         return there[name](optimizer, **{**counted, **rate, **still, **stage.schedule_options})
 
-    replayed = _Replayed(_checked_factory(stage, make))
-    return lambda step: replayed(step // every) / _rate(stage)
+    optimizer, scheduler = _made(stage, make)
+    rates = [float(optimizer.param_groups[0]["lr"])]
+
+    def factor(step: int) -> float:
+        while len(rates) <= step // every:
+            optimizer.step()
+            scheduler.step()
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+        return rates[step // every] / _rate(stage)
+
+    return factor
 
 
 def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
@@ -115,7 +124,7 @@ def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
             raise ValueError("timm has cosine, tanh, step, multistep, poly")
         return made
 
-    optimizer, scheduler = _checked_factory(stage, make)()
+    optimizer, scheduler = _made(stage, make)
 
     def factor(step: int) -> float:
         scheduler.step_update(step)
@@ -124,41 +133,15 @@ def _of_timm(stage: Stage, steps_of_epoch: int) -> Factor:
     return factor
 
 
-def _checked_factory(
-    stage: Stage, make: Callable[[torch.optim.Optimizer], Any]
-) -> Callable[[], tuple[torch.optim.Optimizer, Any]]:
-    """A function that makes an optimizer with the stage's rate, and its schedule; tried once to report errors."""
-
-    def make_both() -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=_rate(stage))
-        return optimizer, make(optimizer)
-
+def _made(stage: Stage, make: Callable[[torch.optim.Optimizer], Any]) -> tuple[torch.optim.Optimizer, Any]:
+    """An optimizer with the stage's rate, and its schedule."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=_rate(stage))
     try:
-        make_both()
+        return optimizer, make(optimizer)
     except Exception as error:  # any error that the class raises for invalid values
         listed = ", ".join(f"{key}={value!r}" for key, value in stage.schedule_options.items()) or "no options"
         raise GigamorphError(f"cannot make schedule {stage.schedule!r} with {listed}: {error}") from error
-    return make_both
 
 
 def _rate(stage: Stage) -> float:
     return stage.lr or 1.0  # any factor of a rate of 0 is 0
-
-
-class _Replayed:
-    """The rate of a stepwise schedule at any step; for an earlier step, the schedule is restarted."""
-
-    def __init__(self, make_both: Callable[[], tuple[torch.optim.Optimizer, Any]]) -> None:
-        self._make_both = make_both
-        self._at = 0
-        self._optimizer, self._scheduler = make_both()
-
-    def __call__(self, number: int) -> float:
-        if number < self._at:
-            self._at = 0
-            self._optimizer, self._scheduler = self._make_both()
-        while self._at < number:
-            self._optimizer.step()
-            self._scheduler.step()
-            self._at += 1
-        return float(self._optimizer.param_groups[0]["lr"])

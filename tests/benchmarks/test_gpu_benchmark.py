@@ -23,22 +23,21 @@ import gpu_tests  # noqa: E402
 import gpu_worker  # noqa: E402
 
 WORKER = """
-import json, os, sys, time
-for line in sys.stdin:
-    request = json.loads(line)
-    name = request["name"]
-    if name == "hangs":
-        time.sleep(60)
-    if name == "dies":
-        print("the reason", file=sys.stderr, flush=True)
-        os._exit(7)
-    print(json.dumps({"pid": os.getpid(), "do": request["do"]}), flush=True)
+import os, sys, time
+class Server:
+    def work(self, section, name):
+        if name == "hangs":
+            time.sleep(60)
+        if name == "dies":
+            print("the reason", file=sys.stderr, flush=True)
+            os._exit(7)
+        return {"row": {"pid": os.getpid(), "do": section}}
 """
 
 
 @pytest.fixture
 def workers(monkeypatch, tmp_path):
-    """Workers that run the script above instead of gpu_worker.py."""
+    """Workers that run the server above instead of that of gpu_worker.py."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     monkeypatch.setattr(gpu, "WORKER", script)

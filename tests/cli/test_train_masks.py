@@ -80,7 +80,7 @@ def test_predict_writes_masks_and_a_table(trained, table, tmp_path, capsys):
 
 def test_large_and_mirrored_images_and_such_without_masks(trained, table, tmp_path, monkeypatch):
     """As TIFF, in the orientation of the file, from a processes of its own, without Dice."""
-    monkeypatch.setattr("gigamorph.engine.train.heatmap.PNG_PIXELS", 100)
+    monkeypatch.setattr("gigamorph.engine.images.writers.PNG_PIXELS", 100)
     image = squares(1)[0]
     path = tmp_path / "table.csv"
     path.write_text(f"image_path,chest_wall\n{table.parent / '1.png'},right\n")

@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...files import write_atomically
 from ...images.rawfile import one_line
 
 EXCEL = (".xlsx", ".xls")
@@ -155,6 +157,20 @@ def escape(value: object) -> str:
     """
     text = "" if value is None else str(value)
     return f"'{text}" if _FORMULA.match(text) and not is_number(text) else text
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]], line_end: str = "\r\n") -> None:
+    """Write a csv file atomically and durably; text that a spreadsheet would evaluate is escaped."""
+
+    def write(part: Path) -> None:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator=line_end)
+            writer.writerow(header)
+            writer.writerows([escape(cell) for cell in row] for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_atomically(path, write, "table")
 
 
 def _clean(cell: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from ...files import write_atomically
 from ...images.levels import White
-from .cells import EXCEL, PARQUET, escape
+from .cells import EXCEL, PARQUET, write_csv
 
 SPLITS = ("train", "val", "test")
 LABEL_PREFIX = "label_"
@@ -151,15 +149,8 @@ def write_table(path: str | Path, records: Sequence[Record], classes: Sequence[s
     present = {name for row in rows for name, value in row.items() if value != ""}
     names = dict.fromkeys(name for row in rows for name in row)  # in order of appearance
     columns = [name for name in names if name in present or name in ("image_path", "label", "patient_id")]
-
-    def write(part: Path) -> None:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: escape(cell) for name, cell in row.items()} for row in rows)
-
     try:
-        write_atomically(path, write, "table")
+        write_csv(path, columns, ([row.get(name, "") for name in columns] for row in rows), "\n")
     except UnicodeEncodeError as error:
         odd = error.object[max(error.start - 40, 0) : error.end + 40].encode(errors="backslashreplace").decode().strip()
         raise DataError(f"{path}: cannot be written: {odd} is not in UTF-8; rename the file") from error

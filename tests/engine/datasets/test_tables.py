@@ -1,6 +1,5 @@
 """Tables: csv files and folders, and every way in which they can be wrong."""
 
-import csv
 import errno
 import gzip
 import os
@@ -375,7 +374,7 @@ def test_a_table_that_does_not_fit_the_disk_leaves_the_former(tmp_path: Path, mo
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(GigamorphError, match="No space left on device; the existing file is unchanged"):
         write_table(tmp_path / "t.csv", [], [])
     assert written.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["t.csv"]

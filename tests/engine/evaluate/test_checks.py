@@ -15,8 +15,6 @@ OF_BOTH = {
     "delong_interval": roc.delong_interval,
     "paired_delong": lambda labels, scores: roc.paired_delong(labels, SCORES, scores),
     "macro_auc": lambda labels, scores: roc.macro_auc(labels, np.stack([scores, scores], 1)),
-    "pf1": measures.pf1,
-    "expected_error": calibration.expected_error,
     "reliability": calibration.reliability,
     "slope_and_intercept": calibration.slope_and_intercept,
     "in_the_large": calibration.in_the_large,
@@ -81,7 +79,6 @@ def test_marks_and_lesions_are_numbers(change, message):
         lambda: roc.labelwise_auc([0, 1], [0.1, 0.2]),
         lambda: roc.labelwise_auc([[0], [1]], [[0.1, 0.3], [0.2, 0.2]]),
         lambda: measures.quadratic_kappa([1, 2], [1], 3),
-        lambda: calibration.expected_error([], []),
         lambda: calibration.reliability([], []),
     ],
 )

@@ -22,7 +22,8 @@ from ....evaluate.cases import Cases
 from ....evaluate.read import write_cases
 from ....files import write_atomically
 from ....models import build_model
-from ....train.loop import check_stages, run_stages
+from ....train.loop import run_stages
+from ....train.option_checks import check_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ....train.target import Target
@@ -132,8 +133,8 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     pool = _pool(config, records, run)
     weights = find_weights(config.weights, config.mean, config.std, run)
     network = _network(config, len(read.classes), weights, run)
-    check_stages([_stage(config)], run.group)
-    check_stages(config.finetune, run.group, network)
+    check_stages([_stage(config)], run.group.at_once)
+    check_stages(config.finetune, run.group.at_once, network)
     backbone = UpTo(network, config.layer)
     begin(run, "cae", config, [*records, *pool])
     maps = _maps(backbone, records, config, run)

@@ -15,7 +15,8 @@ from ....errors import DataError
 from ....evaluate import odds
 from ....evaluate.class_names import in_order
 from ....evaluate.read import write_cases
-from ....train.loop import check_stages, run_stages
+from ....train.loop import run_stages
+from ....train.option_checks import check_stages
 from ....train.run import Run, seed_of
 from ....train.target import Target
 from ..classify import Finetuning, classifier_record
@@ -56,7 +57,9 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
         run.say(f"extractor {own.name}")
         find_weights(own.weights, config.mean, config.std, run)
         _extractor(config, number, run)  # refuse it before any work
-    check_stages([make_stage(name, config) for name in config.protocols if name.startswith("finetune")], run.group)
+    check_stages(
+        [make_stage(name, config) for name in config.protocols if name.startswith("finetune")], run.group.at_once
+    )
     begin(run, "dvme", config, records)
     embeddings = _embeddings(config, parts, run)
     known = {name: (embeddings[name], torch.tensor(labels[name])) for name in SPLITS}

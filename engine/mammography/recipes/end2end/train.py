@@ -22,7 +22,8 @@ from ....images.parallel import available_cpus
 from ....morph.files import Grown, save_network
 from ....morph.recipe import Recipe, apply
 from ....train.checkpoint import save_torch
-from ....train.loop import Trained, check_stages, run_stages
+from ....train.loop import Trained, run_stages
+from ....train.option_checks import check_stages
 from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target, batch_weights
@@ -140,16 +141,18 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
 def _check_model(model: Model, config: Config, run: Run) -> None:
     """Refuse unknown networks, weights and stages, before any work."""
     if config.start is not None:
-        check_stages(config.transfer, run.group, _load(Path(config.start) / model.name / "model.pt", model, config))
+        check_stages(
+            config.transfer, run.group.at_once, _load(Path(config.start) / model.name / "model.pt", model, config)
+        )
         return
     find_weights(model.weights, config.mean, config.std)
     patch = _untrained_patches(model, config)
-    check_stages(model.patch or config.patch, run.group, patch)
+    check_stages(model.patch or config.patch, run.group.at_once, patch)
     whole = convert(patch, model, config.resize, config.channels)
-    check_stages(config.whole, run.group, whole)
+    check_stages(config.whole, run.group.at_once, whole)
     if model.front:
         child, _ = _add_front(Grown(whole.eval(), channels=config.channels), model, config, run.seed)
-        check_stages(config.native, run.group, child.network)
+        check_stages(config.native, run.group.at_once, child.network)
 
 
 def _resized(parts: Parts, config: Config, folder: Path) -> Parts:

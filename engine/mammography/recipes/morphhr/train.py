@@ -21,7 +21,8 @@ from ....evaluate.roc import delong_interval
 from ....models import build_model
 from ....morph.files import Grown, save_network
 from ....morph.recipe import Recipe, apply
-from ....train.loop import Trained, check_stages, run_stages
+from ....train.loop import Trained, run_stages
+from ....train.option_checks import check_stages
 from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target
@@ -125,17 +126,17 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
 
 def _check_config(parent: Grown, config: Config, run: Run) -> None:
     """Refuse invalid stages and fronts before the parent is trained."""
-    check_stages(config.low, run.group, parent.network)
+    check_stages(config.low, run.group.at_once, parent.network)
     if "direct" in config.arms:
         try:
-            check_stages(config.direct or config.high, run.group, parent.network)
+            check_stages(config.direct or config.high, run.group.at_once, parent.network)
         except GigamorphError as error:
             if config.direct:
                 raise
             raise GigamorphError(f"{error}; for the arm direct, on the parent itself, add stages [[direct]]") from error
     if {"scratch", "morph"} & set(config.arms):
         child, _ = grow(copy.deepcopy(parent), config, run.seed)
-        check_stages(config.high, run.group, child.network)
+        check_stages(config.high, run.group.at_once, child.network)
 
 
 def _compare(data: _Data, parent: Grown, child: Grown) -> float:

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from ....accelerate import accelerate
 from ....datasets.masks import read_inside
 from ....datasets.tables import Record, read_table
+from ....datasets.tables.cells import write_csv
 from ....dense import write_map
 from ....errors import DataError
 from ....evaluate.roc import auc
 from ....images.pixels import PixelSource
-from ....predict.tables import write_csv
 from ....train.run import Run
 from ..features import evaluating
 from .config import SiameseConfig

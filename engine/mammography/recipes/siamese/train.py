@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ....datasets.tables import SPLITS, read_table
+from ....datasets.tables.cells import write_csv
 from ....evaluate.read import write_cases
 from ....evaluate.roc import auc
-from ....predict.tables import write_csv
-from ....train.loop import check_stages, run_stages
+from ....train.loop import run_stages
+from ....train.option_checks import check_stages
 from ....train.run import Run
 from ....train.stages import Stage
 from ..recipe import begin, finish, recipe_card
@@ -61,7 +62,7 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
         batch_size=config.batch_size,
         accumulate=config.accumulate,
     )
-    check_stages([stage], run.group)
+    check_stages([stage], run.group.at_once)
     begin(run, "siamese", config, records)
     files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
     patches = PatchPairs(files["train"])
