@@ -174,7 +174,7 @@ def front(
         raise click.UsageError("--plot needs one --model and one --size")
     results = _new_results(task(models[0], sizes[0]).device)
     for own in [task(model, size) for model in models for size in sizes]:
-        rows = measure(own, Options(ways(own), **timing), results.ceilings, _show_step)
+        rows = measure(own, Options(ways(own), **timing), results.ceilings, _show_step, _show_first)
         results.steps += rows
         _save(results, path)
         for found in comparisons(rows):
@@ -330,7 +330,7 @@ def _compare(tasks: list[Task], chosen: Options, path: Path | None) -> None:
             results.steps += [row for row in exactness(own[0]) if row.peer == "gigamorph"]
             _show_step(results.steps[-1])
         for task in own:
-            results.steps += measure(task, chosen, results.ceilings, _show_step)
+            results.steps += measure(task, chosen, results.ceilings, _show_step, _show_first)
             _save(results, path)
     _exit_on_failure(results.steps)
 
@@ -371,6 +371,10 @@ def _selected_peers(peers: tuple[str, ...], default: tuple[str, ...]) -> tuple[s
         if name not in PEERS:
             raise click.BadParameter(f"unknown peer {name!r}; choose from {', '.join(PEERS)}", param_hint="--peer")
     return peers or default
+
+
+def _show_first(row: StepRow) -> None:
+    click.echo(f"  {row.peer}: first step {row.first_seconds:.1f} s", err=True)
 
 
 def _show_step(row: StepRow) -> None:

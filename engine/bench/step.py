@@ -57,11 +57,18 @@ class Options:
     folder: Path | None = None
 
 
-def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say = lambda row: None) -> list[StepRow]:
+def measure(
+    task: Task,
+    options: Options,
+    ceilings: dict[str, float],
+    say: Say = lambda row: None,
+    say_first: Say = lambda row: None,
+) -> list[StepRow]:
     """Return one row per peer, and `EQUAL_MEMORY`. A peer's failure is stored in its row; the others continue.
 
     Args:
         say: called with each finished row.
+        say_first: called with each row after its first step.
     """
     network = build(replace(task, device="cpu"))
     work = roofline.count(network, task)
@@ -88,6 +95,7 @@ def measure(task: Task, options: Options, ceilings: dict[str, float], say: Say =
                 say(row)
                 continue
             cells.append((row, cell))
+            say_first(row)
             path = folder / f"{name}.pt"
             if _store_status(row, cell.ask("save", path=str(path))) and reference is not None:
                 _compare(row, network, path, *reference)

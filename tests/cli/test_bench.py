@@ -23,7 +23,7 @@ def no_ceilings(monkeypatch):
 def test_step_measures_every_model_and_size_and_keeps_them(monkeypatch, tmp_path, capsys):
     given = []
 
-    def measure(task, options, ceilings, say):
+    def measure(task, options, ceilings, say, say_first):
         given.append((task, options, ceilings))
         row = StepRow(task, "stock", seconds=[2.0], peak_bytes=10**9)
         say(row)
@@ -65,10 +65,34 @@ def test_step_measures_every_model_and_size_and_keeps_them(monkeypatch, tmp_path
     assert "a inference 100 x 200" in out and "1.00 GB" in out
 
 
+def test_front_compares_with_the_best_way_of_stock_and_draws(monkeypatch, tmp_path, capsys):
+    def measure(task, options, ceilings, say, say_first):
+        seconds = {"stock": 4.0, "folded": 2.0, "gigamorph": 1.5, "gigamorph, 0.5 of stock": 3.0}
+        sizes = {"stock": 4, "folded": 3, "gigamorph": 3, "gigamorph, 0.5 of stock": 2}
+        assert set(seconds) < set(options.peers) and options.rounds == 2
+        rows = [StepRow(task, peer, seconds=[seconds[peer]], peak_bytes=sizes[peer] * 10**9) for peer in seconds]
+        for row in rows:
+            row.first_seconds = 9.0
+            say_first(row)
+            say(row)
+        return rows
+
+    monkeypatch.setattr(step, "measure", measure)
+    plot = tmp_path / "front.png"
+    options = ["--model", "a", "--size", "100x200", "--rounds", "2", "--json", str(tmp_path / "front.json")]
+    assert run("front", *options, "--plot", str(plot)) == 0
+    shown = capsys.readouterr()
+    assert "best way of stock: folded 2.00 s, gigamorph 1.50 s: 0.75 times its time" in shown.out
+    assert "no way of stock; eager stock 4.00 s, gigamorph, 0.5 of stock 3.00 s: 0.75 times its time" in shown.out
+    assert "  folded: first step 9.0 s" in shown.err
+    assert plot.read_bytes().startswith(b"\x89PNG") and len(read(tmp_path / "front.json").steps) == 4
+    assert run("front", *options, "--size", "300x300", "--plot", str(plot)) == 2
+
+
 def test_infer_compares_predictions_with_the_runtimes(monkeypatch, tmp_path):
     given = []
 
-    def measure(task, options, ceilings, say):
+    def measure(task, options, ceilings, say, say_first):
         given.append((task, options))
         return [StepRow(task, "onnxruntime", seconds=[2.0], cpu_seconds=[3.0], peak_bytes=10**9)]
 
