@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .engine.tiling.scan import TileEvent
     from .engine.trained import Trained, TrainedMasks, load
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 if not os.path.isdir(os.path.join(__path__[0], "engine")):  # in a checkout, engine, kernels and cli are siblings
     __path__.append(os.path.dirname(__path__[0]))
