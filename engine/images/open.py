@@ -18,6 +18,25 @@ from .rawfile import reading
 from .remote import RemoteFile, is_url
 from .stored import ArrayPixels, StoredPixels, channels_first
 
+# Files that are not read: first bytes, their position, what the file is and what to do.
+_UNREAD = (
+    (b"\x1f\x8b", 0, "a gzip file; unpack it first"),
+    (b"BZh", 0, "a bzip2 file; unpack it first"),
+    (b"\xfd7zXZ", 0, "an xz file; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", 0, "a zstd file; unpack it first"),
+    (b"PK\3\4", 0, "a zip archive (.npz files are, too); unpack it first"),
+    (b"\x89HDF\r\n", 0, "an HDF5 file; save each image with numpy.save, or as PNG or TIFF"),
+    (b"n+1\0", 344, "a NIfTI volume; save its slices with numpy.save, or as PNG or TIFF"),
+    (b"ni1\0", 344, "the header of a NIfTI volume; save its slices with numpy.save, or as PNG or TIFF"),
+    (b"NRRD", 0, "an NRRD file; save it with numpy.save, or as PNG or TIFF"),
+    (b"ObjectType", 0, "a MetaImage file (.mha, .mhd); save it with numpy.save, or as PNG or TIFF"),
+    (b"WEBP", 8, "a WebP file; save it as PNG"),
+    (b"ftyp", 4, "a HEIC, AVIF or video file; save it as PNG"),
+    (b"GIF8", 0, "a GIF file; save it as PNG"),
+    (b"BM", 0, "a BMP file; save it as PNG"),
+    (b"%PDF", 0, "a PDF file; save its image as PNG"),
+    (b"<", 0, "a web page or XML file, perhaps the error of a download; fetch the image again"),
+)
 # Files that mark a folder as a zarr array or group, of version 3 and 2.
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
 
@@ -37,9 +56,9 @@ def open_pixels(
     """Open a file or array as a `PixelSource`.
 
     The format of a file is detected by its first bytes, not its name. `.npy`, zarr and OME-Zarr, TIFF (OME-TIFF, SVS),
-    uncompressed DICOM and DICOM slides are read by region and never whole. PNG, JPEG and compressed DICOM lack random
-    access and are decoded once, in their own dtype, at the first read. Integers are divided by their largest value
-    (BitsStored for DICOM and TIFF); floats are unchanged.
+    uncompressed DICOM and DICOM slides are read by region and never whole. PNG, JPEG, JPEG 2000 and compressed DICOM
+    lack random access and are decoded once, in their own dtype, at the first read. Integers are divided by their
+    largest value (BitsStored for DICOM and TIFF); floats are unchanged.
 
     Args:
         image: path, URL that fsspec supports (https://, s3://, memory://; only required bytes are fetched), or array,
@@ -94,12 +113,12 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for its writer
             raise DataError(f"{path}: is not a regular file; pass an image")
         with path.open("rb") as file:
-            head = file.read(132)
+            head = file.read(348)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         from .tiff import TiffPixels
 
         return TiffPixels(path, frame)
-    if head[128:] == b"DICM":
+    if head[128:132] == b"DICM":
         from .dicom import open_dicom
 
         return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
@@ -115,13 +134,19 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         from .whole import JpegPixels
 
         stored = JpegPixels(path)
+    elif head.startswith((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")):
+        from .whole import Jpeg2000Pixels
+
+        stored = Jpeg2000Pixels(path)
     elif head.startswith(b"P5") and head[2:3].isspace():
         from .rawfile import open_pgm
 
         stored = open_pgm(path)
     else:
-        what = "is empty" if not head else "is not a DICOM (with DICM prefix), PNG, JPEG, PGM, TIFF, zarr or .npy file"
-        raise DataError(f"{path}: {what}; check the path or convert the file")
+        unread = (f"is {what}" for mark, at, what in _UNREAD if head[at:].startswith(mark))
+        formats = "DICOM (with DICM prefix), PNG, JPEG, JPEG 2000, PGM, TIFF, zarr or .npy file"
+        unknown = f"{'is not a' if head else 'is empty, not a'} {formats}; check the path or convert the file"
+        raise DataError(f"{path}: {next(unread, unknown)}")
     if frame not in (None, 0):
         raise DataError(f"{path}: frame {frame} does not exist; the file has a single image")
     return stored

@@ -1,4 +1,4 @@
-"""PNG and JPEG files: without random access, so they are decoded whole at the first read, in their own dtype."""
+"""PNG, JPEG and JPEG 2000 files: without random access, so the first read decodes them whole, in their own dtype."""
 
 from __future__ import annotations
 
@@ -165,3 +165,25 @@ class JpegPixels(WholeFile):
         if codecs.jpeg_process(data) == 0xF7:  # JPEG-LS
             return imagecodecs.jpegls_decode(data)
         return imagecodecs.jpeg8_decode(data)
+
+
+class Jpeg2000Pixels(WholeFile):
+    """A JPEG 2000 file (.jp2) or code stream of unsigned samples; grey or RGB."""
+
+    def _describe(self) -> None:
+        data = self._first_bytes(codecs.most_encoded(0))
+        size, sample = codecs.jpeg_2000_size(data), codecs.jpeg_2000_sample(data)
+        if size is None or sample is None or min(size) < 1 or sample[0] > 16:
+            raise DataError(f"{self.path}: damaged JPEG 2000 header; fetch the file again")
+        if size[2] not in (1, 3) or sample[1]:
+            raise DataError(f"{self.path}: has {size[2]} channels or signed samples; save it as grey or RGB")
+        self.shape = (size[2], size[0], size[1])
+        self.dtype = np.dtype(np.uint8 if sample[0] <= 8 else np.uint16)
+        self.full = float(2 ** sample[0] - 1)
+        self.steps = (f"JPEG 2000, {sample[0]} bits",)
+
+    def _decode(self) -> np.ndarray:
+        data = self._first_bytes(self._max_bytes)
+        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):  # the decoder skips missing data silently
+            raise DataError(f"{self.path}: is truncated (no end marker); fetch the file again")
+        return imagecodecs.jpeg2k_decode(data)

@@ -16,7 +16,7 @@ from .file_names import in_mask_folder, masked, stem_of, suffix_of
 
 SUFFIXES = {
     *(".dcm", ".dicom", ".dic", ".dc3", ".ima", ""),
-    *(".png", ".jpg", ".jpeg", ".jls", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr"),
+    *(".png", ".jpg", ".jpeg", ".jls", ".jp2", ".pgm", ".tif", ".tiff", ".svs", ".npy", ".zarr"),
 }
 """Suffixes of files that may be images; DICOM files often have none."""
 _INDEX = "DICOMDIR"

@@ -172,9 +172,12 @@ def _tiff_tag(path: Path, code: int, value: int, kind: int = 4, **options: Any) 
     return path
 
 
-def _jpeg_2000(path: Path, side: int) -> Path:
+def _jpeg_2000(path: Path, side: int, in_dicom: bool = True) -> Path:
     """A code stream and a header that agree on a size that is not there."""
-    write_dicom(path, picture(12), JPEG + "90", Rows=side, Columns=side)
+    if in_dicom:
+        write_dicom(path, picture(12), JPEG + "90", Rows=side, Columns=side)
+    else:
+        image_files.write_bytes(path, imagecodecs.jpeg2k_encode(picture(12)))
     data = bytearray(path.read_bytes())
     place = data.index(b"\xff\x4f\xff\x51") + 8
     data[place : place + 8] = struct.pack(">II", side, side)
@@ -214,6 +217,7 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "png that ends early": _write(_png(100, 100, zlib.compress(bytes(50 * 101))[:-4])),
     "deflated header of 64 KiB squared": lambda path: _deflated(path, MiB, 65535),
     "deflated pixels that end early": lambda path: _deflated(path, MiB, 2000),
+    "jpeg 2000 file of 60000 squared": lambda path: _jpeg_2000(path, 60000, in_dicom=False),
     "jpeg 2000 of 60000 squared": lambda path: _jpeg_2000(path, 60000),
     "jpeg 2000 of 20000 squared": lambda path: _jpeg_2000(path, 20000),
     "jpeg of another size": lambda path: _jpeg(path, 65500, 53),

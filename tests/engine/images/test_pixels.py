@@ -1,5 +1,6 @@
 """Pixel sources: every format and layout, regions against the whole, memory, damage."""
 
+import gzip
 import json
 import pickle
 import resource
@@ -122,6 +123,11 @@ KINDS: dict[str, tuple[np.ndarray | None, Callable[[Path], Path] | np.ndarray | 
     "tiff 12 bit": (planes(GREY >> 4) * 65535 / 4095, _tiff(GREY >> 4, bitspersample=12, rowsperstrip=11)),
     "jpeg": (None, lambda path: image_files.write_bytes(path, imagecodecs.jpeg8_encode(SHADED))),
     "jpeg-ls": (planes(SHADED), lambda path: image_files.write_bytes(path, imagecodecs.jpegls_encode(SHADED))),
+    "jpeg 2000": (planes(GREY), lambda path: image_files.write_bytes(path, imagecodecs.jpeg2k_encode(GREY))),
+    "jpeg 2000 colour": (
+        planes(COLOUR),
+        lambda path: image_files.write_bytes(path, imagecodecs.jpeg2k_encode(COLOUR, codecformat="j2k", mct=True)),
+    ),
     "pgm": (planes(GREY), lambda path: image_files.write_pgm(path, GREY)),
     "pgm 8 bit": (planes(COLOUR[..., 0]), lambda path: image_files.write_pgm(path, COLOUR[..., 0])),
     "zarr": (planes(GREY), lambda path: image_files.write_zarr(path, GREY, (32, 48))),
@@ -155,6 +161,37 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[np.ndar
         _, height, width = source.shape
         found[kind] = (source.read(0, height, 0, width).numpy() if expected is None else expected, source)
     return found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(bytes(99)), "is a gzip file; unpack it first"),
+        (b"PK\3\4" + bytes(99), r"is a zip archive \(.npz files are, too\); unpack it first"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file; save each image with numpy.save"),
+        ((348).to_bytes(4, "little") + bytes(340) + b"n+1\0", "is a NIfTI volume; save its slices"),
+        (b"NRRD0004\n", "is an NRRD file"),
+        (b"ObjectType = Image\n", "is a MetaImage file"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", "is a WebP file; save it as PNG"),
+        (b"<!DOCTYPE html>", "is a web page or XML file, perhaps the error of a download"),
+        (b"broken", "is not a DICOM .*, JPEG 2000, PGM, TIFF, zarr or .npy file; check the path or convert the file"),
+        (b"", "is empty, not a DICOM"),
+    ],
+)
+def test_files_that_are_not_read_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"image.png: {message}"):
+        open_pixels(file)
+
+
+@pytest.mark.parametrize("cut", [0.5, 0.9, 0.99])
+def test_a_truncated_jpeg_2000_file_is_refused(cut: float, tmp_path: Path) -> None:
+    whole = imagecodecs.jpeg2k_encode(GREY)
+    file = tmp_path / "image.jp2"
+    file.write_bytes(whole[: int(cut * len(whole))])
+    with pytest.raises(DataError, match=r"image.jp2: (is truncated|damaged)"):
+        open_pixels(file).stored.read(0, 8, 0, 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
