@@ -38,7 +38,7 @@ from gigamorph.kernels.moments import moments, moments_backward, moments_backwar
 from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
 from gigamorph.kernels.pointwise import act_grad, act_grad_reference
 from gigamorph.kernels.pool import max_pool2d, max_pool2d_reference
-from gigamorph.kernels.stem import stem
+from gigamorph.kernels.stem import stem, stem_gradients
 from gigamorph.kernels.stem_reference import Stem, stem_reference
 from gigamorph.kernels.tuning import Config, forced
 from gigamorph.kernels.windows import ConvGeometry
@@ -289,27 +289,32 @@ def _depthwise_side(dry: bool) -> int:
 
 
 def whole_stem(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Check from uint16 pixels to the map after the pooling.
+    """Check from pixels to the map after the pooling, and the gradients.
 
     Pixels are multiples of 2^-7 and weights of 2^-8, both below 1, so that their products and sums are exact in TF32
     and bfloat16. Otherwise, of two nearly equal positions, another could be the maximum than in float64, and its
     gradient would go to other pixels, which is not an error of the kernel and not bounded by rounding.
     """
     side, filters = (21, 16) if dry else (157, 64)
-    rest = 0.0, 1.0, ConvGeometry.of((2, 2), (3, 3, 3, 3)), (1, 1, 1, 1), "relu"
+    form = ConvGeometry.of((2, 2), (3, 3, 3, 3)), [1, 1, 1, 1], "relu"
+    bench, g = Bench(dtype), torch.Generator().manual_seed(1)
+    x = (torch.randint(0, 128, (2, 1, side, side + 8), generator=g) / 128).to(dtype).to(DEVICE)
+    weight = random_map(filters, 1, 7, 7, dtype, g, 1 / 7).mul(256).round().clamp(-255, 255) / 256
+    wide = [t.double().requires_grad_() for t in (weight, _vector(g, filters))]
+    y = stem_reference(Stem(x.double(), *wide, *form))
+    dy = random_map(*y.shape, dtype, g)
+    inputs = x, weight, wide[1].detach().float(), *form
 
-    def pixels(g: torch.Generator) -> list[Tensor]:
-        image = torch.randint(0, 128, (2, 1, side, side + 8), generator=g) * 256  # gain maps 256 to 2^-7
-        weight = random_map(filters, 1, 7, 7, dtype, g, 1 / 7).mul(256).round().clamp(-255, 255) / 256
-        return [image.to(torch.uint16).to(DEVICE), weight, _vector(g, filters), _vector(g, filters)]
+    def run() -> Sequence[Tensor]:
+        made, spots = stem(*inputs, True)
+        return made, *stem_gradients(dy, spots, *inputs)
 
-    gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
-    return differentiable(
-        lambda x, k, a, b: stem(x, k, a, b, gain, offset, *rest),
-        lambda x, k, a, b: stem_reference(Stem(x, k, a, b, gain, offset, *rest)),
-        pixels,
-        dtype,
-    )
+    with choice.override("triton"):
+        results = bench.twice(run)
+    oracle = y.detach(), *torch.autograd.grad(y, wide, dy.double())
+    for name, result, expected in zip(("y", "dweight", "dshift"), results, oracle, strict=True):
+        bench.compare(name, result, expected)
+    return bench.row
 
 
 def batch_norm(channels: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:

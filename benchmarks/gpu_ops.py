@@ -261,27 +261,22 @@ STREAMS = (
 
 
 def stem(side: int, which: str) -> Case:
-    """From uint16 pixels to the map after the pooling, against the same in separate stock ops."""
+    """From pixels to the map after the pooling, against the same in separate stock ops."""
     from gigamorph.kernels.stem import stem as fused
-    from gigamorph.kernels.stem import stem_and_spots, stem_gradients
+    from gigamorph.kernels.stem import stem_gradients
     from gigamorph.kernels.windows import ConvGeometry
 
-    pixels = torch.randint(0, 2**15, (1, 1, side, side), device=DEVICE).to(torch.uint16)
-    weight = randn(64, 1, 7, 7, scale=1 / 7)
-    scale, shift = (torch.rand(64, device=DEVICE).add(0.5) for _ in range(2))
-    gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
-    place = ConvGeometry.of((2, 2), (3, 3, 3, 3)), [1, 1, 1, 1]
-    rest = (scale, shift, gain, offset, 0.0, 1.0, *place, "relu")
+    pixels, weight = randn(1, 1, side, side), randn(64, 1, 7, 7, scale=1 / 7)
+    shift = torch.rand(64, device=DEVICE).add(0.5).to(DTYPE)
+    inputs = pixels, weight, shift, ConvGeometry.of((2, 2), (3, 3, 3, 3)), [1, 1, 1, 1], "relu"
 
     def stock(weight: Tensor) -> Tensor:
-        x = (pixels.float() * gain + offset).clamp(0, 1).to(DTYPE)
-        z = F.batch_norm(F.conv2d(x, weight, None, 2, 3), torch.zeros_like(shift), torch.ones_like(shift), scale, shift)
-        return F.max_pool2d(F.relu(z), 3, 2, 1)
+        return F.max_pool2d(F.relu(F.conv2d(pixels, weight, shift, 2, 3)), 3, 2, 1)
 
     bytes_ = pixels.nbytes + 2 * 64 * (side // 4) ** 2
     flops = 2 * (side // 2) ** 2 * 64 * 49
     if which == "forward":
-        case = {"ours": forced_ours(lambda: fused(pixels, weight, *rest)), "eager": lambda: stock(weight)}
+        case = {"ours": forced_ours(lambda: fused(*inputs, False)), "eager": lambda: stock(weight)}
         return Case({**case, "compile": compiled(stock, weight)}, flops, bytes_)
     dy = randn(1, 64, side // 4, side // 4)
 
@@ -289,8 +284,8 @@ def stem(side: int, which: str) -> Case:
         leaf = weight.detach().requires_grad_()
         return torch.autograd.grad(stock(leaf), leaf, dy)[0]
 
-    _, spots = stem_and_spots(pixels, weight, *rest, True)
-    ours = forced_ours(lambda: stem_gradients(dy, spots, pixels, weight, *rest))
+    _, spots = fused(*inputs, True)
+    ours = forced_ours(lambda: stem_gradients(dy, spots, *inputs))
     case = {"ours": ours, "eager, forward and backward": step}
     return Case(case, 2 * flops, bytes_ + spots.nbytes)
 

@@ -5,7 +5,6 @@ children without TRITON_INTERPRET. As a script, this file gates its planted kern
 a small network.
 """
 
-import math
 import os
 import re
 import subprocess
@@ -137,8 +136,7 @@ def _stem() -> None:
     image, weight = (
         torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((1, 1, 512, 512), (64, 1, 7, 7))
     )
-    geometry, plain = ConvGeometry(2, 2, 3, 3, 3, 3), (None, None, None, None, -math.inf, math.inf)
-    stem = Stem(image, weight, *plain, geometry, (1, 1, 1, 1), "relu")
+    stem = Stem(image, weight, None, ConvGeometry(2, 2, 3, 3, 3, 3), (1, 1, 1, 1), "relu")
     y, spots = (torch.empty(1, 128, 128, 64, dtype=d, device="meta") for d in (torch.bfloat16, torch.uint8))
     stem_forward(stem, y.permute(0, 3, 1, 2), spots.permute(0, 3, 1, 2))
 

@@ -56,9 +56,7 @@ OPS: dict[str, Callable[[Vector], object]] = {
     "conv_conv1x1": lambda v: conv_conv1x1(
         maps(1)[0], weight(C, C, 3, 3), v(0), weight(C, C, 1, 1), v(1), None, ConvGeometry(), "relu", "relu"
     ),
-    "stem": lambda v: stem(
-        maps(1)[0], weight(C, C, 3, 3), v(0), v(1), v(2), v(3), 0.0, 1.0, ConvGeometry(), [1, 1, 1, 1], "relu"
-    ),
+    "stem": lambda v: stem(maps(1)[0], weight(C, C, 3, 3), v(0), ConvGeometry(), [1, 1, 1, 1], "relu", False)[0],
 }
 
 
