@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-from kernel_checks import BOUNDS, DEVICE, Guarded, errors, poisoned, random_map
+from kernel_checks import BOUNDS, DEVICE, Guarded, errors, layer_norm, max_pool2d, poisoned, random_map
 
 from gigamorph.kernels import batch_norm as bn
 from gigamorph.kernels import choice
@@ -32,12 +32,12 @@ from gigamorph.kernels.conv2d_forward import launch as forward
 from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
 from gigamorph.kernels.conv2d_wgrad import launch as wgrad
 from gigamorph.kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_reference
-from gigamorph.kernels.layer_norm import layer_norm, layer_norm_reference
+from gigamorph.kernels.layer_norm import layer_norm_reference
 from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_reference
 from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
 from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
 from gigamorph.kernels.pointwise import act_grad, act_grad_reference
-from gigamorph.kernels.pool import max_pool2d, max_pool2d_reference
+from gigamorph.kernels.pool import max_pool2d_reference
 from gigamorph.kernels.stem import stem, stem_gradients
 from gigamorph.kernels.stem_reference import Stem, stem_reference
 from gigamorph.kernels.tuning import Config, forced
@@ -119,9 +119,9 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
     weight = random_map(k, c // groups, kernel, kernel, dtype, g, (c // groups * kernel**2) ** -0.5)
     residual, gate, mask = (random_map(2, *size, dtype, g) for size in ((k, oh, ow), (k, oh, ow), (c, h, w)))
     addend = random_map(2, c, h, w, dtype, g)
-    scale, shift = (torch.rand(k, generator=g).add(0.5).to(DEVICE) for _ in range(2))
-    wide = [t.double() for t in (x, weight, scale, shift, residual, dy, gate, mask, addend)]
-    x8, weight8, scale8, shift8, residual8, dy8, gate8, mask8, addend8 = wide
+    shift = _vector(g, k)
+    wide = [t.double() for t in (x, weight, shift, residual, dy, gate, mask, addend)]
+    x8, weight8, shift8, residual8, dy8, gate8, mask8, addend8 = wide
     for name, config in _variants(op, dtype, geometry, dry):
         guarded = Guarded()
         # The addend covers a part of the map, as at the ends of residual blocks, or all of it.
@@ -136,7 +136,6 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
                     y,
                     place,
                     "relu",
-                    scale=scale,
                     shift=shift,
                     residual=guarded(residual),
                     z=z,
@@ -166,7 +165,7 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
             results = bench.twice(run)
         guarded.check()
         if op == "forward":
-            oracle = conv2d_forward_reference(x8, weight8, scale8, shift8, residual8, place, "relu")
+            oracle = conv2d_forward_reference(x8, weight8, shift8, residual8, place, "relu")
         elif op == "dgrad":
             oracle = (
                 conv2d_dgrad_reference(
@@ -278,7 +277,7 @@ def depthwise(stride: int, act: str, dtype: torch.dtype, dry: bool) -> dict[str,
     place = ConvGeometry.of((stride, stride), (size // 2,) * 4, groups=c)
     return differentiable(
         lambda x, k, b: conv2d(x, k, shift=b, stride=stride, padding=size // 2, groups=c, act=act),
-        lambda x, k, b: conv2d_forward_reference(x, k, None, b, None, place, act)[0],
+        lambda x, k, b: conv2d_forward_reference(x, k, b, None, place, act)[0],
         lambda g: [random_map(2, c, h, w, dtype, g), random_map(c, 1, size, size, dtype, g, 1 / size), _vector(g, c)],
         dtype,
     )

@@ -150,7 +150,7 @@ def backward(layer: Layer, which: str) -> Case:
     from gigamorph.kernels.conv2d import conv2d_dgrad, conv2d_wgrad_
     from gigamorph.kernels.windows import ConvGeometry
 
-    x, weight, scale, _ = _tensors(layer)
+    x, weight, _, _ = _tensors(layer)
     dy, y = (randn(1, layer.cout, layer.out, layer.out) for _ in range(2))
     stride, groups = [layer.stride] * 2, layer.groups
     place = ConvGeometry.of(stride, [layer.pad] * 4, groups=groups)
@@ -162,22 +162,20 @@ def backward(layer: Layer, which: str) -> Case:
             dy, x, w, None, stride, [layer.pad] * 2, [1, 1], False, [0, 0], groups, mask
         )
 
-    def ours(gate: Tensor | None, scale: Tensor | None) -> Callable[[], Any]:
+    def ours(gate: Tensor | None) -> Callable[[], Any]:
         act = "none" if gate is None else "relu"
         if which == "dgrad":
             size = [layer.side] * 2
-            return forced_ours(
-                lambda: conv2d_dgrad(dy, weight, scale, gate, act, None, (0, 0), None, "none", size, place)
-            )
+            return forced_ours(lambda: conv2d_dgrad(dy, weight, gate, act, None, (0, 0), None, "none", size, place))
         return forced_ours(lambda: conv2d_wgrad_(dw, None, x, dy, gate, act, place))
 
     def fused() -> Any:
         dz = torch.ops.aten.threshold_backward(dy, y, 0)
-        return cudnn(dz, weight * scale.reshape(-1, 1, 1, 1) if which == "dgrad" else weight)
+        return cudnn(dz, weight)
 
-    candidates = {"ours": ours(None, None), "cudnn": lambda: cudnn(dy, weight)}
+    candidates = {"ours": ours(None), "cudnn": lambda: cudnn(dy, weight)}
     if layer.act == "relu":
-        candidates |= {"ours_fused": ours(y, scale if which == "dgrad" else None), "eager_fused": fused}
+        candidates |= {"ours_fused": ours(y), "eager_fused": fused}
     return Case(candidates, layer.flops, layer.bytes)
 
 

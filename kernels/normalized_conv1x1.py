@@ -177,7 +177,7 @@ def normalized_conv1x1(
         n = normalize_act(x, mean, rstd, weight, bias, None, act)
         if moments:
             return conv2d_moments(n, w, shift, ConvGeometry(), margin)
-        whole, _ = conv2d_forward(n, w, None, shift, None, ConvGeometry(), "none", False, margin)
+        whole, _ = conv2d_forward(n, w, shift, None, ConvGeometry(), "none", False, margin)
         return whole, *(x.new_empty(0, dtype=sum_dtype(x.dtype)) for _ in range(2))
 
     settings = (*w.shape, act, shift is None, moments, any(margin))

@@ -329,15 +329,3 @@ def max_pool2d_backward(
 @max_pool2d_backward.register_fake
 def _(dy: Tensor, x: Tensor, kernel: Sequence[int], geometry: Sequence[int], mask_act: str = "none") -> Tensor:
     return map_like(x)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, *ctx.window = inputs
-    ctx.save_for_backward(x)
-
-
-def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-    return max_pool2d_backward(dy, *ctx.saved_tensors, *ctx.window), None, None
-
-
-max_pool2d.register_autograd(_differentiate, setup_context=_save)

@@ -17,6 +17,9 @@ import torch
 from interpreter import reversed_grid
 from torch import Tensor
 
+from gigamorph.kernels import layer_norm as ops
+from gigamorph.kernels import pool as ops_pool
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # (relative L2, max / RMS); "tf32" is float32 whose products are rounded to ten bits
@@ -140,6 +143,37 @@ def assert_order_free(run: Callable[[], Tensor | tuple[Tensor, ...]]) -> None:
     pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
     for a, b in pairs:
         assert torch.equal(a, b), "the result depends on the order in which programs run"
+
+
+class WithGradients(torch.autograd.Function):
+    """An op and the op of its gradients as one: `WithGradients.apply(op, gradients, *inputs)`.
+
+    Gradients of the op are cast as the engine casts them: sums are in float32, or float64.
+    """
+
+    @staticmethod
+    def forward(ctx, op, gradients, *inputs):
+        ctx.gradients = gradients
+        ctx.save_for_backward(*inputs)
+        return op(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        given = ctx.saved_tensors
+        found = ctx.gradients(dy, *given)
+        return None, None, *(None if t is None else d.to(t.dtype) for t, d in zip(given, found, strict=True))
+
+
+def layer_norm(x, weight, bias, eps):
+    """`layer_norm` with gradients."""
+    op = lambda x, w, b: ops.layer_norm(x, w, b, eps)  # noqa: E731
+    return WithGradients.apply(op, lambda dy, x, w, b: ops.layer_norm_backward(dy, x, w, eps), x, weight, bias)
+
+
+def max_pool2d(x, kernel, geometry):
+    """`max_pool2d` with gradients."""
+    op = lambda x: ops_pool.max_pool2d(x, kernel, geometry)  # noqa: E731
+    return WithGradients.apply(op, lambda dy, x: [ops_pool.max_pool2d_backward(dy, x, kernel, geometry)], x)
 
 
 def random_map(

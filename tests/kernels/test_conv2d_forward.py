@@ -74,7 +74,6 @@ CASES = [
 class Operands:
     x: Tensor
     weight: Tensor
-    scale: Tensor
     shift: Tensor
     residual: Tensor
     mask: Tensor
@@ -94,7 +93,6 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> Operands:
     return Operands(
         random_map(2, c, h, w, dtype, g),
         random_map(k, c // case.groups, case.kernel, case.kernel, dtype, g, 0.2),
-        (torch.rand(k, generator=g) + 0.5).to(dtype).to(DEVICE),
         torch.randn(k, generator=g).to(dtype).to(DEVICE),
         random_map(2, k, oh, ow, dtype, g),
         random_map(2, k, oh, ow, dtype, g),
@@ -112,7 +110,6 @@ def run(case: Case, o: Operands, act: str, guard: Guarded, mask_act: str = "none
             y,
             case.geometry,
             act,
-            scale=guard(o.scale),
             shift=guard(o.shift),
             residual=guard(o.residual),
             z=z,
@@ -127,7 +124,6 @@ def reference(case: Case, o: Operands, act: str, mask_act: str = "none") -> tupl
     return conv2d_forward_reference(
         o.x,
         o.weight,
-        o.scale,
         o.shift,
         o.residual,
         case.geometry,
@@ -243,7 +239,7 @@ def test_random(kernel, stride, dilation, size, padding, channels, groups, eight
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     launch(guard(x), guard(weight), y, geometry, "relu")
     guard.check()
-    oracle = conv2d_forward_reference(x, weight, None, None, None, geometry, "relu")[0]
+    oracle = conv2d_forward_reference(x, weight, None, None, geometry, "relu")[0]
     assert_close("y", y, oracle)
 
 
@@ -269,15 +265,15 @@ def test_boxes(rows, block_n, parts, kernel, stride, dilation, size, padding, ch
     g = torch.Generator().manual_seed(seed)
     x, weight = random_map(2, c, *size, torch.float64, g), random_map(k, c, *kernel, torch.float64, g)
     residual, mask = random_map(2, k, oh, ow, torch.float64, g), random_map(2, k, oh, ow, torch.float64, g)
-    scale, shift = torch.rand(2, k, generator=g, dtype=torch.float64).to(DEVICE)
+    shift = torch.rand(k, generator=g, dtype=torch.float64).to(DEVICE)
     guard = Guarded()
     y, z = (guard.empty(2, k, oh, ow, dtype=torch.float64) for _ in range(2))
     geometry = ConvGeometry.of((stride, stride), padding, (dilation, dilation))
-    inputs = {"scale": guard(scale), "shift": guard(shift), "residual": guard(residual), "mask": guard(mask), "z": z}
+    inputs = {"shift": guard(shift), "residual": guard(residual), "mask": guard(mask), "z": z}
     with forced(Config("descriptor", 32, block_n, 16, rows=rows, parts=parts)):
         found = launch(guard(x), guard(weight), y, geometry, "silu", **inputs, mask_act="relu6", moments=True)
     guard.check()
-    oracle = conv2d_forward_reference(x, weight, scale, shift, residual, geometry, "silu", mask, "relu6")
+    oracle = conv2d_forward_reference(x, weight, shift, residual, geometry, "silu", mask, "relu6")
     for name, ours, wanted in (("y", y, oracle[0]), ("z", z, oracle[1])):
         assert_close(name, ours, wanted)
     assert found is not None
@@ -310,16 +306,16 @@ def test_few_channels(
     g = torch.Generator().manual_seed(seed)
     x, weight = random_map(2, c, *size, torch.float64, g), random_map(k, channels, *kernel, torch.float64, g)
     maps = [random_map(2, k, oh, ow, torch.float64, g) if branches else None for _ in range(2)]
-    scale, shift = torch.rand(2, k, generator=g, dtype=torch.float64).to(DEVICE)
+    shift = torch.rand(k, generator=g, dtype=torch.float64).to(DEVICE)
     guard = Guarded()
     y, z = (guard.empty(2, k, oh, ow, dtype=torch.float64) for _ in range(2))
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     residual, mask = (None if t is None else guard(t) for t in maps)
-    inputs = {"scale": guard(scale), "shift": guard(shift), "residual": residual, "mask": mask, "z": z}
+    inputs = {"shift": guard(shift), "residual": residual, "mask": mask, "z": z}
     with forced(Config("columns", 32, 16, block_k)):
         found = launch(guard(x), guard(weight), y, geometry, "silu", **inputs, mask_act="relu6", moments=True)
     guard.check()
-    oracle = conv2d_forward_reference(x, weight, scale, shift, maps[0], geometry, "silu", maps[1], "relu6")
+    oracle = conv2d_forward_reference(x, weight, shift, maps[0], geometry, "silu", maps[1], "relu6")
     for name, ours, wanted in (("y", y, oracle[0]), ("z", z, oracle[1])):
         assert_close(name, ours, wanted)
     assert found is not None

@@ -39,10 +39,10 @@ OPS: dict[str, Callable[[Vector], object]] = {
         *maps(2), v(0), v(1), v(2), v(3), None, "relu", False
     ),
     "conv2d": lambda v: conv2d_forward(
-        maps(1)[0], weight(C, C, 1, 1), v(0), v(1), None, ConvGeometry(), "relu", False, (0, 0)
+        maps(1)[0], weight(C, C, 1, 1), v(0), None, ConvGeometry(), "relu", False, (0, 0)
     ),
     "depthwise": lambda v: conv2d_forward(
-        maps(1)[0], weight(C, 1, 3, 3), v(0), v(1), None, ConvGeometry.of(groups=C), "relu", False, (0, 0)
+        maps(1)[0], weight(C, 1, 3, 3), v(0), None, ConvGeometry.of(groups=C), "relu", False, (0, 0)
     ),
     "conv2d_moments": lambda v: conv2d_moments(maps(1)[0], weight(C, C, 1, 1), v(0), ConvGeometry(), (0, 0)),
     "layer_norm": lambda v: layer_norm(maps(1)[0], v(0), v(1), 1e-5),

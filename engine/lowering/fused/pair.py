@@ -63,8 +63,8 @@ def _join(stage: Stage, maker: Local, local: Local, first: ConvSpec, second: Con
         geometry = first.geometry(block.pad)
 
         def separate() -> Tensor:
-            h, _ = conv2d_forward(x, w1, None, b1, None, geometry, first.act, False, (0, 0))
-            return conv2d_forward(h, w2, None, b2, residual, ConvGeometry(), second.act, False, (0, 0))[0]
+            h, _ = conv2d_forward(x, w1, b1, None, geometry, first.act, False, (0, 0))
+            return conv2d_forward(h, w2, b2, residual, ConvGeometry(), second.act, False, (0, 0))[0]
 
         def together() -> Tensor:
             return conv_conv1x1(x, w1, b1, w2, b2, residual, geometry, first.act, second.act)
