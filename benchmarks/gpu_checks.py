@@ -31,11 +31,8 @@ from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
 from gigamorph.kernels.conv2d_forward import launch as forward
 from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
 from gigamorph.kernels.conv2d_wgrad import launch as wgrad
-from gigamorph.kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_reference
 from gigamorph.kernels.layer_norm import layer_norm_reference
-from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_reference
 from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
-from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
 from gigamorph.kernels.pointwise import act_grad, act_grad_reference
 from gigamorph.kernels.pool import max_pool2d_reference
 from gigamorph.kernels.stem import stem, stem_gradients
@@ -235,20 +232,15 @@ def norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     )
 
 
-def norm_linear(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Check the forward, and dz: the other parts of the backward have their own checks."""
+def act_grad_again(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    """Check dz of a linear layer whose z is computed again."""
     (c, h, w), g = _size(dry), torch.Generator().manual_seed(4)
-    given = random_map(2, c, h, w, dtype, g), _vector(g, c), _vector(g, c), 1e-6
+    x, dy = random_map(2, c, h, w, dtype, g), random_map(2, 2 * c, h, w, dtype, g)
     last = random_map(2 * c, c, 1, 1, dtype, g, c**-0.5), _vector(g, 2 * c)
     bench = Bench(dtype)
     with choice.override("triton"):
-        (y,) = bench.twice(lambda: (layer_norm_linear_act(*given, *last, "gelu"),))
-    wide = [t.double() if isinstance(t, Tensor) else t for t in (*given, *last)]
-    bench.compare("y", y, layer_norm_linear_act_reference(*wide, "gelu"))
-    dy = random_map(2, 2 * c, h, w, dtype, g)
-    with choice.override("triton"):
-        (dz,) = bench.twice(lambda: (conv2d_act_grad(dy, given[0], *last, "gelu", ConvGeometry()),))
-    z = torch.nn.functional.conv2d(wide[0], wide[4], wide[5])
+        (dz,) = bench.twice(lambda: (conv2d_act_grad(dy, x, *last, "gelu", ConvGeometry()),))
+    z = F.conv2d(x.double(), *(t.double() for t in last))
     bench.compare("dz", dz, act_grad_reference(dy.double(), z, "gelu"))
     return bench.row
 
@@ -355,12 +347,7 @@ def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     bench.compare(
         "gradient of moments", dx, moments_backward_reference(*(t.double() for t in given), 2 * h * w, dy.double())
     )
-    one, last = x[:1], random_map(2 * c, c, 1, 1, dtype, g, c**-0.5)
-    made = bench.twice(lambda: normalized_conv1x1(one, *shared, "relu", last, None, True, [0, 0]))
-    bench.compare(
-        "behind a norm", made[0], normalized_conv1x1_reference(one.double(), *wide, "relu", last.double(), None)
-    )
-    compare_moments(" behind a norm", [part[0] for part in made[1:]], made[0])
+    one = x[:1]
     for size in (1, 3):
         filters = random_map(2 * c, c, size, size, dtype, g, 1 / (size * c**0.5))
         place = ConvGeometry.of(padding=(size // 2,) * 4)
@@ -375,26 +362,12 @@ def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     return bench.row
 
 
-def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Check a 3x3 convolution and the following 1x1 in one kernel, with residual."""
-    c, m, k, h, w = (16, 16, 32, 5, 37) if dry else (64, 64, 256, 61, 267)
-    bench, g = Bench(dtype), torch.Generator().manual_seed(3)
-    x, residual = random_map(2, c, h, w, dtype, g), random_map(2, k, h, w, dtype, g)
-    filters = random_map(m, c, 3, 3, dtype, g, 1 / (3 * c**0.5)), random_map(k, m, 1, 1, dtype, g, m**-0.5)
-    shifts = _vector(g, m), _vector(g, k)
-    inputs = x, filters[0], shifts[0], filters[1], shifts[1], residual
-    place = ConvGeometry.of(padding=(1, 1, 1, 1)), "relu", "relu"
-    (y,) = bench.twice(lambda: (conv_conv1x1(*inputs, *place),))
-    bench.compare("y", y, conv_conv1x1_reference(*(t.double() for t in inputs), *place))
-    return bench.row
-
-
 def _others(dry: bool) -> dict[str, Callable[[torch.dtype, bool], dict[str, Any]]]:
     """Return checks of the ops other than the dense convolution."""
     side = _depthwise_side(dry)
-    found = {
+    return {
         "layer_norm": norm,
-        "layer_norm_linear_act gelu": norm_linear,
+        "conv2d_act_grad gelu": act_grad_again,
         "act_grad relu": partial(slopes, "relu"),
         "act_grad gelu": partial(slopes, "gelu"),
         "max_pool2d": pool,
@@ -404,9 +377,6 @@ def _others(dry: bool) -> dict[str, Callable[[torch.dtype, bool], dict[str, Any]
         "batch_norm": partial(batch_norm, 16 if dry else 96),
         "batch_norm, pixels folded": partial(batch_norm, 24 if dry else 144),
     }
-    if dry or torch.cuda.get_device_capability() >= (9, 0):
-        found["conv_conv1x1"] = pair
-    return found
 
 
 def checks(dry: bool) -> dict[str, Check]:

@@ -23,9 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import accumulator, sum_dtype
-from .precision import dot_precision
 from .tiles import stream_config
-from .tuning import Config
 from .windows import is_dense
 
 
@@ -159,16 +157,6 @@ def count_pixels(x: Tensor, op: str) -> int:
     if pixels >= 2**31 - 2**27:
         raise ValueError(f"{op}: a map of {pixels} pixels is too large for one launch; use smaller tiles")
     return pixels
-
-
-def pixel_product_options(
-    x: Tensor, y: Tensor, config: Config, act: str, dtype: torch.dtype, linear: bool
-) -> dict[str, Any]:
-    """The launch options of a kernel that multiplies the channels of each pixel of x by a matrix of this dtype."""
-    blocks = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
-    forms = {"FLAT": is_flat(x, y), "VEC": vector(x, y), "ACT": act, "PRECISION": dot_precision(dtype, linear)}
-    rest = {"ACC": accumulator(dtype), "num_warps": config.num_warps, "num_stages": config.num_stages}
-    return blocks | forms | rest
 
 
 class Stream:

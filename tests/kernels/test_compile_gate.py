@@ -119,12 +119,13 @@ def _rows(height: int) -> None:
     _rows_kernel[(height,)](x, x, 1 << 16, 128)
 
 
-def _linear() -> None:
-    """A linear layer whose products are not made by tensor cores: their operands lie in registers."""
-    from gigamorph.kernels.layer_norm_linear import launch_linear_act
+def _double() -> None:
+    """A convolution whose products are not made by tensor cores: their operands lie in registers."""
+    from gigamorph.kernels.conv2d_forward import launch
+    from gigamorph.kernels.windows import ConvGeometry
 
-    x, y = (torch.empty(1, 125, 125, c, device="meta").permute(0, 3, 1, 2) for c in (96, 384))
-    launch_linear_act(x, None, None, 1e-6, torch.empty(384, 96, device="meta"), None, "gelu", y)
+    x, y = (torch.empty(1, 125, 125, c, dtype=torch.float64, device="meta").permute(0, 3, 1, 2) for c in (96, 384))
+    launch(x, torch.empty(384, 96, 1, 1, dtype=torch.float64, device="meta"), y, ConvGeometry(), "none")
 
 
 def _stem() -> None:
@@ -158,7 +159,7 @@ PLANTED = {
     "grid": (lambda: _product(grid=(1, 1 << 16)), "grid"),
     "overflow": (lambda: _rows(1 << 16), "may reach 4,29"),
     "fits": (lambda: _rows(1 << 14), ""),
-    "no matrix unit": (_linear, ""),
+    "no matrix unit": (_double, ""),
     "stem": (_stem, ""),
     "compiler": (lambda: _product(bm=96), "power of 2"),
 }
