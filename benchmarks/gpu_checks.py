@@ -22,14 +22,19 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from kernel_checks import BOUNDS, DEVICE, Guarded, errors, layer_norm, max_pool2d, poisoned, random_map
+from kernel_references import (
+    conv2d_dgrad_reference,
+    conv2d_forward_reference,
+    conv2d_wgrad_reference,
+    normalize_act_gradients_reference,
+    normalize_act_reference,
+)
 
 from gigamorph.kernels import batch_norm as bn
 from gigamorph.kernels import choice
 from gigamorph.kernels.conv2d import conv2d, conv2d_act_grad, conv2d_moments
-from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad
-from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
+from gigamorph.kernels.conv2d_dgrad import dgrad
 from gigamorph.kernels.conv2d_forward import launch as forward
-from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
 from gigamorph.kernels.conv2d_wgrad import launch as wgrad
 from gigamorph.kernels.layer_norm import layer_norm_reference
 from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
@@ -240,7 +245,7 @@ def act_grad_again(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     bench = Bench(dtype)
     with choice.override("triton"):
         (dz,) = bench.twice(lambda: (conv2d_act_grad(dy, x, *last, "gelu", ConvGeometry()),))
-    z = F.conv2d(x.double(), *(t.double() for t in last))
+    z = F.conv2d(x.double(), last[0].double(), last[1].double())
     bench.compare("dz", dz, act_grad_reference(dy.double(), z, "gelu"))
     return bench.row
 
@@ -333,10 +338,10 @@ def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     shared = (mean, rstd, weight, bias)
     wide = tuple(t.double() for t in shared)
     (y,) = bench.twice(lambda: (bn.normalize_act(x, *shared, None, "relu"),))
-    bench.compare("y", y, bn.normalize_act_reference(x.double(), *wide, None, "relu")[0])
-    oracle = bn.normalize_act_gradients_reference(dy.double(), x.double(), *wide, y.double(), "relu")
+    bench.compare("y", y, normalize_act_reference(x.double(), *wide, None, "relu")[0])
+    oracle = normalize_act_gradients_reference(dy.double(), x.double(), *wide, y.double(), "relu")
     results = bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, y, "relu", True))
-    whole = bn.normalize_act_gradients_reference(dy.double(), x.double(), *wide, None, "relu", 1)[0]
+    whole = normalize_act_gradients_reference(dy.double(), x.double(), *wide, None, "relu", 1)[0]
     bench.compare(
         "dx", bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, None, "relu", False, 1))[0], whole
     )

@@ -29,7 +29,6 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activations import activate_reference, slope_reference
 from .conv2d_kernels import FilterFlip, Steps, conv2d_descriptor_kernel, conv2d_pointer_kernel, product_options
 from .dtypes import sum_dtype
 from .moments import merge_parts
@@ -242,25 +241,3 @@ def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
         **work.options,
     )
     return None if sums is None else merge_parts(sums, (1, config.block_m), (1, pixels))
-
-
-def conv2d_forward_reference(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    geometry: ConvGeometry,
-    act: str,
-    mask: Tensor | None = None,
-    mask_act: str = "none",
-) -> tuple[Tensor, Tensor]:
-    """y and z in plain PyTorch."""
-    z = F.conv2d(geometry.padded(x), weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
-    if shift is not None:
-        z = z + shift.reshape(-1, 1, 1)
-    if residual is not None:
-        z = z + residual
-    if mask is not None and mask_act == "gradient":
-        return mask * slope_reference(z, act), z
-    y = activate_reference(z, act)
-    return (y if mask is None else y * slope_reference(mask, mask_act)), z

@@ -16,14 +16,12 @@ buffers in order. There are no atomics: two runs agree bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .activations import slope_reference
 from .conv2d_kernels import Steps, product_options
 from .conv2d_wgrad_kernels import add_splits_kernel, wgrad_descriptor_kernel, wgrad_pointer_kernel
 from .dtypes import sum_dtype
@@ -221,13 +219,3 @@ def _by_pointers(work: _Work) -> None:
         CIN=depth,
         **options,
     )
-
-
-def conv2d_wgrad_reference(
-    weight_size: Sequence[int], x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str, geometry: ConvGeometry
-) -> tuple[Tensor, Tensor]:
-    """The gradients that are added to dw and dshift, in plain PyTorch."""
-    dz = dy if gate is None else dy * slope_reference(gate, gate_act)
-    settings = geometry.stride, 0, geometry.dilation, geometry.groups
-    dw = torch.nn.grad.conv2d_weight(geometry.padded(x), tuple(weight_size), dz, *settings)  # pyright: ignore
-    return dw, dz.sum((0, 2, 3))

@@ -174,8 +174,7 @@ def layer_norm(
         wide = torch.promote_types(dtype, promoted(x, weight, bias))
         affine = (None if t is None else t.to(wide) for t in (weight, bias))
         with torch.autocast(x.device.type, enabled=False):  # autocast would make float32 maps
-            rows = F.layer_norm(x.to(wide).permute(0, 2, 3, 1), x.shape[1:2], *affine, eps)
-        return rows.to(dtype).permute(0, 3, 1, 2)
+            return layer_norm_reference(x.to(wide), *affine, eps).to(dtype)
 
     return run_fastest("layer_norm", x, (weight is None, bias is None, str(dtype)), ours, stock)
 

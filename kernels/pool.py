@@ -239,16 +239,6 @@ def max_pool2d_reference(x: Tensor, kernel: Sequence[int], geometry: ConvGeometr
     return F.max_pool2d(geometry.padded(x, float("-inf")), tuple(kernel), geometry.stride, 0, geometry.dilation)
 
 
-def max_pool2d_backward_reference(
-    dy: Tensor, x: Tensor, kernel: Sequence[int], geometry: ConvGeometry, mask_act: str = "none"
-) -> Tensor:
-    """dx in plain PyTorch."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (dx,) = torch.autograd.grad(max_pool2d_reference(x, kernel, geometry), x, dy)
-    return dx if mask_act == "none" else dx * slope_reference(x, mask_act)
-
-
 def _output_shape(x: Tensor, kernel: Sequence[int], geometry: ConvGeometry) -> tuple[int, int, int, int]:
     if kernel[0] * kernel[1] > 255:
         raise ValueError(
@@ -265,7 +255,7 @@ def _output_shape(x: Tensor, kernel: Sequence[int], geometry: ConvGeometry) -> t
 
 @torch.library.custom_op("gigamorph::max_pool2d", mutates_args=())
 def max_pool2d(x: Tensor, kernel: Sequence[int], geometry: Sequence[int]) -> Tensor:
-    """The maximum of each window; differentiable. Only x is saved.
+    """The maximum of each window.
 
     Args:
         kernel: (height, width).

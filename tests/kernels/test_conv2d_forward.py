@@ -9,11 +9,12 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, errors, random_map
+from kernel_references import conv2d_forward_reference
 from torch import Tensor
 
 from gigamorph.kernels import precision, tuning, windows
 from gigamorph.kernels.activations import activate_reference
-from gigamorph.kernels.conv2d_forward import conv2d_forward_reference, launch
+from gigamorph.kernels.conv2d_forward import launch
 from gigamorph.kernels.moments import moments_reference
 from gigamorph.kernels.tuning import Config, forced
 from gigamorph.kernels.windows import ConvGeometry, output_size

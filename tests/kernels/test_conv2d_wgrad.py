@@ -10,6 +10,7 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_references import conv2d_wgrad_reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -82,7 +83,7 @@ class Problem:
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         gate = None if self.gate is None else self.gate.to(dtype)
-        return wgrad.conv2d_wgrad_reference(
+        return conv2d_wgrad_reference(
             self.dw.shape, self.x.to(dtype), self.dy.to(dtype), gate, self.gate_act, self.geometry
         )
 
@@ -274,12 +275,12 @@ def test_random(dtype, n, groups, c, k, h, w, r, s, stride_h, stride_w, dilation
     gate = None if act == "none" else gate
     wgrad.launch(dw, dshift, guard(x), guard(dy), None if gate is None else guard(gate), act, geometry, splits=splits)
     guard.check()
-    want = wgrad.conv2d_wgrad_reference(
+    want = conv2d_wgrad_reference(
         dw.shape, x.double(), dy.double(), None if gate is None else gate.double(), act, geometry
     )
     # Sums of a few products may cancel, so the error is measured against the sum of their sizes.
     dz = dy.double() if gate is None else dy.double() * slope_reference(gate.double(), act)
-    terms = wgrad.conv2d_wgrad_reference(dw.shape, x.double().abs(), dz.abs(), None, "none", geometry)
+    terms = conv2d_wgrad_reference(dw.shape, x.double().abs(), dz.abs(), None, "none", geometry)
     bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     for name, got, right, size in zip(("dw", "dshift"), (dw, dshift), want, terms, strict=True):
         assert torch.isfinite(got).all(), name

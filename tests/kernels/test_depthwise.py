@@ -11,13 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_references import conv2d_dgrad_reference, conv2d_forward_reference, conv2d_wgrad_reference
 from torch import Tensor
 
 from gigamorph.kernels import depthwise, tiles
 from gigamorph.kernels.conv2d import conv2d
-from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference
-from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
-from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
 from gigamorph.kernels.tiles import depthwise_tile, depthwise_wgrad_tile
 from gigamorph.kernels.windows import ConvGeometry, output_size
 

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, poisoned, random_map
 from kernel_checks import max_pool2d as with_gradients
+from kernel_references import max_pool2d_backward_reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +16,6 @@ from gigamorph.kernels.pool import (
     launch_max_pool2d_backward,
     max_pool2d,
     max_pool2d_backward,
-    max_pool2d_backward_reference,
     max_pool2d_reference,
 )
 from gigamorph.kernels.windows import ConvGeometry
