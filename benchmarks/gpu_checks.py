@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-from kernel_checks import BOUNDS, DEVICE, Guarded, errors, layer_norm, max_pool2d, poisoned, random_map
+from kernel_checks import BOUNDS, DEVICE, Guarded, errors, forced, layer_norm, max_pool2d, poisoned, random_map
 from kernel_references import (
     conv2d_dgrad_reference,
     conv2d_forward_reference,
@@ -42,7 +42,7 @@ from gigamorph.kernels.pointwise import act_grad, act_grad_reference
 from gigamorph.kernels.pool import max_pool2d_reference
 from gigamorph.kernels.stem import stem, stem_gradients
 from gigamorph.kernels.stem_reference import Stem, stem_reference
-from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.tuning import Config
 from gigamorph.kernels.windows import ConvGeometry
 
 Check = Callable[[], dict[str, Any]]

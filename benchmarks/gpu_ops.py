@@ -15,12 +15,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from gpu_checks import forced
 from gpu_layers import TILE, Layer, config_layers, convnext_tiny, resnet50
 from torch import Tensor
 from torch.nn import functional as F
 
 from gigamorph.kernels import choice
-from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.tuning import Config
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -89,23 +87,6 @@ class Config:
     num_stages: int = 3
     rows: int = 1
     parts: int = 1
-
-
-_forced: list[Config] = []
-
-
-@contextlib.contextmanager
-def forced(config: Config) -> Iterator[None]:
-    """Context manager that sets the configuration of every matrix kernel, for tests and benchmarks."""
-    _forced.append(config)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def forced_config() -> Config | None:
-    return _forced[-1] if _forced else None
 
 
 def power_of_two(n: int, least: int, most: int) -> int:
@@ -204,11 +185,6 @@ def matmul_config(
         moments: whether the epilogue computes the moments of the tile.
     """
     form = "descriptor" if described else "columns" if flattens(depth, taps) else "pointer"
-    config = forced_config()
-    if config is not None:
-        if not described:
-            return replace(config, form=form, rows=1)
-        return replace(config, rows=min(config.rows, triton.next_power_of_2(lines)))
     if interpreting():  # few large programs: a call costs more than its elements
         block_m = power_of_two(lines * run, 16, 256 if described else 1024)
         columns = taps * depth if form == "columns" else depth
@@ -318,9 +294,6 @@ def wgrad_config(
         gate_act: the activation whose slope is applied to dy.
     """
     form = "descriptor" if described else "pointer"
-    config = forced_config()
-    if config is not None:
-        return config if described else replace(config, form="pointer")
     if interpreting():  # few large programs: a call costs more than its elements
         return Config(form, power_of_two(filters, 16, 128), power_of_two(depth, 16, 128), power_of_two(run, 16, 256))
     itemsize = dtype.itemsize

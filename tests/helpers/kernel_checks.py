@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
+import triton
 from interpreter import reversed_grid
 from torch import Tensor
 
+from gigamorph.kernels import conv2d_forward, conv2d_wgrad
 from gigamorph.kernels import layer_norm as ops
 from gigamorph.kernels import pool as ops_pool
+from gigamorph.kernels.tuning import Config, flattens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -174,6 +179,22 @@ def max_pool2d(x, kernel, geometry):
     """`max_pool2d` with gradients."""
     op = lambda x: ops_pool.max_pool2d(x, kernel, geometry)  # noqa: E731
     return WithGradients.apply(op, lambda dy, x: [ops_pool.max_pool2d_backward(dy, x, kernel, geometry)], x)
+
+
+@contextlib.contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Context in which matrix products have this configuration, in another form where descriptors cannot be used."""
+
+    def product(device, dtype, images, lines, run, channels, depth, described, maps=1, taps=1, *rest) -> Config:
+        if described:
+            return replace(config, rows=min(config.rows, triton.next_power_of_2(lines)))
+        return replace(config, form="columns" if flattens(depth, taps) else "pointer", rows=1)
+
+    def sums(device, dtype, run, filters, depth, taps, described, gate_act="none") -> Config:
+        return config if described else replace(config, form="pointer")
+
+    with patch.object(conv2d_forward, "matmul_config", product), patch.object(conv2d_wgrad, "wgrad_config", sums):
+        yield
 
 
 def random_map(

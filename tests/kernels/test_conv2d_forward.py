@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, errors, random_map
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, errors, forced, random_map
 from kernel_references import conv2d_forward_reference
 from torch import Tensor
 
-from gigamorph.kernels import precision, tuning, windows
+from gigamorph.kernels import conv2d_kernels, precision, windows
 from gigamorph.kernels.activations import activate_reference
 from gigamorph.kernels.conv2d_forward import launch
 from gigamorph.kernels.moments import moments_reference
-from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.tuning import Config
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -389,14 +389,13 @@ def test_a_read_and_a_write_outside_are_caught() -> None:
 def test_the_forced_form_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases above say which kernel they test: what descriptors cannot do falls back to pointers."""
     seen: list[str] = []
-    plain = tuning.matmul_config
+    plain = conv2d_kernels.product_options
 
-    def spy(*args, **kwargs):
-        config = plain(*args, **kwargs)
+    def spy(kernel, config, dtype):
         seen.append(config.form)
-        return config
+        return plain(kernel, config, dtype)
 
-    monkeypatch.setattr("gigamorph.kernels.conv2d_forward.matmul_config", spy)
+    monkeypatch.setattr("gigamorph.kernels.conv2d_forward.product_options", spy)
     for case in CASES:
         run(case, operands(case, torch.bfloat16), "none", Guarded())
         assert seen[-1] == case.form, case

@@ -9,7 +9,7 @@ import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, forced, random_map
 from kernel_references import conv2d_wgrad_reference
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +18,7 @@ from gigamorph.kernels import conv2d_wgrad as wgrad
 from gigamorph.kernels import tuning
 from gigamorph.kernels.activations import ACTIVATIONS, activate_reference, slope_reference
 from gigamorph.kernels.conv2d import conv2d_wgrad_
-from gigamorph.kernels.tuning import SHARED_LIMIT, Config, forced
+from gigamorph.kernels.tuning import SHARED_LIMIT, Config
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
