@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -59,6 +61,12 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def launch(splits: int | None, *given: object) -> None:
+    """`wgrad.launch` with this number of parts of the pixels; None computes it."""
+    with contextlib.nullcontext() if splits is None else patch.object(wgrad, "split_count", lambda *_: splits):
+        wgrad.launch(*given)
+
+
 class Problem:
     """Inputs of one launch, buffers that hold something already, and what they must hold afterwards."""
 
@@ -93,16 +101,8 @@ class Problem:
         dw, dshift = guard(self.dw), guard(self.dshift)
         gate = None if self.gate is None else guard(self.gate)
         with forced(config or Config(self.form, 32, 16, 32)):
-            wgrad.launch(
-                dw,
-                dshift if shift else None,
-                guard(self.x),
-                guard(self.dy),
-                gate,
-                self.gate_act,
-                self.geometry,
-                splits=splits,
-            )
+            maps = guard(self.x), guard(self.dy), gate
+            launch(splits, dw, dshift if shift else None, *maps, self.gate_act, self.geometry)
         guard.check()
         return dw, dshift
 
@@ -198,7 +198,7 @@ def test_windows_of_larger_buffers(case):
     problem.x, problem.dy, problem.gate = inside(problem.x), inside(problem.dy), inside(problem.gate)
     dw, dshift = problem.dw.clone(), problem.dshift.clone()
     with forced(Config(problem.form, 32, 16, 32)):
-        wgrad.launch(dw, dshift, problem.x, problem.dy, problem.gate, "relu", problem.geometry, splits=2)
+        launch(2, dw, dshift, problem.x, problem.dy, problem.gate, "relu", problem.geometry)
     problem.check(dw, dshift)
 
 
@@ -273,7 +273,7 @@ def test_random(dtype, n, groups, c, k, h, w, r, s, stride_h, stride_w, dilation
     dshift = guard(torch.zeros(k * groups, dtype=held, device=DEVICE))
     geometry = ConvGeometry.of((stride_h, stride_w), padding, (dilation, dilation), groups)
     gate = None if act == "none" else gate
-    wgrad.launch(dw, dshift, guard(x), guard(dy), None if gate is None else guard(gate), act, geometry, splits=splits)
+    launch(splits, dw, dshift, guard(x), guard(dy), None if gate is None else guard(gate), act, geometry)
     guard.check()
     want = conv2d_wgrad_reference(
         dw.shape, x.double(), dy.double(), None if gate is None else gate.double(), act, geometry
