@@ -116,7 +116,6 @@ def launch(
     x, geometry = without_steps(x, geometry, (r, s))
     maps = (x, y, residual, z, mask)
     matrix = filter_matrix(weight)
-    (shift,) = dense(shift)
     described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
     whole = residual is None or residual.shape == y.shape
     if described and whole and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
@@ -149,7 +148,7 @@ def launch(
         residual = placed(residual, residual_at, y.shape[2:])
     run_form = _by_descriptors if config.form == "descriptor" else _by_pointers
     maps = residual, tuple(residual_at), mask, y, z
-    work = _Work(x, matrix, *maps, shift, depth, flip, geometry, config, moments, options)
+    work = _Work(x, matrix, *maps, dense(shift), depth, flip, geometry, config, moments, options)
     return run_form(work)
 
 

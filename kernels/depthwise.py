@@ -89,11 +89,10 @@ def _launch(
             f"depthwise: an output of {n} x {oh} x {ow} pixels is too large for one launch; use smaller tiles"
         )
     maps = x, gate, residual, mask, y, z
-    (shift,) = dense(shift)
     depthwise_kernel[(programs,)](
         *map(as_map, maps),
         weight.reshape(channels, r * s).t().contiguous(),
-        shift,
+        dense(shift),
         *Sizes(h, w, oh, ow, channels, lines, segments),
         lead_h,
         lead_w,

@@ -266,7 +266,7 @@ def _filters(stem: Stem, tile: StemTile) -> Filters:
     """Filters padded with zeros to whole tiles, to be read in long words and without masks."""
     depth, k = stem.matrix.shape
     padded = F.pad(stem.matrix, [0, -k % tile.filters, 0, -depth % tile.taps]).contiguous()
-    return Filters(padded, *dense(stem.shift), k, depth, padded.shape[1])
+    return Filters(padded, dense(stem.shift), k, depth, padded.shape[1])
 
 
 def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:

@@ -114,9 +114,9 @@ def channel(ptr, c, C, ACC: tl.constexpr):
     return tl.load(ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
 
 
-def dense(*vectors: Tensor | None) -> tuple[Any, ...]:
-    """Vectors as contiguous tensors for kernels: columns of matrices and expanded tensors are copied."""
-    return tuple(None if t is None else t.contiguous() for t in vectors)
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A vector as a contiguous tensor for kernels: columns of matrices and expanded tensors are copied."""
+    return None if vector is None else vector.contiguous()
 
 
 def as_map(x: Tensor | None) -> Map:
