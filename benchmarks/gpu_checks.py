@@ -21,26 +21,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-from kernel_checks import BOUNDS, DEVICE, Guarded, errors, poisoned, random_map
+from kernel_checks import BOUNDS, DEVICE, Guarded, errors, forced, layer_norm, max_pool2d, poisoned, random_map
+from kernel_references import (
+    conv2d_dgrad_reference,
+    conv2d_forward_reference,
+    conv2d_wgrad_reference,
+    normalize_act_gradients_reference,
+    normalize_act_reference,
+)
 
 from gigamorph.kernels import batch_norm as bn
 from gigamorph.kernels import choice
 from gigamorph.kernels.conv2d import conv2d, conv2d_act_grad, conv2d_moments
-from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference, dgrad
-from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
+from gigamorph.kernels.conv2d_dgrad import dgrad
 from gigamorph.kernels.conv2d_forward import launch as forward
-from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
 from gigamorph.kernels.conv2d_wgrad import launch as wgrad
-from gigamorph.kernels.conv_conv1x1 import conv_conv1x1, conv_conv1x1_reference
-from gigamorph.kernels.layer_norm import layer_norm, layer_norm_reference
-from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_reference
+from gigamorph.kernels.layer_norm import layer_norm_reference
 from gigamorph.kernels.moments import moments, moments_backward, moments_backward_reference, moments_reference
-from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1, normalized_conv1x1_reference
 from gigamorph.kernels.pointwise import act_grad, act_grad_reference
-from gigamorph.kernels.pool import max_pool2d, max_pool2d_reference
-from gigamorph.kernels.stem import stem
+from gigamorph.kernels.pool import max_pool2d_reference
+from gigamorph.kernels.stem import stem, stem_gradients
 from gigamorph.kernels.stem_reference import Stem, stem_reference
-from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.tuning import Config
 from gigamorph.kernels.windows import ConvGeometry
 
 Check = Callable[[], dict[str, Any]]
@@ -119,7 +121,7 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
     weight = random_map(k, c // groups, kernel, kernel, dtype, g, (c // groups * kernel**2) ** -0.5)
     residual, gate, mask = (random_map(2, *size, dtype, g) for size in ((k, oh, ow), (k, oh, ow), (c, h, w)))
     addend = random_map(2, c, h, w, dtype, g)
-    scale, shift = (torch.rand(k, generator=g).add(0.5).to(DEVICE) for _ in range(2))
+    shift = _vector(g, k)
     for name, config in _variants(op, dtype, geometry, dry):
         guarded = Guarded()
         # The addend covers a part of the map, as at the ends of residual blocks, or all of it.
@@ -130,8 +132,7 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
         def run(guarded: Guarded = guarded, maps: dict = maps, acts: dict = acts) -> tuple[Tensor, ...]:
             if op == "forward":
                 y, z = (guarded.empty(2, k, oh, ow, dtype=dtype) for _ in range(2))
-                rest = {"scale": scale, "shift": shift, "residual": guarded(residual), "z": z}
-                forward(guarded(x), guarded(weight), y, place, "relu", **rest)
+                forward(guarded(x), guarded(weight), y, place, "relu", shift=shift, residual=guarded(residual), z=z)
                 return y, z
             if op == "dgrad":
                 dx = guarded.empty(2, c, h, w, dtype=dtype)
@@ -148,8 +149,7 @@ def conv(op: str, geometry: str, dtype: torch.dtype, dry: bool) -> dict[str, Any
         guarded.check()
         x8, weight8, dy8 = (t.double() for t in (x, weight, dy))
         if op == "forward":
-            wide = (t.double() for t in (scale, shift, residual))
-            oracle = conv2d_forward_reference(x8, weight8, *wide, place, "relu")
+            oracle = conv2d_forward_reference(x8, weight8, shift.double(), residual.double(), place, "relu")
         elif op == "dgrad":
             wide_maps = {which: one.double() for which, one in maps.items()}
             oracle = (conv2d_dgrad_reference(dy8, weight8, (h, w), place, **wide_maps, **acts),)
@@ -207,20 +207,15 @@ def norm(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     )
 
 
-def norm_linear(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Check the forward, and dz: the other parts of the backward have their own checks."""
+def act_grad_again(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+    """Check dz of a linear layer whose z is computed again."""
     (c, h, w), g = _size(dry), torch.Generator().manual_seed(4)
-    given = random_map(2, c, h, w, dtype, g), _vector(g, c), _vector(g, c), 1e-6
+    x, dy = random_map(2, c, h, w, dtype, g), random_map(2, 2 * c, h, w, dtype, g)
     last = random_map(2 * c, c, 1, 1, dtype, g, c**-0.5), _vector(g, 2 * c)
     bench = Bench(dtype)
     with choice.override("triton"):
-        (y,) = bench.twice(lambda: (layer_norm_linear_act(*given, *last, "gelu"),))
-    wide = [t.double() if isinstance(t, Tensor) else t for t in (*given, *last)]
-    bench.compare("y", y, layer_norm_linear_act_reference(*wide, "gelu"))
-    dy = random_map(2, 2 * c, h, w, dtype, g)
-    with choice.override("triton"):
-        (dz,) = bench.twice(lambda: (conv2d_act_grad(dy, given[0], *last, "gelu", ConvGeometry()),))
-    z = torch.nn.functional.conv2d(wide[0], wide[4], wide[5])
+        (dz,) = bench.twice(lambda: (conv2d_act_grad(dy, x, *last, "gelu", ConvGeometry()),))
+    z = F.conv2d(x.double(), last[0].double(), last[1].double())
     bench.compare("dz", dz, act_grad_reference(dy.double(), z, "gelu"))
     return bench.row
 
@@ -249,7 +244,7 @@ def depthwise(stride: int, act: str, dtype: torch.dtype, dry: bool) -> dict[str,
     place = ConvGeometry.of((stride, stride), (size // 2,) * 4, groups=c)
     return differentiable(
         lambda x, k, b: conv2d(x, k, shift=b, stride=stride, padding=size // 2, groups=c, act=act),
-        lambda x, k, b: conv2d_forward_reference(x, k, None, b, None, place, act)[0],
+        lambda x, k, b: conv2d_forward_reference(x, k, b, None, place, act)[0],
         lambda g: [random_map(2, c, h, w, dtype, g), random_map(c, 1, size, size, dtype, g, 1 / size), _vector(g, c)],
         dtype,
     )
@@ -260,27 +255,32 @@ def _depthwise_side(dry: bool) -> int:
 
 
 def whole_stem(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Check from uint16 pixels to the map after the pooling.
+    """Check from pixels to the map after the pooling, and the gradients.
 
     Pixels are multiples of 2^-7 and weights of 2^-8, both below 1, so that their products and sums are exact in TF32
     and bfloat16. Otherwise, of two nearly equal positions, another could be the maximum than in float64, and its
     gradient would go to other pixels, which is not an error of the kernel and not bounded by rounding.
     """
     side, filters = (21, 16) if dry else (157, 64)
-    rest = 0.0, 1.0, ConvGeometry.of((2, 2), (3, 3, 3, 3)), (1, 1, 1, 1), "relu"
+    form = ConvGeometry.of((2, 2), (3, 3, 3, 3)), [1, 1, 1, 1], "relu"
+    bench, g = Bench(dtype), torch.Generator().manual_seed(1)
+    x = (torch.randint(0, 128, (2, 1, side, side + 8), generator=g) / 128).to(dtype).to(DEVICE)
+    weight = random_map(filters, 1, 7, 7, dtype, g, 1 / 7).mul(256).round().clamp(-255, 255) / 256
+    wide = [t.double().requires_grad_() for t in (weight, _vector(g, filters))]
+    y = stem_reference(Stem(x.double(), *wide, *form))
+    dy = random_map(*y.shape, dtype, g)
+    inputs = x, weight, wide[1].detach().float(), *form
 
-    def pixels(g: torch.Generator) -> list[Tensor]:
-        image = torch.randint(0, 128, (2, 1, side, side + 8), generator=g) * 256  # gain maps 256 to 2^-7
-        weight = random_map(filters, 1, 7, 7, dtype, g, 1 / 7).mul(256).round().clamp(-255, 255) / 256
-        return [image.to(torch.uint16).to(DEVICE), weight, _vector(g, filters), _vector(g, filters)]
+    def run() -> Sequence[Tensor]:
+        made, spots = stem(*inputs, True)
+        return made, *stem_gradients(dy, spots, *inputs)
 
-    gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
-    return differentiable(
-        lambda x, k, a, b: stem(x, k, a, b, gain, offset, *rest),
-        lambda x, k, a, b: stem_reference(Stem(x, k, a, b, gain, offset, *rest)),
-        pixels,
-        dtype,
-    )
+    with choice.override("triton"):
+        results = bench.twice(run)
+    oracle = y.detach(), *torch.autograd.grad(y, wide, dy.double())
+    for name, result, expected in zip(("y", "dweight", "dshift"), results, oracle, strict=True):
+        bench.compare(name, result, expected)
+    return bench.row
 
 
 def batch_norm(channels: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
@@ -308,10 +308,10 @@ def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     shared = (mean, rstd, weight, bias)
     wide = tuple(t.double() for t in shared)
     (y,) = bench.twice(lambda: (bn.normalize_act(x, *shared, None, "relu"),))
-    bench.compare("y", y, bn.normalize_act_reference(x.double(), *wide, None, "relu")[0])
-    oracle = bn.normalize_act_gradients_reference(dy.double(), x.double(), *wide, y.double(), "relu")
+    bench.compare("y", y, normalize_act_reference(x.double(), *wide, None, "relu")[0])
+    oracle = normalize_act_gradients_reference(dy.double(), x.double(), *wide, y.double(), "relu")
     results = bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, y, "relu", True))
-    whole = bn.normalize_act_gradients_reference(dy.double(), x.double(), *wide, None, "relu", 1)[0]
+    whole = normalize_act_gradients_reference(dy.double(), x.double(), *wide, None, "relu", 1)[0]
     bench.compare(
         "dx", bench.twice(lambda: bn.normalize_act_gradients(dy, x, *shared, None, "relu", False, 1))[0], whole
     )
@@ -322,12 +322,7 @@ def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     bench.compare(
         "gradient of moments", dx, moments_backward_reference(*(t.double() for t in given), 2 * h * w, dy.double())
     )
-    one, last = x[:1], random_map(2 * c, c, 1, 1, dtype, g, c**-0.5)
-    made = bench.twice(lambda: normalized_conv1x1(one, *shared, "relu", last, None, True, [0, 0]))
-    bench.compare(
-        "behind a norm", made[0], normalized_conv1x1_reference(one.double(), *wide, "relu", last.double(), None)
-    )
-    compare_moments(" behind a norm", [part[0] for part in made[1:]], made[0])
+    one = x[:1]
     for size in (1, 3):
         filters = random_map(2 * c, c, size, size, dtype, g, 1 / (size * c**0.5))
         place = ConvGeometry.of(padding=(size // 2,) * 4)
@@ -342,26 +337,12 @@ def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     return bench.row
 
 
-def pair(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
-    """Check a 3x3 convolution and the following 1x1 in one kernel, with residual."""
-    c, m, k, h, w = (16, 16, 32, 5, 37) if dry else (64, 64, 256, 61, 267)
-    bench, g = Bench(dtype), torch.Generator().manual_seed(3)
-    x, residual = random_map(2, c, h, w, dtype, g), random_map(2, k, h, w, dtype, g)
-    filters = random_map(m, c, 3, 3, dtype, g, 1 / (3 * c**0.5)), random_map(k, m, 1, 1, dtype, g, m**-0.5)
-    shifts = _vector(g, m), _vector(g, k)
-    inputs = x, filters[0], shifts[0], filters[1], shifts[1], residual
-    place = ConvGeometry.of(padding=(1, 1, 1, 1)), "relu", "relu"
-    (y,) = bench.twice(lambda: (conv_conv1x1(*inputs, *place),))
-    bench.compare("y", y, conv_conv1x1_reference(*(t.double() for t in inputs), *place))
-    return bench.row
-
-
 def _others(dry: bool) -> dict[str, Callable[[torch.dtype, bool], dict[str, Any]]]:
     """Return checks of the ops other than the dense convolution."""
     side = _depthwise_side(dry)
-    found = {
+    return {
         "layer_norm": norm,
-        "layer_norm_linear_act gelu": norm_linear,
+        "conv2d_act_grad gelu": act_grad_again,
         "act_grad relu": partial(slopes, "relu"),
         "act_grad gelu": partial(slopes, "gelu"),
         "max_pool2d": pool,
@@ -371,9 +352,6 @@ def _others(dry: bool) -> dict[str, Callable[[torch.dtype, bool], dict[str, Any]
         "batch_norm": partial(batch_norm, 16 if dry else 96),
         "batch_norm, pixels folded": partial(batch_norm, 24 if dry else 144),
     }
-    if dry or torch.cuda.get_device_capability() >= (9, 0):
-        found["conv_conv1x1"] = pair
-    return found
 
 
 def checks(dry: bool) -> dict[str, Check]:

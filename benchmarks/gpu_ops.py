@@ -15,12 +15,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from gpu_checks import forced
 from gpu_layers import TILE, Layer, config_layers, convnext_tiny, resnet50
 from torch import Tensor
 from torch.nn import functional as F
 
 from gigamorph.kernels import choice
-from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.tuning import Config
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,7 +151,7 @@ def backward(layer: Layer, which: str) -> Case:
     from gigamorph.kernels.conv2d import conv2d_dgrad, conv2d_wgrad_
     from gigamorph.kernels.windows import ConvGeometry
 
-    x, weight, scale, _ = _tensors(layer)
+    x, weight, _, _ = _tensors(layer)
     dy, y = (randn(1, layer.cout, layer.out, layer.out) for _ in range(2))
     stride, groups = [layer.stride] * 2, layer.groups
     place = ConvGeometry.of(stride, [layer.pad] * 4, groups=groups)
@@ -162,22 +163,20 @@ def backward(layer: Layer, which: str) -> Case:
             dy, x, w, None, stride, [layer.pad] * 2, [1, 1], False, [0, 0], groups, mask
         )
 
-    def ours(gate: Tensor | None, scale: Tensor | None) -> Callable[[], Any]:
+    def ours(gate: Tensor | None) -> Callable[[], Any]:
         act = "none" if gate is None else "relu"
         if which == "dgrad":
             size = [layer.side] * 2
-            return forced_ours(
-                lambda: conv2d_dgrad(dy, weight, scale, gate, act, None, (0, 0), None, "none", size, place)
-            )
+            return forced_ours(lambda: conv2d_dgrad(dy, weight, gate, act, None, (0, 0), None, "none", size, place))
         return forced_ours(lambda: conv2d_wgrad_(dw, None, x, dy, gate, act, place))
 
     def fused() -> Any:
         dz = torch.ops.aten.threshold_backward(dy, y, 0)
-        return cudnn(dz, weight * scale.reshape(-1, 1, 1, 1) if which == "dgrad" else weight)
+        return cudnn(dz, weight)
 
-    candidates = {"ours": ours(None, None), "cudnn": lambda: cudnn(dy, weight)}
+    candidates = {"ours": ours(None), "cudnn": lambda: cudnn(dy, weight)}
     if layer.act == "relu":
-        candidates |= {"ours_fused": ours(y, scale if which == "dgrad" else None), "eager_fused": fused}
+        candidates |= {"ours_fused": ours(y), "eager_fused": fused}
     return Case(candidates, layer.flops, layer.bytes)
 
 
@@ -243,27 +242,22 @@ STREAMS = (
 
 
 def stem(side: int, which: str) -> Case:
-    """From uint16 pixels to the map after the pooling, against the same in separate stock ops."""
+    """From pixels to the map after the pooling, against the same in separate stock ops."""
     from gigamorph.kernels.stem import stem as fused
-    from gigamorph.kernels.stem import stem_and_spots, stem_gradients
+    from gigamorph.kernels.stem import stem_gradients
     from gigamorph.kernels.windows import ConvGeometry
 
-    pixels = torch.randint(0, 2**15, (1, 1, side, side), device=DEVICE).to(torch.uint16)
-    weight = randn(64, 1, 7, 7, scale=1 / 7)
-    scale, shift = (torch.rand(64, device=DEVICE).add(0.5) for _ in range(2))
-    gain, offset = torch.full((1,), 2.0**-15, device=DEVICE), torch.zeros(1, device=DEVICE)
-    place = ConvGeometry.of((2, 2), (3, 3, 3, 3)), [1, 1, 1, 1]
-    rest = (scale, shift, gain, offset, 0.0, 1.0, *place, "relu")
+    pixels, weight = randn(1, 1, side, side), randn(64, 1, 7, 7, scale=1 / 7)
+    shift = torch.rand(64, device=DEVICE).add(0.5).to(DTYPE)
+    inputs = pixels, weight, shift, ConvGeometry.of((2, 2), (3, 3, 3, 3)), [1, 1, 1, 1], "relu"
 
     def stock(weight: Tensor) -> Tensor:
-        x = (pixels.float() * gain + offset).clamp(0, 1).to(DTYPE)
-        z = F.batch_norm(F.conv2d(x, weight, None, 2, 3), torch.zeros_like(shift), torch.ones_like(shift), scale, shift)
-        return F.max_pool2d(F.relu(z), 3, 2, 1)
+        return F.max_pool2d(F.relu(F.conv2d(pixels, weight, shift, 2, 3)), 3, 2, 1)
 
     bytes_ = pixels.nbytes + 2 * 64 * (side // 4) ** 2
     flops = 2 * (side // 2) ** 2 * 64 * 49
     if which == "forward":
-        case = {"ours": forced_ours(lambda: fused(pixels, weight, *rest)), "eager": lambda: stock(weight)}
+        case = {"ours": forced_ours(lambda: fused(*inputs, False)), "eager": lambda: stock(weight)}
         return Case({**case, "compile": compiled(stock, weight)}, flops, bytes_)
     dy = randn(1, 64, side // 4, side // 4)
 
@@ -271,8 +265,8 @@ def stem(side: int, which: str) -> Case:
         leaf = weight.detach().requires_grad_()
         return torch.autograd.grad(stock(leaf), leaf, dy)[0]
 
-    _, spots = stem_and_spots(pixels, weight, *rest, True)
-    ours = forced_ours(lambda: stem_gradients(dy, spots, pixels, weight, *rest))
+    _, spots = fused(*inputs, True)
+    ours = forced_ours(lambda: stem_gradients(dy, spots, *inputs))
     case = {"ours": ours, "eager, forward and backward": step}
     return Case(case, 2 * flops, bytes_ + spots.nbytes)
 

@@ -1,4 +1,4 @@
-"""Triton kernels for maps in channels-last memory, each with a reference in plain PyTorch that defines its result."""
+"""Triton kernels for maps in channels-last memory."""
 
 from __future__ import annotations
 

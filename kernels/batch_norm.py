@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, activate_reference, check_activation, slope, slope_reference
+from .activations import activate, activate_reference, check_activation, slope
 from .choice import run_fastest
 from .dtypes import promoted, sum_dtype
 from .pointwise import act_grad
@@ -219,20 +219,6 @@ def _others(x: Tensor, *parts: torch.dtype | Tensor | None) -> tuple[str, ...]:
     """The dtypes other than x's, as part of a key."""
     kinds = {part if isinstance(part, torch.dtype) else part.dtype for part in parts if part is not None}
     return tuple(sorted(str(kind) for kind in kinds - {x.dtype}))
-
-
-def normalize_act_reference(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, act: str
-) -> tuple[Tensor, Tensor]:
-    """y and z in plain PyTorch."""
-    z = (x - mean.reshape(-1, 1, 1)) * rstd.reshape(-1, 1, 1)
-    if weight is not None:
-        z = z * weight.reshape(-1, 1, 1)
-    if bias is not None:
-        z = z + bias.reshape(-1, 1, 1)
-    if residual is not None:
-        z = z + residual
-    return activate_reference(z, act), z
 
 
 # -- backward -----------------------------------------------------------------------------------------------------
@@ -472,28 +458,3 @@ def normalize_act_gradients(
 def _(dy, x, mean, rstd, weight, bias, gate, act, keep_dz, together=0, plus=None):
     dbias, dweight = (x.new_empty(x.shape[1], dtype=sum_dtype(x.dtype)) for _ in range(2))
     return *_gradients(dy, x, keep_dz), dbias, dweight
-
-
-def normalize_act_gradients_reference(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    act: str,
-    together: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dz and the window's sums of dz and of dz * xhat, in plain PyTorch."""
-    z = normalize_act_reference(x, mean, rstd, weight, bias, None, "none")[0] if gate is None else gate
-    dz = dy * slope_reference(z, act)
-    xhat = normalize_act_reference(x, mean, rstd, None, None, None, "none")[0]
-    dx = dz * rstd.reshape(-1, 1, 1)
-    if weight is not None:
-        dx = dx * weight.reshape(-1, 1, 1)
-    sums = dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
-    if together:
-        a, b = group_sums(sums, weight, together).unflatten(1, (-1, 1, 1))
-        dx = dx - rstd.reshape(-1, 1, 1) * (a + xhat * b) / (x.numel() // x.shape[1] * together)
-    return dx, dz, *sums

@@ -11,8 +11,8 @@ A candidate that raises (a compiler that fails, a chip without a feature) is exc
 cause, stock computes the op, and `gigamorph doctor` reports it.
 
 Nothing is measured during CUDA graph capture, on fake and meta tensors, or on the CPU: the choice is then an earlier
-one, or stock. `override` or the environment variable GIGAMORPH_KERNELS forces a choice: "stock", "triton" (the fastest
-of the others, or the first without measurements; on any device, and its errors are raised), or "auto".
+one, or stock. `override` or the environment variable GIGAMORPH_KERNELS forces a choice: "stock", "triton" (the first of
+the others; on any device, and its errors are raised), or "auto".
 """
 
 from __future__ import annotations
@@ -66,29 +66,24 @@ def choose(op: str, key: Any, candidates: Candidates, work: int = 0, like: Tenso
         raise ValueError(
             f'{op}: no candidate is called "stock", only {", ".join(candidates)}; add PyTorch\'s own implementation'
         )
-    ours = [name for name in candidates if name != "stock"]
-    mode = current_mode()
-    device = _gpu(like)
-    if not ours or mode == "stock" or (mode == "auto" and device is None):
+    mode, device = current_mode(), _gpu(like)
+    if mode == "triton":
+        return next((name for name in candidates if name != "stock"), "stock")
+    if mode == "stock" or device is None:
         return "stock"
     known = (device, op, tuple(key.items()) if isinstance(key, dict) else key, work, *candidates)
-    if mode == "auto" and known in _chosen:
+    if known in _chosen:
         return _chosen[known]
-    times = None
-    if device is not None:
-        with _lock:
-            file = _file(device)
+    with _lock:
+        file = _file(device)
+        times = file.find(op, key, candidates, work)
+        usable = {name: run for name, run in candidates.items() if name not in file.failed.get(label(op, key), ())}
+        if times is None and len(usable) > 1 and _may_measure(like):
+            with torch.cuda.device(device):
+                measured = _measure(file, op, key, usable, work)
+            if not measured:
+                _chosen[known] = "stock"  # in this process: no memory for trials
             times = file.find(op, key, candidates, work)
-            usable = {name: run for name, run in candidates.items() if name not in file.failed.get(label(op, key), ())}
-            if times is None and mode == "auto" and len(usable) > 1 and _may_measure(like):
-                with torch.cuda.device(device):
-                    measured = _measure(file, op, key, usable, work)
-                if not measured:
-                    _chosen[known] = "stock"  # in this process: no memory for trials
-                times = file.find(op, key, candidates, work)
-    if mode == "triton":
-        timed = {name: statistics.median(times[name]) for name in ours if times and name in times}
-        return min(timed, key=timed.__getitem__) if timed else ours[0]
     if times is None:  # never measured
         return "stock"
     _chosen[known] = fastest(times)

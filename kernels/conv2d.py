@@ -1,6 +1,6 @@
 """The fused convolution as registered ops with a choice of implementations and autograd.
 
-    y = act(conv(x, w) * scale + shift + residual)
+    y = act(conv(x, w) + shift + residual)
 
 `conv2d` is the differentiable op. It consists of `conv2d_forward` and `conv2d_backward`, which the engine calls
 directly because it sums gradients itself. Their three ops run, for every shape, the faster of our kernel and cuDNN's,
@@ -41,7 +41,7 @@ def conv2d(
     groups: int = 1,
     act: str = "none",
 ) -> Tensor:
-    """act(conv(x, weight) * scale + shift + residual), differentiable, one pass over memory.
+    """act(conv(x, weight * scale) + shift + residual), differentiable, one pass over memory.
 
     Args:
         x: (N, C, H, W), float64, float32, float16 or bfloat16.
@@ -66,8 +66,10 @@ def conv2d(
     output = x.shape[0], weight.shape[0], *geometry.output(x, weight.shape[2:])
     if residual is not None and tuple(residual.shape) != output:
         raise ValueError(f"conv2d: residual {tuple(residual.shape)} does not fit the output {output}")
+    if scale is not None:
+        weight = (weight * scale.reshape(-1, 1, 1, 1)).to(weight.dtype)
     keep_z = act not in MASKS and act != "none" and torch.is_grad_enabled()
-    return _Conv2d.apply(geometry, act, keep_z, x, weight, scale, shift, residual)  # pyright: ignore
+    return _Conv2d.apply(geometry, act, keep_z, x, weight, shift, residual)  # pyright: ignore
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -82,10 +84,6 @@ def _four(padding: int | Sequence[int]) -> list[int]:
 # -- PyTorch's own ops --------------------------------------------------------------------------------------------
 
 
-def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
-    return weight if scale is None else (weight * scale.reshape(-1, 1, 1, 1)).to(weight.dtype)
-
-
 def split_padding(geometry: ConvGeometry) -> tuple[list[int], list[int]]:
     """Splits the padding into the even part that PyTorch's convolutions add and the rest in the order of `F.pad`."""
     top, bottom, left, right = geometry.padding
@@ -96,7 +94,6 @@ def split_padding(geometry: ConvGeometry) -> tuple[list[int], list[int]]:
 def forward_stock(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
     geometry: ConvGeometry,
@@ -107,12 +104,8 @@ def forward_stock(
     even, uneven = split_padding(geometry)
     if any(uneven):
         x = F.pad(x, uneven)
-    bias = shift.to(x.dtype) if scale is None and shift is not None else None
+    bias = None if shift is None else shift.to(x.dtype)
     z = F.conv2d(x, weight, bias, geometry.stride, even, geometry.dilation, geometry.groups)  # pyright: ignore
-    if scale is not None:
-        z.mul_(scale.reshape(-1, 1, 1))
-        if shift is not None:
-            z.add_(shift.reshape(-1, 1, 1))
     if residual is not None:
         z.add_(residual)
     z = nhwc(z)
@@ -136,7 +129,6 @@ def backward_stock(dz: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry
 def conv2d_forward(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
     geometry: Sequence[int],
@@ -153,20 +145,20 @@ def conv2d_forward(
 
     def ours() -> tuple[Tensor, Tensor]:
         whole, z = _outputs(x, weight, given, keep_z, margin)
-        epilogue = {"scale": scale, "shift": shift, "residual": residual, "z": z if keep_z else None}
+        epilogue = {"shift": shift, "residual": residual, "z": z if keep_z else None}
         run = depthwise.forward if given.is_depthwise(weight) else dense_forward.launch
         run(x, weight, without_margin(whole, margin), given, act, **epilogue)
         return whole, z
 
     def stock() -> tuple[Tensor, Tensor]:
-        made, z = forward_stock(x, weight, scale, shift, residual, given, act, keep_z)
+        made, z = forward_stock(x, weight, shift, residual, given, act, keep_z)
         if not any(margin):
             return made, z
         whole, _ = _outputs(x, weight, given, False, margin)
         without_margin(whole, margin).copy_(made)
         return whole, z
 
-    named = [name for name, t in (("scale", scale), ("shift", shift), ("residual", residual)) if t is not None]
+    named = [name for name, t in (("shift", shift), ("residual", residual)) if t is not None]
     return run_fastest("conv2d_forward", x, (*weight.shape, *given.form, act, *named, keep_z, any(margin)), ours, stock)
 
 
@@ -179,7 +171,7 @@ def _outputs(
 
 
 @conv2d_forward.register_fake
-def _(x, weight, scale, shift, residual, geometry, act, keep_z, margin):
+def _(x, weight, shift, residual, geometry, act, keep_z, margin):
     return _outputs(x, weight, ConvGeometry(*geometry), keep_z, margin)
 
 
@@ -201,7 +193,7 @@ def conv2d_moments(
         return whole, found[0][None], found[1][None]
 
     def stock() -> tuple[Tensor, Tensor, Tensor]:
-        whole, _ = conv2d_forward(x, weight, None, shift, None, given, "none", False, margin)
+        whole, _ = conv2d_forward(x, weight, shift, None, given, "none", False, margin)
         return whole, *moments_of_each(without_margin(whole, margin))
 
     if x.shape[0] > 1 or given.is_depthwise(weight):
@@ -230,7 +222,7 @@ def conv2d_act_grad(
         return dz
 
     def stock() -> Tensor:
-        z, _ = conv2d_forward(x, weight, None, shift, None, given, "none", False, (0, 0))
+        z, _ = conv2d_forward(x, weight, shift, None, given, "none", False, (0, 0))
         return act_grad(dy, z, act)
 
     settings = (*weight.shape, *given.form, act, shift is None)
@@ -249,7 +241,6 @@ def _(dy, x, weight, shift, act, geometry):
 def conv2d_dgrad(
     dy: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
     gate: Tensor | None,
     gate_act: str,
     addend: Tensor | None,
@@ -259,7 +250,7 @@ def conv2d_dgrad(
     size: Sequence[int],
     geometry: Sequence[int],
 ) -> Tensor:
-    """dx = (conv^T(dy * slope(gate), weight * scale) + addend) * slope(mask), of height and width `size`.
+    """dx = (conv^T(dy * slope(gate), weight) + addend) * slope(mask), of height and width `size`.
 
     The addend begins at row and column `addend_at` of dx; it is zero elsewhere.
     """
@@ -273,9 +264,9 @@ def conv2d_dgrad(
         rest = {"gate": gate, "gate_act": gate_act, "mask": mask, "mask_act": mask_act}
         if given.is_depthwise(weight):
             whole = None if addend is None else placed(addend, addend_at, size)
-            depthwise.dgrad(dy, scaled(weight, scale), dx, given, addend=whole, **rest)
+            depthwise.dgrad(dy, weight, dx, given, addend=whole, **rest)
         else:
-            dense_dgrad.dgrad(dy, scaled(weight, scale), dx, given, addend=addend, addend_at=addend_at, **rest)
+            dense_dgrad.dgrad(dy, weight, dx, given, addend=addend, addend_at=addend_at, **rest)
         return dx
 
     def stock() -> Tensor:
@@ -283,7 +274,7 @@ def conv2d_dgrad(
         _, uneven = split_padding(given)
         height, width = size[0] + uneven[2] + uneven[3], size[1] + uneven[0] + uneven[1]
         x = empty_map(dy.shape[0], channels, height, width, dy)  # only its shape is read
-        dx = backward_stock(dz, x, scaled(weight, scale), given, [True, False, False])[0]
+        dx = backward_stock(dz, x, weight, given, [True, False, False])[0]
         dx = nhwc(dx[:, :, uneven[2] : uneven[2] + size[0], uneven[0] : uneven[0] + size[1]])
         if addend is not None:
             (top, left), (height, width) = addend_at, addend.shape[2:]
@@ -295,7 +286,7 @@ def conv2d_dgrad(
 
 
 @conv2d_dgrad.register_fake
-def _(dy, weight, scale, gate, gate_act, addend, addend_at, mask, mask_act, size, geometry):
+def _(dy, weight, gate, gate_act, addend, addend_at, mask, mask_act, size, geometry):
     return empty_map(dy.shape[0], weight.shape[1] * ConvGeometry(*geometry).groups, size[0], size[1], dy)
 
 
@@ -361,7 +352,6 @@ def conv2d_backward(
     *,
     wants_x: bool,
     wants_residual: bool = False,
-    scale: Tensor | None = None,
     dw: Tensor | None = None,
     dshift: Tensor | None = None,
     addend: Tensor | None = None,
@@ -372,7 +362,7 @@ def conv2d_backward(
 
     Args:
         gate: a map that determines the slope of `act`: its output or its input. None: dy includes that slope already.
-        dw: buffer for the gradient of `weight * scale`.
+        dw: buffer for the gradient of weight.
         dshift: buffer for the gradient of shift; requires dw.
         addend: added to the gradient of x, from row and column `addend_at` of x on.
         input_act: activation that made x, whose slope the gradient of x is multiplied by.
@@ -384,7 +374,7 @@ def conv2d_backward(
     dx = None
     if wants_x:
         mask = None if input_act == "none" else x
-        dx = conv2d_dgrad(dy, weight, scale, gate, act, addend, addend_at, mask, input_act, x.shape[2:], geometry)
+        dx = conv2d_dgrad(dy, weight, gate, act, addend, addend_at, mask, input_act, x.shape[2:], geometry)
     if dw is not None:
         conv2d_wgrad_(dw, dshift, x, dy, gate, act, geometry)
     return dx, dy if wants_residual else None
@@ -393,27 +383,22 @@ def conv2d_backward(
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, geometry: ConvGeometry, act: str, keep_z: bool, *tensors: Tensor | None) -> Tensor:
-        x, weight, scale, shift, residual = tensors
+        x, weight, shift, residual = tensors
         assert x is not None and weight is not None
-        y, z = conv2d_forward(x, weight, scale, shift, residual, geometry, act, keep_z, (0, 0))
-        ctx.save_for_backward(x, weight, scale, None if act == "none" else (z if keep_z else y))
+        y, z = conv2d_forward(x, weight, shift, residual, geometry, act, keep_z, (0, 0))
+        ctx.save_for_backward(x, weight, None if act == "none" else (z if keep_z else y))
         ctx.act, ctx.geometry, ctx.shift_dtype = act, geometry, None if shift is None else shift.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, gate = ctx.saved_tensors
-        wants_x, wants_weight, wants_scale, wants_shift, wants_residual = ctx.needs_input_grad[3:]
-        dw = dshift = dscale = None
-        if wants_weight or wants_scale or wants_shift:
+        x, weight, gate = ctx.saved_tensors
+        wants_x, wants_weight, wants_shift, wants_residual = ctx.needs_input_grad[3:]
+        dw = dshift = None
+        if wants_weight or wants_shift:
             dw = torch.zeros_like(weight, dtype=sum_dtype(x.dtype), memory_format=torch.channels_last)
             dshift = dw.new_zeros(weight.shape[0]) if wants_shift else None
-        wanted = {"wants_x": wants_x, "wants_residual": wants_residual, "scale": scale, "dw": dw, "dshift": dshift}
+        wanted = {"wants_x": wants_x, "wants_residual": wants_residual, "dw": dw, "dshift": dshift}
         dx, dresidual = conv2d_backward(grads[0], x, weight, gate, ctx.act, ctx.geometry, **wanted)
-        if dw is not None and wants_scale:  # z = scale * conv + ..., and <dz, conv> = <x^T dz, w>
-            dscale = (dw * weight).sum((1, 2, 3)).to(scale.dtype)
-        if dw is not None and scale is not None:
-            dw = dw * scale.reshape(-1, 1, 1, 1)
         dw = dw.to(weight.dtype) if dw is not None and wants_weight else None
-        dshift = None if dshift is None else dshift.to(ctx.shift_dtype)
-        return None, None, None, dx, dw, dscale, dshift, dresidual
+        return None, None, None, dx, dw, None if dshift is None else dshift.to(ctx.shift_dtype), dresidual

@@ -20,11 +20,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .activations import slope_reference
 from .conv2d_forward import launch
 from .pointwise import launch_act_grad
 from .windows import ConvGeometry, map_like, placed
@@ -109,28 +106,3 @@ def dgrad(
             phase = ConvGeometry.of((1, 1), padding, dilation, geometry.groups)
             options = {"residual_at": addend_at, "mask_act": mask_act, "taps": (row.taps, col.taps)}
             launch(dy, weight, target, phase, "none", residual=window(addend), mask=window(mask), **options)
-
-
-def conv2d_dgrad_reference(
-    dy: Tensor,
-    weight: Tensor,
-    size: Sequence[int],
-    geometry: ConvGeometry,
-    *,
-    gate: Tensor | None = None,
-    gate_act: str = "none",
-    addend: Tensor | None = None,
-    addend_at: Sequence[int] = (0, 0),
-    mask: Tensor | None = None,
-    mask_act: str = "none",
-) -> Tensor:
-    """dx in plain PyTorch: the gradient of a padded convolution."""
-    if gate is not None:
-        dy = dy * slope_reference(gate, gate_act)
-    with torch.enable_grad():
-        x = dy.new_zeros(dy.shape[0], weight.shape[1] * geometry.groups, *size).requires_grad_()
-        settings = geometry.stride, 0, geometry.dilation, geometry.groups
-        (dx,) = torch.autograd.grad(F.conv2d(geometry.padded(x), weight, None, *settings), x, dy)
-    if addend is not None:
-        dx = dx + placed(addend, addend_at, size)
-    return dx if mask is None else dx * slope_reference(mask, mask_act)

@@ -1,17 +1,17 @@
 """Fused convolution in one pass over memory:
 
-    y = slope(mask) * act(conv(x, w) * scale + shift + residual)
+    y = slope(mask) * act(conv(x, w) + shift + residual)
 
     conv(x, w)[n, k, i, j] = sum over r, s, c of  x[n, c, i*stride - top + r*dilation, j*stride - left + s*dilation]
                                                   * w[k, c, r, s]
 
 As a matrix product: rows are output pixels, columns the output channels of a group, depth is taps x input channels.
-The forward of a network uses act, scale, shift and residual. The data gradient is the same product with flipped filters
+The forward of a network uses act, shift and residual. The data gradient is the same product with flipped filters
 (`conv2d_dgrad.py`); it uses `mask` to apply the slope of the activation that made x before dx is written.
 
 If z is computed again instead of stored, the kernel writes its gradient and not z:
 
-    y = mask * slope(z),    z = conv(x, w) * scale + shift + residual,    mask a gradient of act(z)
+    y = mask * slope(z),    z = conv(x, w) + shift + residual,    mask a gradient of act(z)
 
 For a following BatchNorm in training, the epilogue also returns mean and squared deviations of each tile's rounded
 output: the statistics then need no separate pass over memory.
@@ -29,7 +29,6 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activations import activate_reference, slope_reference
 from .conv2d_kernels import FilterFlip, Steps, conv2d_descriptor_kernel, conv2d_pointer_kernel, product_options
 from .dtypes import sum_dtype
 from .moments import merge_parts
@@ -80,7 +79,6 @@ def launch(
     geometry: ConvGeometry,
     act: str,
     *,
-    scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     residual_at: Sequence[int] = (0, 0),
@@ -99,7 +97,7 @@ def launch(
         x: (N, C, H, W) window.
         weight: (K, C / groups, R, S) in channels-last memory.
         y: (N, K, OH, OW) window to be written.
-        scale, shift: (K,).
+        shift: (K,).
         z, mask: windows of y's size. `mask_act` is the activation whose slope follows from `mask`; with "gradient",
             `mask` is the gradient of act(z).
         residual: a window of y's size, or of a part of y that begins at row and column `residual_at`.
@@ -118,7 +116,6 @@ def launch(
     x, geometry = without_steps(x, geometry, (r, s))
     maps = (x, y, residual, z, mask)
     matrix = filter_matrix(weight)
-    scale, shift = dense(scale, shift)
     described = can_describe_product(x, geometry, y, residual, z, mask, matrix)
     whole = residual is None or residual.shape == y.shape
     if described and whole and geometry.is_pixelwise((r, s)) and all(map(is_dense, maps)):
@@ -151,7 +148,7 @@ def launch(
         residual = placed(residual, residual_at, y.shape[2:])
     run_form = _by_descriptors if config.form == "descriptor" else _by_pointers
     maps = residual, tuple(residual_at), mask, y, z
-    work = _Work(x, matrix, *maps, scale, shift, depth, flip, geometry, config, moments, options)
+    work = _Work(x, matrix, *maps, dense(shift), depth, flip, geometry, config, moments, options)
     return run_form(work)
 
 
@@ -165,7 +162,6 @@ class _Work(NamedTuple):
     mask: Tensor | None
     y: Tensor
     z: Tensor | None
-    scale: Tensor | None
     shift: Tensor | None
     depth: int  # input channels of a group
     flip: FilterFlip | None
@@ -194,7 +190,6 @@ def _by_descriptors(work: _Work) -> tuple[Tensor, Tensor] | None:
         *phases.describe(box_x),
         describe(work.matrix, box_w, operand=True),
         *(None if t is None else describe(t, box_y) for t in (work.residual, work.mask, work.y, work.z)),
-        work.scale,
         work.shift,
         *((None, None) if sums is None else sums),
         lines,
@@ -230,7 +225,6 @@ def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
         as_map(x),
         matrix,
         *map(as_map, (work.residual, work.mask, work.y, work.z)),
-        work.scale,
         work.shift,
         *((None, None) if sums is None else sums),
         x.shape[0],
@@ -246,28 +240,3 @@ def _by_pointers(work: _Work) -> tuple[Tensor, Tensor] | None:
         **work.options,
     )
     return None if sums is None else merge_parts(sums, (1, config.block_m), (1, pixels))
-
-
-def conv2d_forward_reference(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    geometry: ConvGeometry,
-    act: str,
-    mask: Tensor | None = None,
-    mask_act: str = "none",
-) -> tuple[Tensor, Tensor]:
-    """y and z in plain PyTorch."""
-    z = F.conv2d(geometry.padded(x), weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
-    if scale is not None:
-        z = z * scale.reshape(-1, 1, 1)
-    if shift is not None:
-        z = z + shift.reshape(-1, 1, 1)
-    if residual is not None:
-        z = z + residual
-    if mask is not None and mask_act == "gradient":
-        return mask * slope_reference(z, act), z
-    y = activate_reference(z, act)
-    return (y if mask is None else y * slope_reference(mask, mask_act)), z

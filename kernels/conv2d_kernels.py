@@ -175,13 +175,11 @@ def _finish(
     """The epilogue of a box's pixels [BM, filters], from filter k0 on."""
     residual_desc, mask_desc, y_desc, z_desc = maps
     top, left = at
-    scale_ptr, shift_ptr, mean_ptr, m2_ptr = vectors
+    shift_ptr, mean_ptr, m2_ptr = vectors
     COLS: tl.constexpr = P.BM // P.ROWS
     BM: tl.constexpr = P.BM
     WIDTH: tl.constexpr = P.BN // P.PARTS
     k = k0 + tl.arange(0, WIDTH)
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
     if shift_ptr is not None:
         acc += tl.load(shift_ptr + k, mask=k < COUT, other=0.0).to(P.ACC)[None, :]
     if residual_desc is not None:
@@ -219,7 +217,6 @@ def conv2d_descriptor_kernel(
     mask_desc,  # [N, OH, OW, COUT] window or None
     y_desc,  # [N, OH, OW, COUT] window
     z_desc,  # [N, OH, OW, COUT] window or None
-    scale_ptr,  # [COUT] or None
     shift_ptr,  # [COUT] or None
     mean_ptr,  # [tiles, COUT] or None: moments of each tile's output
     m2_ptr,  # [tiles, COUT] or None
@@ -254,7 +251,7 @@ def conv2d_descriptor_kernel(
     x = (x_desc, x01_desc, x10_desc, x11_desc)
     acc = gemm(x, w_desc, n, i, j0, (row_even, row_odd, col_even, col_odd), k0, dil_h, P.BN, CIN, STEPS, P)
     maps = (residual_desc, mask_desc, y_desc, z_desc)
-    vectors = (scale_ptr, shift_ptr, mean_ptr, m2_ptr)
+    vectors = (shift_ptr, mean_ptr, m2_ptr)
     at = (residual_top, residual_left)
     if P.PARTS == 1:
         _finish(acc, n, i, j0, k0, at, segment, OH, OW, COUT, maps, vectors, ACT, MASK, P)
@@ -319,7 +316,6 @@ def conv2d_pointer_kernel(
     mask,  # map [N, groups * COUT, OH, OW] or None
     y,  # map [N, groups * COUT, OH, OW]
     z,  # map [N, groups * COUT, OH, OW] or None
-    scale_ptr,  # [groups * COUT] or None
     shift_ptr,  # [groups * COUT] or None
     mean_ptr,  # [tiles, groups * COUT] or None: moments of each tile's output
     m2_ptr,  # [tiles, groups * COUT] or None
@@ -360,8 +356,6 @@ def conv2d_pointer_kernel(
     else:
         acc = _by_columns(x, w_ptr, n, h, w, inside, group * FEW, channel, wanted, H, W, dil_h, dil_w, FEW, P)
 
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + channel, mask=wanted, other=0.0).to(P.ACC)[None, :]
     if shift_ptr is not None:
         acc += tl.load(shift_ptr + channel, mask=wanted, other=0.0).to(P.ACC)[None, :]
     keep = inside[:, None] & wanted[None, :]

@@ -16,14 +16,12 @@ buffers in order. There are no atomics: two runs agree bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .activations import slope_reference
 from .conv2d_kernels import Steps, product_options
 from .conv2d_wgrad_kernels import add_splits_kernel, wgrad_descriptor_kernel, wgrad_pointer_kernel
 from .dtypes import sum_dtype
@@ -40,8 +38,6 @@ def launch(
     gate: Tensor | None,
     gate_act: str,
     geometry: ConvGeometry,
-    *,
-    splits: int | None = None,
 ) -> None:
     """Add the gradients to dw, and to dshift if given; see the formula above.
 
@@ -51,7 +47,6 @@ def launch(
         x: (N, C, H, W) window.
         dy: (N, K, OH, OW) window.
         gate: window of dy's size that determines the slope of `gate_act`, which is "none" without a gate.
-        splits: number of parts of the pixels; None computes it.
     """
     filters, depth, r, s = dw.shape
     groups, pixels = geometry.groups, dy.shape[0] * dy.shape[2] * dy.shape[3]
@@ -76,7 +71,7 @@ def launch(
     )
     if config.form != "descriptor" and pixels + config.block_k >= 2**31:
         raise ValueError(f"conv2d_wgrad: {pixels} pixels are too many for the pointer form; use smaller tiles")
-    cut = _Cut.of(dw, dshift, x, dy, gate, geometry, config, splits)
+    cut = _Cut.of(dw, dshift, x, dy, gate, geometry, config)
     part = None if cut.splits == 1 else torch.empty(cut.splits, cut.length, dtype=dw.dtype, device=dw.device)
     shifts = dshift if part is None or dshift is None else part[:, dw.numel() :]
     options = {
@@ -136,7 +131,6 @@ class _Cut(NamedTuple):
         gate: Tensor | None,
         geometry: ConvGeometry,
         config: Config,
-        splits: int | None,
     ) -> _Cut:
         (filters, depth, r, s), groups = dw.shape, geometry.groups
         pixels = dy.shape[0] * dy.shape[2] * dy.shape[3]
@@ -147,12 +141,10 @@ class _Cut(NamedTuple):
         tiles *= r if by_descriptors else groups
         segments = triton.cdiv(run, config.block_k)
         total = segments * (pixels // run)
-        if splits is None:
-            taps = s if by_descriptors else 1
-            tile_bytes = (config.block_m * (1 if gate is None else 2) + taps * config.block_n) * config.block_k
-            slots = programs_at_once(config.num_warps)
-            sizes = tile_bytes * x.element_size(), length * dw.element_size()
-            splits = split_count(tiles, total, config.block_k, *sizes, slots)
+        taps = s if by_descriptors else 1
+        tile_bytes = (config.block_m * (1 if gate is None else 2) + taps * config.block_n) * config.block_k
+        sizes = tile_bytes * x.element_size(), length * dw.element_size()
+        splits = split_count(tiles, total, config.block_k, *sizes, programs_at_once(config.num_warps))
         return cls(length, tiles, segments, total, splits, triton.cdiv(total, splits))
 
 
@@ -221,13 +213,3 @@ def _by_pointers(work: _Work) -> None:
         CIN=depth,
         **options,
     )
-
-
-def conv2d_wgrad_reference(
-    weight_size: Sequence[int], x: Tensor, dy: Tensor, gate: Tensor | None, gate_act: str, geometry: ConvGeometry
-) -> tuple[Tensor, Tensor]:
-    """The gradients that are added to dw and dshift, in plain PyTorch."""
-    dz = dy if gate is None else dy * slope_reference(gate, gate_act)
-    settings = geometry.stride, 0, geometry.dilation, geometry.groups
-    dw = torch.nn.grad.conv2d_weight(geometry.padded(x), tuple(weight_size), dz, *settings)  # pyright: ignore
-    return dw, dz.sum((0, 2, 3))

@@ -1,6 +1,6 @@
 """Fused depthwise convolution, one filter per channel, with one pass over memory per op:
 
-    y   = act(z),   z = conv(x, w) * scale + shift + residual
+    y   = act(z),   z = conv(x, w) + shift + residual
     dx  = (conv_transpose(dz, w) + addend) * slope(mask),   dz = dy * slope(gate)
     dw[c, r, s] += sum of dz * x over the pixels that tap (r, s) joins,   dshift[c] += sum of dz over all pixels
 
@@ -64,7 +64,6 @@ def _launch(
     dilation: tuple[int, int],
     *,
     act: str = "none",
-    scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     z: Tensor | None = None,
@@ -90,12 +89,10 @@ def _launch(
             f"depthwise: an output of {n} x {oh} x {ow} pixels is too large for one launch; use smaller tiles"
         )
     maps = x, gate, residual, mask, y, z
-    scale, shift = dense(scale, shift)
     depthwise_kernel[(programs,)](
         *map(as_map, maps),
         weight.reshape(channels, r * s).t().contiguous(),
-        scale,
-        shift,
+        dense(shift),
         *Sizes(h, w, oh, ow, channels, lines, segments),
         lead_h,
         lead_w,
@@ -121,7 +118,6 @@ def forward(
     geometry: ConvGeometry,
     act: str = "none",
     *,
-    scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     z: Tensor | None = None,
@@ -132,12 +128,12 @@ def forward(
         x: (N, C, H, W) window.
         weight: (C, 1, R, S).
         y: (N, C, OH, OW) window to be written.
-        scale, shift: (C,).
+        shift: (C,).
         residual, z: windows of y's size.
     """
     _check_filter("depthwise_forward", weight, x.shape[1])
     steps = GridSteps(geometry.stride, (1, 1), geometry.top, geometry.left, False)
-    _launch(x, weight, y, steps, geometry.dilation, act=act, scale=scale, shift=shift, residual=residual, z=z)
+    _launch(x, weight, y, steps, geometry.dilation, act=act, shift=shift, residual=residual, z=z)
 
 
 def dgrad(
@@ -156,7 +152,7 @@ def dgrad(
 
     Args:
         dy: (N, C, OH, OW) window, the gradient of y.
-        weight: (C, 1, R, S), times the scale if there is one.
+        weight: (C, 1, R, S).
         dx: (N, C, H, W) window to be written.
         geometry: the geometry of the forward.
         gate: window of dy's size, y or z of the op itself, which determines the slope of `gate_act`.
@@ -182,8 +178,6 @@ def wgrad(
     gate_act: str = "none",
 ) -> None:
     """Add to dw and dshift. Two runs agree bit by bit: each split sums its tiles in order, then the splits are summed.
-
-    With a scale, dw is the gradient of w * scale, and the scale's gradient is the sum of dw * w over the taps.
 
     Args:
         x: (N, C, H, W) window.

@@ -73,7 +73,6 @@ def depthwise_kernel(
     y,  # map [N, C, OH, OW]
     z,  # map [N, C, OH, OW] or None
     w_ptr,  # [R*S, C]
-    scale_ptr,  # [C] or None
     shift_ptr,  # [C] or None
     H,
     W,
@@ -147,16 +146,12 @@ def depthwise_kernel(
     j = p * UP_W + phase - lead_w
     inside = (j >= 0) & (j < OW) & wanted
     j = j.to(tl.int64)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + c, mask=wanted, other=0.0).to(B.ACC)
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + c, mask=wanted, other=0.0).to(B.ACC)
     for a in tl.static_range(TH):
         i = (line * TH + a - lead_h).to(tl.int64)
         keep = inside & (i >= 0) & (i < OH)
         total = accs[a]
-        if scale_ptr is not None:
-            total *= scale
         if shift_ptr is not None:
             total += shift
         if residual.ptr is not None:

@@ -240,16 +240,6 @@ def max_pool2d_reference(x: Tensor, kernel: Sequence[int], geometry: ConvGeometr
     return F.max_pool2d(geometry.padded(x, float("-inf")), tuple(kernel), geometry.stride, 0, geometry.dilation)
 
 
-def max_pool2d_backward_reference(
-    dy: Tensor, x: Tensor, kernel: Sequence[int], geometry: ConvGeometry, mask_act: str = "none"
-) -> Tensor:
-    """dx in plain PyTorch."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (dx,) = torch.autograd.grad(max_pool2d_reference(x, kernel, geometry), x, dy)
-    return dx if mask_act == "none" else dx * slope_reference(x, mask_act)
-
-
 def _output_shape(x: Tensor, kernel: Sequence[int], geometry: ConvGeometry) -> tuple[int, int, int, int]:
     if kernel[0] * kernel[1] > 255:
         raise ValueError(
@@ -266,7 +256,7 @@ def _output_shape(x: Tensor, kernel: Sequence[int], geometry: ConvGeometry) -> t
 
 @torch.library.custom_op("gigamorph::max_pool2d", mutates_args=())
 def max_pool2d(x: Tensor, kernel: Sequence[int], geometry: Sequence[int]) -> Tensor:
-    """The maximum of each window; differentiable. Only x is saved.
+    """The maximum of each window.
 
     Args:
         kernel: (height, width).
@@ -330,15 +320,3 @@ def max_pool2d_backward(
 @max_pool2d_backward.register_fake
 def _(dy: Tensor, x: Tensor, kernel: Sequence[int], geometry: Sequence[int], mask_act: str = "none") -> Tensor:
     return map_like(x)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, *ctx.window = inputs
-    ctx.save_for_backward(x)
-
-
-def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-    return max_pool2d_backward(dy, *ctx.saved_tensors, *ctx.window), None, None
-
-
-max_pool2d.register_autograd(_differentiate, setup_context=_save)

@@ -13,6 +13,6 @@ def tf32_settings() -> tuple[str, str]:
     return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
-def dot_precision(dtype: torch.dtype, linear: bool = False) -> str:
-    """Precision of products: TF32 for float32 if PyTorch's convolutions (linear layers) may use it."""
-    return "tf32" if dtype == torch.float32 and tf32_settings()[linear] == "tf32" else "ieee"
+def dot_precision(dtype: torch.dtype) -> str:
+    """Precision of products: TF32 for float32 if PyTorch's convolutions may use it."""
+    return "tf32" if dtype == torch.float32 and tf32_settings()[0] == "tf32" else "ieee"

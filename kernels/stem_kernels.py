@@ -23,24 +23,19 @@ NO_SPOT = tl.constexpr(stem_reference.NO_SPOT)
 
 
 class Pixels(NamedTuple):
-    """The image [N, C, H, W]: address, strides of image, channel, row and pixel, and normalisation."""
+    """The image [N, C, H, W]: address, and strides of image, channel, row and pixel."""
 
     ptr: Tensor
     sn: int
     sc: int
     sh: int
     sw: int
-    gain: Tensor | None  # [C]
-    offset: Tensor | None  # [C]
-    low: float | None
-    high: float | None
 
 
 class Filters(NamedTuple):
-    """The filters [taps x channels, K], padded to whole tiles, and the vectors of the epilogue."""
+    """The filters [taps x channels, K], padded to whole tiles, and the shift."""
 
     ptr: Tensor
-    scale: Tensor | None  # [K]
     shift: Tensor | None  # [K]
     K: int
     depth: int  # taps x channels
@@ -76,7 +71,6 @@ class Form(NamedTuple):
     BM: int
     BN: int
     BK: int
-    POOL: bool
     ACT: str
     PRECISION: str
     ACC: tl.dtype
@@ -84,25 +78,19 @@ class Form(NamedTuple):
 
 @triton.jit
 def _patches(image, x, at, row, columns, d, dtype: tl.constexpr, FORM: tl.constexpr):
-    """[BM, BK] normalised pixels under taps d = (r * S + s) * C + c of filters that begin at `row` and `columns`."""
+    """[BM, BK] pixels under taps d = (r * S + s) * C + c of filters that begin at `row` and `columns`."""
     c, s, r = d % FORM.C, d // FORM.C % FORM.S, d // (FORM.C * FORM.S)
     h = row + r  # [BK]
     w = columns[:, None] + s[None, :]  # [BM, BK]
     hit = ((h >= 0) & (h < at.H) & (r < FORM.R))[None, :] & (w >= 0) & (w < at.W)
     taps = h.to(tl.int64) * x.sh + s.to(tl.int64) * x.sw + c.to(tl.int64) * x.sc
     v = tl.load(image + (columns.to(tl.int64) * x.sw)[:, None] + taps[None, :], mask=hit, other=0).to(FORM.ACC)
-    if x.gain is not None:
-        v = v * tl.load(x.gain + c).to(FORM.ACC)[None, :] + tl.load(x.offset + c).to(FORM.ACC)[None, :]
-    if x.low is not None:
-        v = tl.minimum(tl.maximum(v, x.low), x.high)
-    if x.gain is not None or x.low is not None:
-        v = tl.where(hit, v, 0.0)
     return v.to(dtype)
 
 
 @triton.jit
 def _conv(image, x, w, at, ci, cj, k, FORM: tl.constexpr):
-    """[BM, BN] conv(v, w) * scale at conv line ci, columns cj; minus infinity where no such output exists."""
+    """[BM, BN] conv(x, w) at conv line ci, columns cj; minus infinity where no such output exists."""
     BM: tl.constexpr = FORM.BM
     BN: tl.constexpr = FORM.BN
     acc = tl.zeros((BM, BN), FORM.ACC)
@@ -112,8 +100,6 @@ def _conv(image, x, w, at, ci, cj, k, FORM: tl.constexpr):
         a = _patches(image, x, at, row, columns, d, w.ptr.dtype.element_ty, FORM)
         filters = tl.load(w.ptr + d[:, None] * w.width + k[None, :])
         acc = tl.dot(a, filters, acc, input_precision=FORM.PRECISION, out_dtype=FORM.ACC)
-    if w.scale is not None:
-        acc *= tl.load(w.scale + k, mask=k < w.K, other=0.0).to(FORM.ACC)[None, :]
     return tl.where(((ci >= 0) & (ci < at.OH) & (cj >= 0) & (cj < at.OW))[:, None], acc, float("-inf"))
 
 
@@ -171,27 +157,22 @@ def _stem_forward_kernel(
 
     best = tl.full((BM, BN), float("-inf"), FORM.ACC)
     spot = tl.zeros((BM, BN), tl.int32)
-    if FORM.POOL:
-        # Conv lines 2i, 2i + 1 and 2i + 2 make row i of y, and the last of them is also the first of row i + 1.
-        for t in range(2 * rows + 1):
-            line = tl.full((BM, BN), float("-inf"), FORM.ACC)
-            # The higher bits of `spot` store the column of the line's maximum, because registers are scarce.
-            spot = spot & 255
-            for dj in range(3):
-                z = _conv(image, x, w, at, 2 * i - at.pool_top + t, 2 * j - at.pool_left + dj, k, FORM)
-                spot = tl.where(z > line, (spot & 255) | (dj << 8), spot)  # an equal value replaces nothing
-                line = tl.maximum(line, z)
-            column = spot >> 8
-            spot = tl.where(line > best, (column << 8) | (column + 3 * (2 - t % 2)), spot)
-            best = tl.maximum(best, line)
-            if t % 2 == 0:
-                if t > 0:
-                    _store_row(y, spots, n, w, at, i + t // 2 - 1, j, k, best, spot & 255, FORM)
-                best, spot = line, column
-    else:
-        for t in range(rows):
-            best = _conv(image, x, w, at, i + t, j, k, FORM)
-            _store_row(y, spots, n, w, at, i + t, j, k, best, spot, FORM)
+    # Conv lines 2i, 2i + 1 and 2i + 2 make row i of y, and the last of them is also the first of row i + 1.
+    for t in range(2 * rows + 1):
+        line = tl.full((BM, BN), float("-inf"), FORM.ACC)
+        # The higher bits of `spot` store the column of the line's maximum, because registers are scarce.
+        spot = spot & 255
+        for dj in range(3):
+            z = _conv(image, x, w, at, 2 * i - at.pool_top + t, 2 * j - at.pool_left + dj, k, FORM)
+            spot = tl.where(z > line, (spot & 255) | (dj << 8), spot)  # an equal value replaces nothing
+            line = tl.maximum(line, z)
+        column = spot >> 8
+        spot = tl.where(line > best, (column << 8) | (column + 3 * (2 - t % 2)), spot)
+        best = tl.maximum(best, line)
+        if t % 2 == 0:
+            if t > 0:
+                _store_row(y, spots, n, w, at, i + t // 2 - 1, j, k, best, spot & 255, FORM)
+            best, spot = line, column
 
 
 @jit_kernel([*Extents._fields, "tiles", "share", "segments"])
@@ -224,8 +205,8 @@ def _stem_backward_kernel(
     BM: tl.constexpr = FORM.BM
     BN: tl.constexpr = FORM.BN
     BK: tl.constexpr = FORM.BK
-    SIDE: tl.constexpr = 3 if FORM.POOL else 1  # of a pooling window
-    STEP: tl.constexpr = 2 if FORM.POOL else 1
+    SIDE: tl.constexpr = 3  # of a pooling window
+    STEP: tl.constexpr = 2
     at = Extents(H, W, OH, OW, PH, PW, top, left, stride_h, stride_w, pool_top, pool_left)
     pid = tl.program_id(0)
     parts = tl.cdiv(depth, BK)
@@ -268,17 +249,16 @@ def _stem_backward_kernel(
 
 def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Extents, Form]:
     """The common arguments of both kernels."""
-    x, geometry, kind = stem.pixels, stem.geometry, stem.weight.dtype
-    top, _, left, _ = stem.pool_padding or (0, 0, 0, 0)
-    bounds = (float(stem.low), float(stem.high)) if stem.clamps else (None, None)
+    x, geometry, kind = stem.x, stem.geometry, stem.weight.dtype
+    top, _, left, _ = stem.pool_padding
     return (
-        Pixels(x, *x.stride(), *dense(stem.gain, stem.offset), *bounds),
+        Pixels(x, *x.stride()),
         Extents(
             *x.shape[2:], *stem.conv_size, *stem.shape[2:], geometry.top, geometry.left, *geometry.stride, top, left
         ),
         Form(
             *(*stem.weight.shape[1:], tile.pixels, tile.filters, tile.taps),
-            *(stem.pool_padding is not None, stem.act, dot_precision(kind), accumulator(kind)),
+            *(stem.act, dot_precision(kind), accumulator(kind)),
         ),
     )
 
@@ -287,7 +267,7 @@ def _filters(stem: Stem, tile: StemTile) -> Filters:
     """Filters padded with zeros to whole tiles, to be read in long words and without masks."""
     depth, k = stem.matrix.shape
     padded = F.pad(stem.matrix, [0, -k % tile.filters, 0, -depth % tile.taps]).contiguous()
-    return Filters(padded, *dense(stem.scale, stem.shift), k, depth, padded.shape[1])
+    return Filters(padded, dense(stem.shift), k, depth, padded.shape[1])
 
 
 def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:
@@ -298,7 +278,7 @@ def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:
     if not y.numel():
         return
     n, filters, rows, width = y.shape
-    tile = stem_tile(stem.weight, width, stem.normalises)
+    tile = stem_tile(stem.weight, width)
     segments, blocks = triton.cdiv(width, tile.pixels), triton.cdiv(filters, tile.filters)
     lines = stem_lines(rows, n * rows * segments * blocks)
     strips = triton.cdiv(rows, lines)
@@ -308,21 +288,13 @@ def stem_forward(stem: Stem, y: Tensor, spots: Tensor | None = None) -> None:
     )
 
 
-def stem_backward(
-    stem: Stem,
-    dy: Tensor,
-    spots: Tensor,
-    dweight: Tensor,
-    *,
-    dscale: Tensor | None = None,
-    dshift: Tensor | None = None,
-) -> None:
-    """Add the gradients of weight, scale and shift to the given buffers.
+def stem_backward(stem: Stem, dy: Tensor, spots: Tensor, dweight: Tensor, dshift: Tensor) -> None:
+    """Add the gradients of weight and shift to the given buffers.
 
     Args:
         dy: (N, K, PH, PW) window in the dtype of weight, the gradient of y.
         spots: a window of bytes of the same shape, from the forward.
-        dweight, dscale, dshift: (K, C, R, S), (K,) and (K,), in float32 (float64 for weights in float64).
+        dweight, dshift: (K, C, R, S) and (K,), in float32 (float64 for weights in float64).
     """
     stem.check_map("dy", dy)
     stem.check_map("spots", spots)
@@ -330,7 +302,7 @@ def stem_backward(
         return
     (k, c, r, s), (lines, width) = stem.weight.shape, stem.conv_size
     depth = c * r * s
-    tile = stem_backward_tile(stem.weight, width, stem.normalises)
+    tile = stem_backward_tile(stem.weight, width)
     segments = triton.cdiv(width, tile.pixels)
     tiles = len(dy) * lines * segments
     share = stem_share(tiles)
@@ -341,11 +313,5 @@ def stem_backward(
     _stem_backward_kernel[(splits * triton.cdiv(k, tile.filters) * triton.cdiv(depth, tile.taps),)](
         x, as_map(dy), as_map(spots), sums, shifts, *at, k, depth, tiles, share, segments, FORM=form, **tile.options
     )
-    total = sums.sum(0)
-    if dshift is not None:
-        dshift += shifts.sum(0)
-    if dscale is not None:
-        dscale += (stem.matrix.T.to(total.dtype) * total).sum(1)
-    if stem.scale is not None:
-        total *= stem.scale.to(total.dtype)[:, None]
-    dweight += total.reshape(k, r, s, c).permute(0, 3, 1, 2)
+    dshift += shifts.sum(0)
+    dweight += sums.sum(0).reshape(k, r, s, c).permute(0, 3, 1, 2)

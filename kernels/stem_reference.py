@@ -24,13 +24,11 @@ class Stem:
     """A stem and the pixels that it is applied to.
 
     Attributes:
-        x: (N, C, H, W) pixels with any strides: uint8, uint16 (also as the bits of int16) or floating point.
+        x: (N, C, H, W) floating-point pixels with any strides.
         weight: (K, C, R, S), in the dtype to compute in.
-        scale, shift: (K,), or None.
-        gain, offset: (C,) floating point, or both None.
-        low, high: bounds to which normalised pixels are clamped.
-        geometry: the geometry of the convolution, which is padded with zeros after normalisation.
-        pool_padding: (top, bottom, left, right) of the pooling, each 0 or 1; None for no pooling.
+        shift: (K,), or None.
+        geometry: the geometry of the convolution, which is padded with zeros.
+        pool_padding: (top, bottom, left, right) of the pooling, each 0 or 1.
 
     Raises:
         ValueError: for arguments that the kernels do not support.
@@ -38,14 +36,9 @@ class Stem:
 
     x: Tensor
     weight: Tensor
-    scale: Tensor | None
     shift: Tensor | None
-    gain: Tensor | None
-    offset: Tensor | None
-    low: float
-    high: float
     geometry: ConvGeometry
-    pool_padding: Sequence[int] | None
+    pool_padding: Sequence[int]
     act: str
 
     def __post_init__(self) -> None:
@@ -54,27 +47,12 @@ class Stem:
             raise ValueError(
                 f"stem: activation {self.act!r} is not monotonic, so it cannot follow a pooling; use {ACTIVATIONS}"
             )
-        if (self.gain is None) != (self.offset is None):
-            raise ValueError("stem: gain and offset must be given together, or neither")
         if channels != wanted:
             raise ValueError(f"stem: pixels have {channels} channels, but the filters need {wanted}")
-        if min(self.geometry.padding) < 0 or (pool is not None and not 0 <= min(pool) <= max(pool) <= 1):
+        if min(self.geometry.padding) < 0 or not 0 <= min(pool) <= max(pool) <= 1:
             raise ValueError(
                 f"stem: padding {self.geometry.padding} must not be negative, and pool_padding {pool} must be 0 or 1"
             )
-
-    @property
-    def pixels(self) -> Tensor:
-        """x; int16 is PyTorch's older name for the bits of uint16."""
-        return self.x.view(torch.uint16) if self.x.dtype == torch.int16 else self.x
-
-    @property
-    def clamps(self) -> bool:
-        return self.low > -math.inf or self.high < math.inf
-
-    @property
-    def normalises(self) -> bool:
-        return self.clamps or self.gain is not None
 
     @property
     def conv_size(self) -> tuple[int, int]:
@@ -84,11 +62,9 @@ class Stem:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of y."""
-        oh, ow = self.conv_size
-        if self.pool_padding is not None:
-            top, bottom, left, right = self.pool_padding
-            oh, ow = output_size(oh, 3, 2, 1, top, bottom), output_size(ow, 3, 2, 1, left, right)
-        return self.x.shape[0], self.weight.shape[0], oh, ow
+        (oh, ow), (top, bottom, left, right) = self.conv_size, self.pool_padding
+        rows, columns = output_size(oh, 3, 2, 1, top, bottom), output_size(ow, 3, 2, 1, left, right)
+        return self.x.shape[0], self.weight.shape[0], rows, columns
 
     @property
     def matrix(self) -> Tensor:
@@ -98,10 +74,7 @@ class Stem:
     @property
     def settings(self) -> tuple:
         """The key of a measurement: everything but the pixels that the time depends on."""
-        named = ("scale", self.scale), ("shift", self.shift), ("gain", self.gain), ("offset", self.offset)
-        given = [name for name, t in named if t is not None]
-        kind = *self.weight.shape, str(self.weight.dtype), *given
-        return (*kind, *self.geometry.form, self.pool_padding is not None, self.act)
+        return *self.weight.shape, str(self.weight.dtype), self.shift is None, *self.geometry.form, self.act
 
     def check_map(self, name: str, y: Tensor) -> None:
         if y.shape != self.shape or (y.stride(1) != 1 and y.shape[1] > 1):
@@ -110,48 +83,32 @@ class Stem:
             )
 
 
-def _normalised(stem: Stem) -> Tensor:
-    """The padded window of values that the convolution reads."""
-    v = stem.pixels.to(torch.promote_types(stem.weight.dtype, torch.float32))
-    if stem.gain is not None and stem.offset is not None:
-        v = v * stem.gain.reshape(-1, 1, 1) + stem.offset.reshape(-1, 1, 1)
-    if stem.clamps:
-        v = v.clamp(stem.low, stem.high)
-    return stem.geometry.padded(v.to(stem.weight.dtype))
+def _pixels(stem: Stem) -> Tensor:
+    """The padded window of pixels that the convolution reads."""
+    return stem.geometry.padded(stem.x.to(stem.weight.dtype))
 
 
-def _activated(stem: Stem, v: Tensor) -> Tensor:
-    """act(conv(v, w) * scale + shift) of normalised values."""
-    z = F.conv2d(v, stem.weight, None, stem.geometry.stride)
-    if stem.scale is not None:
-        z = z * stem.scale.reshape(-1, 1, 1)
+def _activated(stem: Stem) -> Tensor:
+    """act(conv(x, w) + shift), padded for the pooling."""
+    z = F.conv2d(_pixels(stem), stem.weight, None, stem.geometry.stride)
     if stem.shift is not None:
         z = z + stem.shift.reshape(-1, 1, 1)
-    return activate_reference(z, stem.act)
-
-
-def _pool_padded(stem: Stem, y: Tensor) -> Tensor:
-    top, bottom, left, right = stem.pool_padding or (0, 0, 0, 0)
-    return F.pad(y, [left, right, top, bottom], value=-math.inf)
+    top, bottom, left, right = stem.pool_padding
+    return F.pad(activate_reference(z, stem.act), [left, right, top, bottom], value=-math.inf)
 
 
 def stem_reference(stem: Stem) -> Tensor:
-    """y in plain PyTorch: normalised in at least float32, the rest in the dtype of weight."""
-    y = _activated(stem, _normalised(stem))
-    return y if stem.pool_padding is None else F.max_pool2d(_pool_padded(stem, y), 3, 2)
+    """y in plain PyTorch, in the dtype of weight."""
+    return F.max_pool2d(_activated(stem), 3, 2)
 
 
 def stem_spots_reference(stem: Stem) -> tuple[Tensor, Tensor]:
     """y and its spots with PyTorch's own ops."""
-    y = _activated(stem, _normalised(stem))
-    if stem.pool_padding is None:
-        spots = torch.zeros_like(y, dtype=torch.uint8)
-    else:
-        padded = _pool_padded(stem, y)
-        y, indices = torch.ops.aten.max_pool2d_with_indices(padded, *_WINDOW)
-        width = padded.shape[3]
-        rows, columns = _corners(y)
-        spots = ((indices // width - rows) * 3 + indices % width - columns).to(torch.uint8)
+    padded = _activated(stem)
+    y, indices = torch.ops.aten.max_pool2d_with_indices(padded, *_WINDOW)
+    width = padded.shape[3]
+    rows, columns = _corners(y)
+    spots = ((indices // width - rows) * 3 + indices % width - columns).to(torch.uint8)
     return y, nhwc(spots.masked_fill(slope_reference(y, stem.act) == 0, NO_SPOT))
 
 
@@ -161,23 +118,16 @@ def _corners(y: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, None], columns
 
 
-def stem_gradients_reference(stem: Stem, dy: Tensor, spots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, scale and shift with PyTorch's own ops."""
+def stem_gradients_reference(stem: Stem, dy: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and shift with PyTorch's own ops."""
     wide, aten = sum_dtype(stem.weight.dtype), torch.ops.aten
-    v, dz = _normalised(stem), dy.masked_fill(spots == NO_SPOT, 0)
-    if stem.pool_padding is not None:
-        top, bottom, left, right = stem.pool_padding
-        height, width = stem.conv_size
-        padded = empty_map(*dy.shape[:2], height + top + bottom, width + left + right, dy)  # only its shape is read
-        (rows, columns), spot = _corners(dy), spots.clamp(max=8).long()
-        indices = (rows + spot // 3) * padded.shape[3] + columns + spot % 3
-        dz = aten.max_pool2d_with_indices_backward(dz, padded, *_WINDOW, indices)
-        dz = dz[:, :, top : top + height, left : left + width]
-    dshift = dz.sum((0, 2, 3), dtype=wide)
-    stride, mask = list(stem.geometry.stride), [False, True, False]
-    dweight = aten.convolution_backward(dz, v, stem.weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, mask)[1]
-    dweight = dweight.to(wide)
-    dscale = (dweight * stem.weight).sum((1, 2, 3))
-    if stem.scale is not None:
-        dweight = dweight * stem.scale.to(wide).reshape(-1, 1, 1, 1)
-    return dweight, dscale, dshift
+    (top, bottom, left, right), (height, width) = stem.pool_padding, stem.conv_size
+    padded = empty_map(*dy.shape[:2], height + top + bottom, width + left + right, dy)  # only its shape is read
+    (rows, columns), spot = _corners(dy), spots.clamp(max=8).long()
+    indices = (rows + spot // 3) * padded.shape[3] + columns + spot % 3
+    dz = dy.masked_fill(spots == NO_SPOT, 0)
+    dz = aten.max_pool2d_with_indices_backward(dz, padded, *_WINDOW, indices)
+    dz = dz[:, :, top : top + height, left : left + width]
+    settings = list(stem.geometry.stride), [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+    dweight = aten.convolution_backward(dz, _pixels(stem), stem.weight, None, *settings)[1]
+    return dweight.to(wide), dz.sum((0, 2, 3), dtype=wide)

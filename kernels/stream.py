@@ -23,9 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import accumulator, sum_dtype
-from .precision import dot_precision
 from .tiles import stream_config
-from .tuning import Config
 from .windows import is_dense
 
 
@@ -116,9 +114,9 @@ def channel(ptr, c, C, ACC: tl.constexpr):
     return tl.load(ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
 
 
-def dense(*vectors: Tensor | None) -> tuple[Any, ...]:
-    """Vectors as contiguous tensors for kernels: columns of matrices and expanded tensors are copied."""
-    return tuple(None if t is None else t.contiguous() for t in vectors)
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A vector as a contiguous tensor for kernels: columns of matrices and expanded tensors are copied."""
+    return None if vector is None else vector.contiguous()
 
 
 def as_map(x: Tensor | None) -> Map:
@@ -159,16 +157,6 @@ def count_pixels(x: Tensor, op: str) -> int:
     if pixels >= 2**31 - 2**27:
         raise ValueError(f"{op}: a map of {pixels} pixels is too large for one launch; use smaller tiles")
     return pixels
-
-
-def pixel_product_options(
-    x: Tensor, y: Tensor, config: Config, act: str, dtype: torch.dtype, linear: bool
-) -> dict[str, Any]:
-    """The launch options of a kernel that multiplies the channels of each pixel of x by a matrix of this dtype."""
-    blocks = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
-    forms = {"FLAT": is_flat(x, y), "VEC": vector(x, y), "ACT": act, "PRECISION": dot_precision(dtype, linear)}
-    rest = {"ACC": accumulator(dtype), "num_warps": config.num_warps, "num_stages": config.num_stages}
-    return blocks | forms | rest
 
 
 class Stream:

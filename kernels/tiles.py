@@ -161,22 +161,17 @@ class StemTile:
     options: Mapping[str, int | None] = field(default_factory=dict)
 
 
-def stem_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
-    """The forward's tile, the largest with maxima, spots and sums in registers.
-
-    Args:
-        width: the width of y.
-        normalised: whether pixels are normalised.
-    """
+def stem_tile(weight: Tensor, width: int) -> StemTile:
+    """The forward's tile, the largest with maxima, spots and sums in registers, for rows of y of this width."""
     side = 64 if weight.dtype.itemsize <= 2 else 32
-    roomy = normalised or weight.shape[1] > 1
+    roomy = weight.shape[1] > 1
     # With 32 of a mammogram's 49 taps at a time, some registers would spill on sm_90 and sm_100.
     return _stem_tile(weight, width, side, side, 32 if roomy or side == 32 else 16, roomy)
 
 
-def stem_backward_tile(weight: Tensor, width: int, normalised: bool) -> StemTile:
+def stem_backward_tile(weight: Tensor, width: int) -> StemTile:
     """The backward's tile; its pixels are outputs of the convolution, `width` in a line."""
-    return _stem_tile(weight, width, 32, 64, 64, roomy=normalised)
+    return _stem_tile(weight, width, 32, 64, 64, roomy=False)
 
 
 def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int, roomy: bool) -> StemTile:

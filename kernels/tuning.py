@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
-from torch import Tensor
 
 from .activations import MASKS
 from .precision import dot_precision
@@ -82,23 +79,6 @@ class Config:
     num_stages: int = 3
     rows: int = 1
     parts: int = 1
-
-
-_forced: list[Config] = []
-
-
-@contextlib.contextmanager
-def forced(config: Config) -> Iterator[None]:
-    """Context manager that sets the configuration of every matrix kernel, for tests and benchmarks."""
-    _forced.append(config)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def forced_config() -> Config | None:
-    return _forced[-1] if _forced else None
 
 
 def power_of_two(n: int, least: int, most: int) -> int:
@@ -197,11 +177,6 @@ def matmul_config(
         moments: whether the epilogue computes the moments of the tile.
     """
     form = "descriptor" if described else "columns" if flattens(depth, taps) else "pointer"
-    config = forced_config()
-    if config is not None:
-        if not described:
-            return replace(config, form=form, rows=1)
-        return replace(config, rows=min(config.rows, triton.next_power_of_2(lines)))
     if interpreting():  # few large programs: a call costs more than its elements
         block_m = power_of_two(lines * run, 16, 256 if described else 1024)
         columns = taps * depth if form == "columns" else depth
@@ -285,63 +260,6 @@ def _columns_config(itemsize: int, channels_out: int, columns: int) -> Config:
     return Config("columns", 64, block_n, block_k, 8, 1)
 
 
-def linear_config(device: torch.device, dtype: torch.dtype, pixels: int, filters: int, channels: int) -> Config:
-    """The tile of a 1x1 product that normalises its input: small enough for two blocks per multiprocessor.
-
-    A block alternates statistics, products and activations, which each leave units idle; the other block uses them.
-    Steps of 32 channels waste nothing at the widths 96, 192, 384 and 768.
-    """
-    if interpreting() or forced_config() is not None:
-        return matmul_config(device, dtype, 1, 1, pixels, filters, channels, described=False)
-    # Without tensor cores, operands are in registers.
-    if dtype.itemsize > 2 and dot_precision(dtype, linear=True) == "ieee":
-        return Config("pointer", 64 if dtype.itemsize == 4 else 32, power_of_two(filters, 16, 32), 16, 4, 3)
-    return Config("pointer", 64, power_of_two(filters, 16, 128 if dtype.itemsize <= 2 else 64), 32, 4, 3)
-
-
-def linear_columns(filters: int, rows: int, block_n: int) -> int:
-    """Output channels of one program of a layer norm's linear layer, a multiple of block_n; `rows` blocks of pixels.
-
-    One program takes all of them, so that statistics are computed once, unless that leaves the chip idle.
-    """
-    blocks = triton.cdiv(filters, block_n)
-    programs = 1 if interpreting() else 2 * PROCESSORS
-    return triton.cdiv(blocks, min(blocks, triton.cdiv(programs, rows))) * block_n
-
-
-def conv_conv1x1_config(
-    x: Tensor, lines: int, run: int, channels_mid: int, channels_out: int, residual: bool
-) -> Config:
-    """The tile of `conv_conv1x1`: the middle map takes 1.5 x block_m x M registers, and block_n the rest.
-
-    Args:
-        x: the input, (N, C, H, W).
-        lines, run: output pixels of an image: `lines` lines of `run` pixels.
-    """
-    config = forced_config()
-    if config is not None:
-        return replace(config, rows=min(config.rows, triton.next_power_of_2(lines)))
-    depth, itemsize = x.shape[1], x.dtype.itemsize
-    if interpreting():  # few large programs: a call costs more than its elements
-        blocks = power_of_two(lines * run, 16, 256), power_of_two(channels_out, 16, 128), power_of_two(depth, 16, 64)
-        return Config("descriptor", *blocks, rows=box_rows(blocks[0], lines, channels_mid))
-    block_m = 64 if itemsize > 2 or channels_mid > 128 else 128
-    block_n = power_of_two(channels_out, 16, 64 if itemsize <= 2 else 32)
-    block_k = power_of_two(depth, 16, 128 // itemsize)
-    stage = (block_m + channels_mid) * block_k * itemsize
-    tail = (channels_mid * block_n + block_m * (channels_mid + block_n * (3 if residual else 1))) * itemsize
-    num_stages = max(2, min(4, (shared_limit(x.device) - tail - 2048) // stage))
-    num_warps = 8 if block_m * channels_mid > 64 * 64 else 4
-    return Config(
-        "descriptor", block_m, block_n, block_k, num_warps, num_stages, box_rows(block_m, lines, channels_mid)
-    )
-
-
-def most_mid_channels(dtype: torch.dtype) -> int:
-    """Largest number of channels of the middle map of `conv_conv1x1` that fit in registers."""
-    return 256 if dtype.itemsize <= 2 or interpreting() else 128
-
-
 # -- weight gradient ----------------------------------------------------------------------------------------------
 
 # Output pixels that one split sums at most.
@@ -368,9 +286,6 @@ def wgrad_config(
         gate_act: the activation whose slope is applied to dy.
     """
     form = "descriptor" if described else "pointer"
-    config = forced_config()
-    if config is not None:
-        return config if described else replace(config, form="pointer")
     if interpreting():  # few large programs: a call costs more than its elements
         return Config(form, power_of_two(filters, 16, 128), power_of_two(depth, 16, 128), power_of_two(run, 16, 256))
     itemsize = dtype.itemsize

@@ -12,10 +12,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
+import triton
 from interpreter import reversed_grid
 from torch import Tensor
+
+from gigamorph.kernels import conv2d_forward, conv2d_wgrad
+from gigamorph.kernels import layer_norm as ops
+from gigamorph.kernels import pool as ops_pool
+from gigamorph.kernels.tuning import Config, flattens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -140,6 +148,53 @@ def assert_order_free(run: Callable[[], Tensor | tuple[Tensor, ...]]) -> None:
     pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
     for a, b in pairs:
         assert torch.equal(a, b), "the result depends on the order in which programs run"
+
+
+class WithGradients(torch.autograd.Function):
+    """An op and the op of its gradients as one: `WithGradients.apply(op, gradients, *inputs)`.
+
+    Gradients of the op are cast as the engine casts them: sums are in float32, or float64.
+    """
+
+    @staticmethod
+    def forward(ctx, op, gradients, *inputs):
+        ctx.gradients = gradients
+        ctx.save_for_backward(*inputs)
+        return op(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        given = ctx.saved_tensors
+        found = ctx.gradients(dy, *given)
+        return None, None, *(None if t is None else d.to(t.dtype) for t, d in zip(given, found, strict=True))
+
+
+def layer_norm(x, weight, bias, eps):
+    """`layer_norm` with gradients."""
+    op = lambda x, w, b: ops.layer_norm(x, w, b, eps)  # noqa: E731
+    return WithGradients.apply(op, lambda dy, x, w, b: ops.layer_norm_backward(dy, x, w, eps), x, weight, bias)
+
+
+def max_pool2d(x, kernel, geometry):
+    """`max_pool2d` with gradients."""
+    op = lambda x: ops_pool.max_pool2d(x, kernel, geometry)  # noqa: E731
+    return WithGradients.apply(op, lambda dy, x: [ops_pool.max_pool2d_backward(dy, x, kernel, geometry)], x)
+
+
+@contextlib.contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Context in which matrix products have this configuration, in another form where descriptors cannot be used."""
+
+    def product(device, dtype, images, lines, run, channels, depth, described, maps=1, taps=1, *rest) -> Config:
+        if described:
+            return replace(config, rows=min(config.rows, triton.next_power_of_2(lines)))
+        return replace(config, form="columns" if flattens(depth, taps) else "pointer", rows=1)
+
+    def sums(device, dtype, run, filters, depth, taps, described, gate_act="none") -> Config:
+        return config if described else replace(config, form="pointer")
+
+    with patch.object(conv2d_forward, "matmul_config", product), patch.object(conv2d_wgrad, "wgrad_config", sums):
+        yield
 
 
 def random_map(

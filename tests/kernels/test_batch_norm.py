@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doubled, random_map, window
+from kernel_references import normalize_act_gradients_reference, normalize_act_reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,8 +16,6 @@ from gigamorph.kernels.batch_norm import (
     launch_normalize_act_gradients,
     normalize_act,
     normalize_act_gradients,
-    normalize_act_gradients_reference,
-    normalize_act_reference,
 )
 from gigamorph.kernels.moments import moments, moments_backward, moments_reference
 from gigamorph.kernels.tiles import StreamConfig

@@ -5,7 +5,6 @@ children without TRITON_INTERPRET. As a script, this file gates its planted kern
 a small network.
 """
 
-import math
 import os
 import re
 import subprocess
@@ -120,12 +119,13 @@ def _rows(height: int) -> None:
     _rows_kernel[(height,)](x, x, 1 << 16, 128)
 
 
-def _linear() -> None:
-    """A linear layer whose products are not made by tensor cores: their operands lie in registers."""
-    from gigamorph.kernels.layer_norm_linear import launch_linear_act
+def _double() -> None:
+    """A convolution whose products are not made by tensor cores: their operands lie in registers."""
+    from gigamorph.kernels.conv2d_forward import launch
+    from gigamorph.kernels.windows import ConvGeometry
 
-    x, y = (torch.empty(1, 125, 125, c, device="meta").permute(0, 3, 1, 2) for c in (96, 384))
-    launch_linear_act(x, None, None, 1e-6, torch.empty(384, 96, device="meta"), None, "gelu", y)
+    x, y = (torch.empty(1, 125, 125, c, dtype=torch.float64, device="meta").permute(0, 3, 1, 2) for c in (96, 384))
+    launch(x, torch.empty(384, 96, 1, 1, dtype=torch.float64, device="meta"), y, ConvGeometry(), "none")
 
 
 def _stem() -> None:
@@ -137,8 +137,7 @@ def _stem() -> None:
     image, weight = (
         torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((1, 1, 512, 512), (64, 1, 7, 7))
     )
-    geometry, plain = ConvGeometry(2, 2, 3, 3, 3, 3), (None, None, None, None, -math.inf, math.inf)
-    stem = Stem(image, weight, *plain, geometry, (1, 1, 1, 1), "relu")
+    stem = Stem(image, weight, None, ConvGeometry(2, 2, 3, 3, 3, 3), (1, 1, 1, 1), "relu")
     y, spots = (torch.empty(1, 128, 128, 64, dtype=d, device="meta") for d in (torch.bfloat16, torch.uint8))
     stem_forward(stem, y.permute(0, 3, 1, 2), spots.permute(0, 3, 1, 2))
 
@@ -160,7 +159,7 @@ PLANTED = {
     "grid": (lambda: _product(grid=(1, 1 << 16)), "grid"),
     "overflow": (lambda: _rows(1 << 16), "may reach 4,29"),
     "fits": (lambda: _rows(1 << 14), ""),
-    "no matrix unit": (_linear, ""),
+    "no matrix unit": (_double, ""),
     "stem": (_stem, ""),
     "compiler": (lambda: _product(bm=96), "power of 2"),
 }

@@ -79,16 +79,16 @@ def test_only_the_gradients_that_are_wanted(wanted: list[int]) -> None:
 
 @pytest.mark.parametrize("mode", ["triton", "stock"])
 def test_registered_as_pytorch_wants_ops(mode: str) -> None:
-    x, weight, scale, shift, residual = (t.detach() for t in tensors())
+    x, weight, _, shift, residual = (t.detach() for t in tensors())
     place = ConvGeometry.of(padding=(1, 1, 1, 1))
     y = residual.relu()
     sums = torch.zeros_like(weight), torch.zeros_like(shift)
     with choice.override(mode):
         # Without gradients: these are the parts that the differentiable op, or an engine, is made of.
-        torch.library.opcheck(conv2d_forward, (x, weight, None, shift, residual, place, "silu", True, [0, 0]))
-        torch.library.opcheck(conv2d_dgrad, (residual, weight, scale, y, "relu", x, [0, 0], x, "relu", [5, 5], place))
+        torch.library.opcheck(conv2d_forward, (x, weight, shift, residual, place, "silu", True, [0, 0]))
+        torch.library.opcheck(conv2d_dgrad, (residual, weight, y, "relu", x, [0, 0], x, "relu", [5, 5], place))
         part = x[:, :, 1:4].contiguous(memory_format=torch.channels_last)
-        torch.library.opcheck(conv2d_dgrad, (residual, weight, None, y, "relu", part, [1, 0], x, "relu", [5, 5], place))
+        torch.library.opcheck(conv2d_dgrad, (residual, weight, y, "relu", part, [1, 0], x, "relu", [5, 5], place))
         torch.library.opcheck(conv2d_act_grad, (residual, x, weight, shift, "gelu", place))
         torch.library.opcheck(conv2d_wgrad_, (*sums, x, residual, y, "relu", place))
 
@@ -111,7 +111,7 @@ def test_the_margin_is_left_alone() -> None:
     place = ConvGeometry.of(padding=(1, 1, 1, 1))
     for mode in ("triton", "stock"):
         with choice.override(mode):
-            whole, _ = conv2d_forward(x, weight, None, None, None, place, "none", False, [2, 3])
+            whole, _ = conv2d_forward(x, weight, None, None, place, "none", False, [2, 3])
         assert whole.shape == (1, 4, 7, 8)
         assert whole[:, :, :2].isnan().all() and whole[:, :, :, :3].isnan().all()  # poisoned, not written
         assert_close("y", whole[:, :, 2:, 3:], F.conv2d(x, weight, padding=1))

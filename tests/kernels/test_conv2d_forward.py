@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, errors, random_map
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, errors, forced, random_map
+from kernel_references import conv2d_forward_reference
 from torch import Tensor
 
-from gigamorph.kernels import precision, tuning, windows
+from gigamorph.kernels import conv2d_kernels, precision, windows
 from gigamorph.kernels.activations import activate_reference
-from gigamorph.kernels.conv2d_forward import conv2d_forward_reference, launch
+from gigamorph.kernels.conv2d_forward import launch
 from gigamorph.kernels.moments import moments_reference
-from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.tuning import Config
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -74,7 +75,6 @@ CASES = [
 class Operands:
     x: Tensor
     weight: Tensor
-    scale: Tensor
     shift: Tensor
     residual: Tensor
     mask: Tensor
@@ -94,7 +94,6 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> Operands:
     return Operands(
         random_map(2, c, h, w, dtype, g),
         random_map(k, c // case.groups, case.kernel, case.kernel, dtype, g, 0.2),
-        (torch.rand(k, generator=g) + 0.5).to(dtype).to(DEVICE),
         torch.randn(k, generator=g).to(dtype).to(DEVICE),
         random_map(2, k, oh, ow, dtype, g),
         random_map(2, k, oh, ow, dtype, g),
@@ -112,7 +111,6 @@ def run(case: Case, o: Operands, act: str, guard: Guarded, mask_act: str = "none
             y,
             case.geometry,
             act,
-            scale=guard(o.scale),
             shift=guard(o.shift),
             residual=guard(o.residual),
             z=z,
@@ -127,7 +125,6 @@ def reference(case: Case, o: Operands, act: str, mask_act: str = "none") -> tupl
     return conv2d_forward_reference(
         o.x,
         o.weight,
-        o.scale,
         o.shift,
         o.residual,
         case.geometry,
@@ -243,7 +240,7 @@ def test_random(kernel, stride, dilation, size, padding, channels, groups, eight
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     launch(guard(x), guard(weight), y, geometry, "relu")
     guard.check()
-    oracle = conv2d_forward_reference(x, weight, None, None, None, geometry, "relu")[0]
+    oracle = conv2d_forward_reference(x, weight, None, None, geometry, "relu")[0]
     assert_close("y", y, oracle)
 
 
@@ -269,15 +266,15 @@ def test_boxes(rows, block_n, parts, kernel, stride, dilation, size, padding, ch
     g = torch.Generator().manual_seed(seed)
     x, weight = random_map(2, c, *size, torch.float64, g), random_map(k, c, *kernel, torch.float64, g)
     residual, mask = random_map(2, k, oh, ow, torch.float64, g), random_map(2, k, oh, ow, torch.float64, g)
-    scale, shift = torch.rand(2, k, generator=g, dtype=torch.float64).to(DEVICE)
+    shift = torch.rand(k, generator=g, dtype=torch.float64).to(DEVICE)
     guard = Guarded()
     y, z = (guard.empty(2, k, oh, ow, dtype=torch.float64) for _ in range(2))
     geometry = ConvGeometry.of((stride, stride), padding, (dilation, dilation))
-    inputs = {"scale": guard(scale), "shift": guard(shift), "residual": guard(residual), "mask": guard(mask), "z": z}
+    inputs = {"shift": guard(shift), "residual": guard(residual), "mask": guard(mask), "z": z}
     with forced(Config("descriptor", 32, block_n, 16, rows=rows, parts=parts)):
         found = launch(guard(x), guard(weight), y, geometry, "silu", **inputs, mask_act="relu6", moments=True)
     guard.check()
-    oracle = conv2d_forward_reference(x, weight, scale, shift, residual, geometry, "silu", mask, "relu6")
+    oracle = conv2d_forward_reference(x, weight, shift, residual, geometry, "silu", mask, "relu6")
     for name, ours, wanted in (("y", y, oracle[0]), ("z", z, oracle[1])):
         assert_close(name, ours, wanted)
     assert found is not None
@@ -310,16 +307,16 @@ def test_few_channels(
     g = torch.Generator().manual_seed(seed)
     x, weight = random_map(2, c, *size, torch.float64, g), random_map(k, channels, *kernel, torch.float64, g)
     maps = [random_map(2, k, oh, ow, torch.float64, g) if branches else None for _ in range(2)]
-    scale, shift = torch.rand(2, k, generator=g, dtype=torch.float64).to(DEVICE)
+    shift = torch.rand(k, generator=g, dtype=torch.float64).to(DEVICE)
     guard = Guarded()
     y, z = (guard.empty(2, k, oh, ow, dtype=torch.float64) for _ in range(2))
     geometry = ConvGeometry.of(stride, padding, dilation, groups)
     residual, mask = (None if t is None else guard(t) for t in maps)
-    inputs = {"scale": guard(scale), "shift": guard(shift), "residual": residual, "mask": mask, "z": z}
+    inputs = {"shift": guard(shift), "residual": residual, "mask": mask, "z": z}
     with forced(Config("columns", 32, 16, block_k)):
         found = launch(guard(x), guard(weight), y, geometry, "silu", **inputs, mask_act="relu6", moments=True)
     guard.check()
-    oracle = conv2d_forward_reference(x, weight, scale, shift, maps[0], geometry, "silu", maps[1], "relu6")
+    oracle = conv2d_forward_reference(x, weight, shift, maps[0], geometry, "silu", maps[1], "relu6")
     for name, ours, wanted in (("y", y, oracle[0]), ("z", z, oracle[1])):
         assert_close(name, ours, wanted)
     assert found is not None
@@ -392,14 +389,13 @@ def test_a_read_and_a_write_outside_are_caught() -> None:
 def test_the_forced_form_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases above say which kernel they test: what descriptors cannot do falls back to pointers."""
     seen: list[str] = []
-    plain = tuning.matmul_config
+    plain = conv2d_kernels.product_options
 
-    def spy(*args, **kwargs):
-        config = plain(*args, **kwargs)
+    def spy(kernel, config, dtype):
         seen.append(config.form)
-        return config
+        return plain(kernel, config, dtype)
 
-    monkeypatch.setattr("gigamorph.kernels.conv2d_forward.matmul_config", spy)
+    monkeypatch.setattr("gigamorph.kernels.conv2d_forward.product_options", spy)
     for case in CASES:
         run(case, operands(case, torch.bfloat16), "none", Guarded())
         assert seen[-1] == case.form, case

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, forced, random_map
+from kernel_references import conv2d_wgrad_reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +20,7 @@ from gigamorph.kernels import conv2d_wgrad as wgrad
 from gigamorph.kernels import tuning
 from gigamorph.kernels.activations import ACTIVATIONS, activate_reference, slope_reference
 from gigamorph.kernels.conv2d import conv2d_wgrad_
-from gigamorph.kernels.tuning import SHARED_LIMIT, Config, forced
+from gigamorph.kernels.tuning import SHARED_LIMIT, Config
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +61,12 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def launch(splits: int | None, *given: object) -> None:
+    """`wgrad.launch` with this number of parts of the pixels; None computes it."""
+    with contextlib.nullcontext() if splits is None else patch.object(wgrad, "split_count", lambda *_: splits):
+        wgrad.launch(*given)
+
+
 class Problem:
     """Inputs of one launch, buffers that hold something already, and what they must hold afterwards."""
 
@@ -82,7 +91,7 @@ class Problem:
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         gate = None if self.gate is None else self.gate.to(dtype)
-        return wgrad.conv2d_wgrad_reference(
+        return conv2d_wgrad_reference(
             self.dw.shape, self.x.to(dtype), self.dy.to(dtype), gate, self.gate_act, self.geometry
         )
 
@@ -92,16 +101,8 @@ class Problem:
         dw, dshift = guard(self.dw), guard(self.dshift)
         gate = None if self.gate is None else guard(self.gate)
         with forced(config or Config(self.form, 32, 16, 32)):
-            wgrad.launch(
-                dw,
-                dshift if shift else None,
-                guard(self.x),
-                guard(self.dy),
-                gate,
-                self.gate_act,
-                self.geometry,
-                splits=splits,
-            )
+            maps = guard(self.x), guard(self.dy), gate
+            launch(splits, dw, dshift if shift else None, *maps, self.gate_act, self.geometry)
         guard.check()
         return dw, dshift
 
@@ -197,7 +198,7 @@ def test_windows_of_larger_buffers(case):
     problem.x, problem.dy, problem.gate = inside(problem.x), inside(problem.dy), inside(problem.gate)
     dw, dshift = problem.dw.clone(), problem.dshift.clone()
     with forced(Config(problem.form, 32, 16, 32)):
-        wgrad.launch(dw, dshift, problem.x, problem.dy, problem.gate, "relu", problem.geometry, splits=2)
+        launch(2, dw, dshift, problem.x, problem.dy, problem.gate, "relu", problem.geometry)
     problem.check(dw, dshift)
 
 
@@ -272,14 +273,14 @@ def test_random(dtype, n, groups, c, k, h, w, r, s, stride_h, stride_w, dilation
     dshift = guard(torch.zeros(k * groups, dtype=held, device=DEVICE))
     geometry = ConvGeometry.of((stride_h, stride_w), padding, (dilation, dilation), groups)
     gate = None if act == "none" else gate
-    wgrad.launch(dw, dshift, guard(x), guard(dy), None if gate is None else guard(gate), act, geometry, splits=splits)
+    launch(splits, dw, dshift, guard(x), guard(dy), None if gate is None else guard(gate), act, geometry)
     guard.check()
-    want = wgrad.conv2d_wgrad_reference(
+    want = conv2d_wgrad_reference(
         dw.shape, x.double(), dy.double(), None if gate is None else gate.double(), act, geometry
     )
     # Sums of a few products may cancel, so the error is measured against the sum of their sizes.
     dz = dy.double() if gate is None else dy.double() * slope_reference(gate.double(), act)
-    terms = wgrad.conv2d_wgrad_reference(dw.shape, x.double().abs(), dz.abs(), None, "none", geometry)
+    terms = conv2d_wgrad_reference(dw.shape, x.double().abs(), dz.abs(), None, "none", geometry)
     bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     for name, got, right, size in zip(("dw", "dshift"), (dw, dshift), want, terms, strict=True):
         assert torch.isfinite(got).all(), name

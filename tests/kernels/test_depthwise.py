@@ -11,13 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map
+from kernel_references import conv2d_dgrad_reference, conv2d_forward_reference, conv2d_wgrad_reference
 from torch import Tensor
 
 from gigamorph.kernels import depthwise, tiles
 from gigamorph.kernels.conv2d import conv2d
-from gigamorph.kernels.conv2d_dgrad import conv2d_dgrad_reference
-from gigamorph.kernels.conv2d_forward import conv2d_forward_reference
-from gigamorph.kernels.conv2d_wgrad import conv2d_wgrad_reference
 from gigamorph.kernels.tiles import depthwise_tile, depthwise_wgrad_tile
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
@@ -90,7 +88,6 @@ CASES = [
 class Operands:
     x: Tensor
     weight: Tensor
-    scale: Tensor
     shift: Tensor
     residual: Tensor
     dy: Tensor
@@ -108,7 +105,6 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> Operands:
     return Operands(
         x=random_map(*case.size, dtype, g),
         weight=random_map(c, 1, *case.kernel, dtype, g, 0.5),
-        scale=random_map(1, c, 1, 1, dtype, g).flatten(),
         shift=random_map(1, c, 1, 1, dtype, g).flatten(),
         residual=random_map(*case.output, dtype, g),
         dy=random_map(*case.output, dtype, g),
@@ -119,7 +115,7 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> Operands:
 
 
 def forward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor]:
-    return conv2d_forward_reference(o.x, o.weight, o.scale, o.shift, o.residual, case.geometry, case.act)
+    return conv2d_forward_reference(o.x, o.weight, o.shift, o.residual, case.geometry, case.act)
 
 
 def backward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +125,7 @@ def backward_oracle(case: Case, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run_forward(case: Case, o: Operands, y: Tensor, z: Tensor | None = None) -> None:
-    epilogue = {"scale": o.scale, "shift": o.shift, "residual": o.residual, "z": z}
+    epilogue = {"shift": o.shift, "residual": o.residual, "z": z}
     depthwise.forward(o.x, o.weight, y, case.geometry, case.act, **epilogue)
 
 
@@ -214,7 +210,7 @@ def test_plain():
     o = operands(case, torch.float64)
     y = torch.empty_like(o.dy)
     depthwise.forward(o.x, o.weight, y, case.geometry)
-    oracle = (o.x, o.weight, None, None, None, case.geometry, "none")
+    oracle = (o.x, o.weight, None, None, case.geometry, "none")
     assert_close("y", y, conv2d_forward_reference(*oracle)[0])
     dx = torch.empty_like(o.x)
     depthwise.dgrad(o.dy, o.weight, dx, case.geometry)

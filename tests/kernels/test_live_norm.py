@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, assert_close, assert_order_free, doubled, random_map
+from kernel_references import normalize_act_gradients_reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,7 +14,6 @@ from gigamorph.kernels.activations import activate_reference
 from gigamorph.kernels.batch_norm import (
     normalize_act,
     normalize_act_gradients,
-    normalize_act_gradients_reference,
 )
 from gigamorph.kernels.moments import moments_reference
 from gigamorph.kernels.tiles import StreamConfig

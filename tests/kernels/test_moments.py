@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, random_map, window
+from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, forced, random_map, window
 from torch.nn import functional as F
 
 from gigamorph.kernels import choice, stream
@@ -18,7 +18,7 @@ from gigamorph.kernels.moments import (
     moments_reference,
 )
 from gigamorph.kernels.tiles import StreamConfig
-from gigamorph.kernels.tuning import Config, forced
+from gigamorph.kernels.tuning import Config
 from gigamorph.kernels.windows import ConvGeometry
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, Guarded, assert_close, assert_order_free, doubled, random_map, window
+from kernel_references import normalize_act_gradients_reference, normalize_act_reference
 from torch import Tensor
 
 from gigamorph.kernels import batch_norm, stream, tiles
@@ -17,8 +18,6 @@ from gigamorph.kernels.batch_norm import (
     launch_normalize_act,
     launch_normalize_act_gradients,
     normalize_act_gradients,
-    normalize_act_gradients_reference,
-    normalize_act_reference,
 )
 from gigamorph.kernels.moments import (
     launch_moments,

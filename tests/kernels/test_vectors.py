@@ -11,11 +11,8 @@ from torch import Tensor
 
 from gigamorph.kernels import batch_norm, choice
 from gigamorph.kernels.conv2d import conv2d_forward, conv2d_moments
-from gigamorph.kernels.conv_conv1x1 import conv_conv1x1
 from gigamorph.kernels.layer_norm import layer_norm, layer_norm_backward
-from gigamorph.kernels.layer_norm_linear import layer_norm_linear_act
 from gigamorph.kernels.moments import moments_backward
-from gigamorph.kernels.normalized_conv1x1 import normalized_conv1x1
 from gigamorph.kernels.stem import stem
 from gigamorph.kernels.windows import ConvGeometry
 
@@ -39,26 +36,15 @@ OPS: dict[str, Callable[[Vector], object]] = {
         *maps(2), v(0), v(1), v(2), v(3), None, "relu", False
     ),
     "conv2d": lambda v: conv2d_forward(
-        maps(1)[0], weight(C, C, 1, 1), v(0), v(1), None, ConvGeometry(), "relu", False, (0, 0)
+        maps(1)[0], weight(C, C, 1, 1), v(0), None, ConvGeometry(), "relu", False, (0, 0)
     ),
     "depthwise": lambda v: conv2d_forward(
-        maps(1)[0], weight(C, 1, 3, 3), v(0), v(1), None, ConvGeometry.of(groups=C), "relu", False, (0, 0)
+        maps(1)[0], weight(C, 1, 3, 3), v(0), None, ConvGeometry.of(groups=C), "relu", False, (0, 0)
     ),
     "conv2d_moments": lambda v: conv2d_moments(maps(1)[0], weight(C, C, 1, 1), v(0), ConvGeometry(), (0, 0)),
     "layer_norm": lambda v: layer_norm(maps(1)[0], v(0), v(1), 1e-5),
     "layer_norm_backward": lambda v: layer_norm_backward(*maps(2), v(0), 1e-5),
-    "layer_norm_linear_act": lambda v: layer_norm_linear_act(
-        maps(1)[0], v(0), v(1), 1e-5, weight(C, C, 1, 1), v(2), "none"
-    ),
-    "normalized_conv1x1": lambda v: normalized_conv1x1(
-        maps(1)[0], v(0), v(1), v(2), v(3), "relu", weight(C, C, 1, 1), v(0), True, [0, 0]
-    ),
-    "conv_conv1x1": lambda v: conv_conv1x1(
-        maps(1)[0], weight(C, C, 3, 3), v(0), weight(C, C, 1, 1), v(1), None, ConvGeometry(), "relu", "relu"
-    ),
-    "stem": lambda v: stem(
-        maps(1)[0], weight(C, C, 3, 3), v(0), v(1), v(2), v(3), 0.0, 1.0, ConvGeometry(), [1, 1, 1, 1], "relu"
-    ),
+    "stem": lambda v: stem(maps(1)[0], weight(C, C, 3, 3), v(0), ConvGeometry(), [1, 1, 1, 1], "relu", False)[0],
 }
 
 

@@ -7,7 +7,6 @@ from .conv import fuse_convolutions
 from .layer_norm import fuse_layer_norms
 from .masks import pass_masks
 from .normalize import fuse_norms
-from .pair import fuse_pairs
 from .pool import take_pools
 from .stem import fuse_stem
 
@@ -26,5 +25,3 @@ def fuse(stage: Stage, training: bool, image_grad: bool) -> None:
         fuse_stem(stage, convs, pools)
     if training:
         pass_masks(stage, convs, pools, norms)
-    else:
-        fuse_pairs(stage, convs)

@@ -82,7 +82,7 @@ class FusedConv(torch.autograd.Function):
             y, *moments = conv2d_moments(x, weight, bias, geometry, block.margin)
             block.shares[spec.y] = tuple(part[:, :, None, None] for part in moments)
         else:
-            y, z = conv2d_forward(x, weight, None, bias, residual, geometry, spec.act, keep_z, block.margin)
+            y, z = conv2d_forward(x, weight, bias, residual, geometry, spec.act, keep_z, block.margin)
         y = y[:, :, block.margin[0] :, block.margin[1] :]
         if needs:
             ctx.save_for_backward(x, weight, None if spec.act == "none" or spec.masked else (z if keep_z else y))

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from ....kernels.activations import activate_reference
+from ....kernels.conv2d import conv2d_act_grad, conv2d_backward
 from ....kernels.layer_norm import layer_norm, layer_norm_backward
-from ....kernels.layer_norm_linear import layer_norm_linear_act, layer_norm_linear_act_backward
 from ....kernels.tiles import MOST_NORM_CHANNELS
+from ....kernels.windows import ConvGeometry
 from ...capture.program import Op
 from ..ops import Block, Env, Local
 from ..ops.base import arguments, integers
@@ -67,15 +70,24 @@ class FusedNormLinear(torch.autograd.Function):
         assert weight is not None
         ctx.save_for_backward(x, *vectors)
         ctx.spec, ctx.linear, ctx.sum_of = spec, linear, block.sum_of
-        return layer_norm_linear_act(x, norm_weight, norm_bias, spec.eps, weight, bias, linear.act)
+        n = layer_norm(x, norm_weight, norm_bias, spec.eps, weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            z = F.linear(n.permute(0, 2, 3, 1), weight, None if bias is None else bias.to(weight.dtype))
+        return activate_reference(z, linear.act).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
         dweight, dbias = weight_sums(ctx, ctx.linear, weight, *ctx.needs_input_grad[6:])
-        norm = norm_weight, norm_bias, ctx.spec.eps
-        dx, *sums = layer_norm_linear_act_backward(grads[0], x, *norm, weight, bias, ctx.linear.act, dweight, dbias)
+        (dy,), act, pixel = grads, ctx.linear.act, ConvGeometry()
+        n, filters = layer_norm(x, norm_weight, norm_bias, ctx.spec.eps, weight.dtype), weight[:, :, None, None]
+        if act != "none":
+            dy = conv2d_act_grad(dy, n, filters, bias, act, pixel)
+        dw = None if dweight is None else dweight[:, :, None, None]
+        dn, _ = conv2d_backward(dy, n, filters, None, "none", pixel, wants_x=True, dw=dw, dshift=dbias)
+        assert dn is not None
+        dx, *sums = layer_norm_backward(dn, x, norm_weight, ctx.spec.eps)
         _add_norm_sums(ctx, ctx.needs_input_grad[4:6], sums)
         return None, None, None, dx, *[None] * 4
 

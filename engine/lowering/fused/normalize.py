@@ -4,10 +4,11 @@
     y = conv1x1(act(xhat * factor + offset))
 
 PyTorch saves x, the normalised map and the activation's output; this op saves only x, and y if the activation's slope
-after a sum depends on it. The backward is one pass: dx with constant statistics, and the sums of dz and of dz * xhat
-over the tile, which are the gradients of offset and factor. Once per step ordinary autograd derives all other gradients
-from these (affine.py), and the stage that made x adds the gradients of the statistics in another pass. If one tile
-contains all data of a norm's statistics, the backward is two passes and complete.
+after a sum depends on it. With a 1x1 convolution, the backward computes that convolution's input again. The backward of
+a norm is one pass: dx with constant statistics, and the sums of dz and of dz * xhat over the tile, which are the
+gradients of offset and factor. Once per step ordinary autograd derives all other gradients from these (affine.py), and
+the stage that made x adds the gradients of the statistics in another pass. If one tile contains all data of a norm's
+statistics, the backward is two passes and complete.
 
 Under autocast, GroupNorm turns a 16-bit map into float32, which the convolutions after it round again. If only
 convolutions read the result, it is written in their dtype.
@@ -25,8 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ....kernels.activations import MASKS
 from ....kernels.batch_norm import normalize_act, normalize_act_gradients
-from ....kernels.conv2d import conv2d_backward
-from ....kernels.normalized_conv1x1 import normalized_conv1x1
+from ....kernels.conv2d import conv2d_backward, conv2d_forward, conv2d_moments
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
 from ..ops import Block, Env, Local, VectorOp
@@ -104,9 +104,11 @@ class FusedNormConv(torch.autograd.Function):
         ctx.spec, ctx.conv, ctx.sum_of, ctx.whole = spec, conv, block.sum_of, block.whole
         if not valued:
             return x.new_empty(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
-        wanted = block.shares is not None
-        y, *moments = normalized_conv1x1(x, *vectors, spec.act, weight, bias, wanted, list(block.margin))
-        if block.shares is not None:
+        n = normalize_act(x, *vectors, None, spec.act)
+        if block.shares is None:
+            y, _ = conv2d_forward(n, weight, bias, None, ConvGeometry(), "none", False, block.margin)
+        else:
+            y, *moments = conv2d_moments(n, weight, bias, ConvGeometry(), block.margin)
             block.shares[conv.y] = tuple(part[:, :, None, None] for part in moments)
         return y[:, :, block.margin[0] :, block.margin[1] :]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ....kernels.dtypes import sum_dtype
-from ....kernels.stem import stem_and_spots, stem_gradients
+from ....kernels.stem import stem, stem_gradients
 from ....kernels.stem_reference import ACTIVATIONS
 from ..geometry import Chain, Window
 from ..ops import Block, Env, Local
@@ -26,7 +26,6 @@ from .conv import ConvSpec
 from .pool import PoolSpec
 
 _MOST_FILTERS = 128
-_WIDE_OPEN = (float("-inf"), float("inf"))
 
 
 class FusedStem(torch.autograd.Function):
@@ -45,8 +44,8 @@ class FusedStem(torch.autograd.Function):
         keep: bool,
     ):
         ctx.spec, ctx.sum_of = spec, block.sum_of
-        ctx.settings = (*_WIDE_OPEN, spec.geometry(padding), pool_padding, spec.act)
-        y, spots = stem_and_spots(x, weight, None, bias, None, None, *ctx.settings, keep)
+        ctx.settings = (spec.geometry(padding), pool_padding, spec.act)
+        y, spots = stem(x, weight, bias, *ctx.settings, keep)
         if keep:
             ctx.save_for_backward(spots, x, weight, bias)
         return y
@@ -55,7 +54,7 @@ class FusedStem(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         spots, x, weight, bias = ctx.saved_tensors
-        dw, _, dbias = stem_gradients(grads[0], spots, x, weight, None, bias, None, None, *ctx.settings)
+        dw, dbias = stem_gradients(grads[0], spots, x, weight, bias, *ctx.settings)
         wide = sum_dtype(weight.dtype)
         if ctx.needs_input_grad[1]:
             ctx.sum_of(ctx.spec.weight, wide, dw)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from ...capture.program import Op, bind
 from ..geometry import Gather, Window
-from . import depthwise
 from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_window, need_nchw, pair, replay, rule
 from .constants import Constants
 from .resample import INTERPOLATE, bilinear, nearest, select, weighted
@@ -82,7 +81,7 @@ def conv2d(op: Op, maps: Maps) -> Local:
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x, settings = padded(env[value], block)
-        return (depthwise.conv2d(x, env[weight], bind(bias, env), *settings),)
+        return (F.conv2d(x, env[weight], bind(bias, env), *settings),)
 
     def unvalued(env: Env, block: Block) -> tuple[Tensor, ...]:
         x, settings = padded(env[value], block)

@@ -163,7 +163,6 @@ def test_blocks_without_a_gradient_of_the_image(
 
 @pytest.mark.parametrize("tile", [8, 24, 200])
 def test_inference(fused_with_stock_ops: None, tile: int) -> None:
-    """With pairs of convolutions as one op."""
     model, x = build(), image(75, 58)
     with torch.no_grad():
         torch.testing.assert_close(accelerate(model, tile=tile)(x), model(x), rtol=1e-12, atol=1e-13)
@@ -246,12 +245,6 @@ class TestFusing:
         net = accelerate(build(), tile=32)
         net(image(64, 64).requires_grad_())
         assert ops_of(net) == ["fused_conv2d", "max_pool2d", *["fused_conv2d"] * 8]
-
-    def test_for_inference_a_pixel_filter_joins_the_convolution_before_it(self) -> None:
-        net = accelerate(build(), tile=32)
-        with torch.no_grad():
-            net(image(64, 64))
-        assert ops_of(net) == ["fused_stem", *["fused_conv2d"] * 6]
 
     def test_a_norm_takes_the_linear_layer_behind_it(self) -> None:
         net = accelerate(build_convnext(), tile=32)

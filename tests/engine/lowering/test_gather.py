@@ -218,8 +218,8 @@ def test_a_part_is_added_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     dgrad = conv2d.conv2d_dgrad
 
     def noted(*args):
-        if args[5] is not None:
-            given.append((tuple(args[5].shape[2:]), tuple(args[9])))
+        if args[4] is not None:
+            given.append((tuple(args[4].shape[2:]), tuple(args[8])))
         return dgrad(*args)
 
     monkeypatch.setattr(conv2d, "conv2d_dgrad", noted)
