@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 58_681,
-    ("engine", "kernels", "cli", "benchmarks"): 66_501,
-    ("benchmarks",): 4_356,
+    ("engine", "kernels"): 57_967,
+    ("engine", "kernels", "cli", "benchmarks"): 65_652,
+    ("benchmarks",): 4_199,
 }
 WORDS = {
     r"told|tells": 1,

@@ -25,7 +25,7 @@ _BYTES = 1 << 20  # so are larger arrays and tensors that are not held by a modu
 class Rollback:
     """Saves a network's parameters, buffers and attributes, and what its code can reach by name.
 
-    That are attributes of its classes, globals of the files that define them, default arguments and closures, and
+    These are attributes of its classes, globals of the files that define them, default arguments and closures, and
     objects and functions of the user's own files in them, each with items of containers; and the random numbers of the
     CPU.
 

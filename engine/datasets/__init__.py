@@ -1,1 +1,1 @@
-"""Data sets: tables, public data sets, checks, splits, masks, augmentation, conversion and phantoms."""
+"""Data sets: tables, checks, splits, masks, augmentation and conversion."""
