@@ -47,7 +47,8 @@ class Accelerated(Delegate):
     A lock serialises threads that use the same `net`. `torch.compile` does not trace into it.
 
     Attributes:
-        on_tile: called with a `TileEvent` after each tile, to report progress; None for no calls.
+        on_tile: called with a `TileEvent` after each tile, to report progress; None for no calls. Of a step that a GPU
+            replays as a whole, it gets one event, after the forward.
     """
 
     def __init__(

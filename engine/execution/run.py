@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tiling.arena import in_arena
+from ..tiling.scan import TileEvent
 from .checkpoint import Checkpointed
 from .forward import Forward, step_together
 from .image_batch import ImageTensor
@@ -26,6 +27,10 @@ def compute(forward: Forward) -> Any:
         like = forward.prepared, forward.device, forward.dtype, step.retained
         found = step.result(forward, partial(_alone, *like))
         if found is not None:
+            if forward.on_tile is not None:  # the step as one tile
+                values, image = forward.prepared.staged.program.values, forward.prepared.staged.program.image
+                size = values[image].shape
+                forward.on_tile(TileEvent("forward", 1, 1, size[0] * size[-2] * size[-1]))
             return found[0]
         forward.alone = not step.failed
     run([forward])

@@ -43,7 +43,6 @@ class Step(Protocol):
     pixels: Pixels
     device: torch.device
     dtype: torch.dtype
-    on_tile: Any
     prepared: Any
 
     @property
@@ -85,7 +84,7 @@ class WholeStep:
         hooked = any(is_watched(t) for v, t in state.items() if v not in forward.prepared.always_reached)
         # A checkpoint compares the tensors saved in both forwards; anomaly mode checks every gradient.
         saved = saved_tensors_hooks()
-        looks = saved is not None or torch.is_anomaly_enabled() or forward.observers or forward.on_tile
+        looks = saved is not None or torch.is_anomaly_enabled() or forward.observers
         return not (moves or hooked or looks)
 
     def result(self, forward: Step, compute: Compute) -> tuple[Any] | None:

@@ -420,6 +420,21 @@ def test_an_output_that_gets_no_gradient(graphs: Graphs) -> None:
     assert is_captured(fast)
 
 
+def test_progress_does_not_prevent_a_capture(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is replayed reports its forward as one tile."""
+    monkeypatch.setattr(step_checks, "MOST_TILES", 8)
+    fast = accelerate(build(live=True), tile=(24, 40))
+    steps: list[list[Any]] = []
+    for _ in range(4):
+        steps.append([])
+        fast.on_tile = steps[-1].append
+        step(fast, image(), image_gradient=False)
+    assert is_captured(fast) and graphs.replayed
+    assert {event.phase for event in steps[0]} == {"forward", "backward"} and len(steps[0]) > 2
+    (last,) = steps[-1]
+    assert (last.phase, last.done, last.total, last.pixels) == ("forward", 1, 1, 2 * 41 * 34)
+
+
 def test_anomalies_are_looked_for(graphs: Graphs) -> None:
     """A graph would not: what it computes has no nodes."""
     fast = accelerate(build(live=True))
