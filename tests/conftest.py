@@ -19,8 +19,11 @@ import torch
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
-# TorchDynamo composes a trace of each recording while its logger has a handler; nothing reads it here.
-logging.getLogger("torch.__trace").handlers.clear()
+# TorchDynamo composes a trace of each recording while its logger has a handler, and pytest adds one to every logger that
+# does not propagate. Nothing reads the trace here.
+_trace = logging.getLogger("torch.__trace")
+_trace.handlers.clear()
+_trace.addHandler = lambda hdlr: None
 
 # Tests share helpers by plain imports: `from exactness import assert_exact`.
 sys.path[:0] = [str(Path(__file__).parent / "helpers"), str(Path(__file__).parent)]
