@@ -50,7 +50,6 @@ def processes() -> dict[int, int]:
     return found
 
 
-@pytest.mark.slow
 def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["train", phantoms, *FAST, "--epochs", "8", "--out"]
@@ -94,7 +93,6 @@ def test_ctrl_c_stops_all_and_the_resumed_run_is_that_of_one_process(phantoms, t
     assert metrics[0]["test"] == metrics[1]["test"] and metrics[0]["best_epoch"] == metrics[1]["best_epoch"]
 
 
-@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_with_one_line(phantoms, tmp_path):
     """Of a file that only one process opens; the others wait for it."""
     victim = sorted((phantoms.parent / "images").iterdir())[0]

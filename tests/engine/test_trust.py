@@ -137,7 +137,6 @@ def calls(trained: Path, checkpoint: Path, net: Path) -> dict[str, list[list[obj
 WITHOUT_NETWORKS = {"data", "demo", "doctor", "eval", "recipe"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a function of Python", "a package of the folder"])  # of the others see the functions
 def test_no_command_runs_what_a_file_names(kind: str, trained: Path, place: Path, capsys) -> None:
     mark = place / "mark"

@@ -200,7 +200,6 @@ def test_convnext(fused_with_stock_ops: None, size: tuple[int, int], tile: int) 
     assert_exact(build_convnext(), image(*size), tile=(tile, tile))
 
 
-@pytest.mark.slow
 def test_convnext_with_triton_kernels(triton_kernels: None) -> None:
     assert_exact(build_convnext(), image(24, 17), tile=(16, 24))
 
@@ -227,7 +226,6 @@ def test_convnext_under_autocast(fused_with_stock_ops: None) -> None:
     assert_near_under_autocast(build_convnext(), image(96, 80), tile=32)
 
 
-@pytest.mark.slow
 def test_blocks_with_triton_kernels(triton_kernels: None) -> None:
     model, x = build(nn.SiLU), image(28, 21)
     assert_like_stock(model, x, 20)

@@ -92,7 +92,6 @@ def test_equals_stock(
     assert_exact(model, image(images, 1, *size), tile=tile)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_with_triton_kernels(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     monkeypatch.setattr(kernels, "enabled", lambda device: True)

@@ -130,7 +130,6 @@ def test_several_images_have_numbers_of_their_own() -> None:
     assert names(2).count("scale_shift") == 10
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["groups", "bare instances"])
 def test_with_triton_kernels(monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
     monkeypatch.setattr(kernels, "enabled", lambda device: True)

@@ -262,7 +262,6 @@ MORE_BLOCKS = [
 DEEP = "GIGAMORPH_PROGRAMS" in os.environ  # as for random programs: more of everything
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "path"), BLOCKS + (MORE_BLOCKS if DEEP else []))
 def test_every_block_of_real_networks(name: str, path: str) -> None:
     timm = pytest.importorskip("timm")

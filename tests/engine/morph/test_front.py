@@ -142,7 +142,6 @@ class TestExact:
         child, _ = front(parent, torch.zeros(1, 1, 12, 12, dtype=torch.float64), 2, mode)
         assert child.training and not child.bn.training and not parent.bn.training
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "options", "other"),
         [

@@ -98,7 +98,6 @@ def test_round_trip_is_exact(name: str, seed: int, split: str, double: bool, gro
         merge(merged, x)
 
 
-@pytest.mark.slow
 @settings(max_examples=PROGRAMS, deadline=None, suppress_health_check=QUIET)
 @given(programs(), st.integers(0, 99), st.sampled_from(SPLITS))
 def test_random_programs(program: Program, seed: int, split: str) -> None:

@@ -74,7 +74,6 @@ def is_widened(program: Program, seed: int, split: str, free: bool, groups: str)
     return bool(report.changes)
 
 
-@pytest.mark.slow
 def test_random_programs_are_never_silently_wrong() -> None:
     outcomes: list[bool] = []
 
@@ -381,7 +380,6 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return randomize(model).eval(), torch.zeros(1, 3, size, size)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS + (MORE_NETWORKS if "GIGAMORPH_PROGRAMS" in os.environ else []))
 def test_networks(name: str) -> None:
     model, x = network(name)

@@ -174,7 +174,6 @@ def calls(folder: Path, bad: Path, out: Path) -> dict[str, list[list[object]]]:
 OTHERS = {"bench", "data", "demo", "doctor", "eval", "morph", "plan", "recipe"}  # they take no checkpoint as a model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "place", [("options",), ("preprocessing", "normalize"), ("split",), ("channels",), ("target",)]
 )
@@ -193,7 +192,6 @@ def test_every_command_refuses_a_damaged_record_in_one_line(place, folder, tmp_p
         assert place[0] in lines[0] or command[0] == "view"  # it is not the network of the predictions
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", ["loops", "optimizer_states", "lr_schedulers", "epoch", "state_dict", "callbacks"])
 def test_a_run_does_not_go_on_with_what_lightning_cannot_restore(key, folder, tmp_path, capsys) -> None:
     checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)

@@ -292,7 +292,6 @@ def converted(state, dtype):
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_is_imported_and_predicts_the_real_mammogram(layout, tmp_path, real_data):
     """Log-odds: through the commands in float32 to 1e-5, the network by tiles in float64 to 1e-12."""
@@ -321,7 +320,6 @@ def test_mammoscreens_three_networks_have_sizes_of_their_own():
     assert [part.preprocessing.fit for part in parts] == ["widen", "widen", "pad"]
 
 
-@pytest.mark.slow
 def test_mammoscreen_is_an_ensemble_of_its_networks(tmp_path, real_data):
     numbers = (0, 2)  # the second differs from the first in nothing but its size
     mammoscreen_checkpoint(tmp_path / "model.safetensors", numbers)
