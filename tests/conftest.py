@@ -19,8 +19,8 @@ import torch
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
-# TorchDynamo composes a trace of each recording while its logger has a handler. pytest adds one to every logger that does
-# not propagate, but nothing reads the trace here.
+# TorchDynamo composes a trace of each recording while its logger has a handler. pytest adds one to every logger that
+# does not propagate, but nothing reads the trace here.
 _trace = logging.getLogger("torch.__trace")
 _trace.handlers.clear()
 _trace.addHandler = lambda hdlr: None
