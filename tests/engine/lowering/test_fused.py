@@ -127,7 +127,7 @@ def ops_of(net: nn.Module) -> list[str]:
 
 
 @settings(
-    max_examples=examples(10),
+    max_examples=examples(8),
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -149,7 +149,7 @@ def test_random_networks(fused_with_stock_ops: None, program: Program) -> None:
     ],
 )
 def test_blocks(fused_with_stock_ops: None, act: type[nn.Module], tile: int) -> None:
-    assert_exact(build(act), image(75, 58), tile=(tile, tile))
+    assert_exact(build(act), image(75, 58), tile=(tile, tile), inference=tile == 24)
 
 
 @pytest.mark.parametrize(

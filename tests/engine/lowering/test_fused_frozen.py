@@ -74,7 +74,7 @@ def names(training: bool) -> list[str]:
     return [local.op.name for stage in staged.stages for local in stage.locals]
 
 
-@settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=5, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     act=st.sampled_from(list(ACTIVATIONS)),
     images=st.integers(1, 2),

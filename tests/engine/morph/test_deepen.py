@@ -104,7 +104,7 @@ def test_relu_after_relu_needs_no_pact() -> None:
     assert isinstance(child[1][2], nn.ReLU) and torch.equal(child(x), model(x))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(), st.sampled_from(PAIRS))
 def test_pair(case: Any, act: str) -> None:
     model, x, path, kernel = case
@@ -142,7 +142,7 @@ def test_pair_trains_densely_where_its_parts_are_alive() -> None:
     assert (child[0][1].weight.grad != 0).all() and (child[0][3].weight.grad != 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(cases(), st.sampled_from(["ReLU", "GELU", "SiLU", "Tanh"]), st.booleans(), st.integers(1, 6))
 def test_residual_is_bit_exact_in_both_modes(case: Any, act: str, norm: bool, hidden: int) -> None:
     model, x, path, kernel = case

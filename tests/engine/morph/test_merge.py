@@ -27,7 +27,7 @@ from gigamorph.engine.morph.step import Report, Step, from_json, to_json
 from gigamorph.engine.morph.widen import widen
 
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 16))
+PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 12))
 REORDERS = ("flip", "shuffle", "chunk", "gate")  # a class may lie on its tensors in different orders
 tally = {"seen": 0, "merged": 0}
 

@@ -38,9 +38,9 @@ from gigamorph.engine.morph.widen import WidenStep, widen
 
 X = torch.zeros(1, 3, 8, 8)
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 16))  # 10,000 take a quarter of an hour
+PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 10))  # 10,000 take a quarter of an hour
 quiet = settings(deadline=None, suppress_health_check=QUIET)
-fast = settings(quiet, max_examples=12)
+fast = settings(quiet, max_examples=7)
 
 
 def draw_counts(model: nn.Module, seed: int, most: int = 3, groups: str = "more") -> dict[str, list[int]]:
