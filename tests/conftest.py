@@ -107,6 +107,20 @@ def forked_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def untiled_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imports compare logits with those of the untiled network, not with those by tiles, which are two recordings.
+
+    tests/engine/published/test_importing.py and tests/engine/mammography/layouts compare them by tiles.
+    """
+
+    def untiled(network: torch.nn.Module, image: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
+        with torch.no_grad():
+            return network(image)
+
+    monkeypatch.setattr("gigamorph.engine.published.reference._by_tiles", untiled)
+
+
+@pytest.fixture
 def no_arena(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps on the CPU allocate in the C library's heap, as they do where no compiler is."""
     reason = functools.cache(lambda: "a test leaves it out")
