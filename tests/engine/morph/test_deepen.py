@@ -271,6 +271,8 @@ def test_every_block_of_real_networks(name: str, path: str) -> None:
         options["mlp_ratio"] = 1 / 32  # else a hundred million weights in the head
     if name.startswith("densenet") and not DEEP:
         options["block_config"] = (1, 3, 1, 1)
+    if name.startswith("mobilenetv2") and not DEEP:
+        options["depth_multiplier"] = 0.5
     if name.startswith("convnext") and not DEEP:
         options["depths"] = (1, 1, 1, 1)
     model = randomize(timm.create_model(name, num_classes=3, **options))
