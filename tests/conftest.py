@@ -19,8 +19,11 @@ import torch
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
-# TorchDynamo composes a trace of each recording while its logger has a handler; nothing reads it here.
-logging.getLogger("torch.__trace").handlers.clear()
+# TorchDynamo composes a trace of each recording while its logger has a handler. pytest adds one to every logger that
+# does not propagate, but nothing reads the trace here.
+_trace = logging.getLogger("torch.__trace")
+_trace.handlers.clear()
+_trace.addHandler = lambda hdlr: None
 
 # Tests share helpers by plain imports: `from exactness import assert_exact`.
 sys.path[:0] = [str(Path(__file__).parent / "helpers"), str(Path(__file__).parent)]
@@ -101,6 +104,20 @@ def forked_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = types.SimpleNamespace(Popen=forked.Server, PIPE=subprocess.PIPE)
     monkeypatch.setattr("gigamorph.engine.bench.process.subprocess", stand_in)
+
+
+@pytest.fixture
+def untiled_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imports compare logits with those of the untiled network, not with those by tiles, which are two recordings.
+
+    tests/engine/published/test_importing.py and tests/engine/mammography/layouts compare them by tiles.
+    """
+
+    def untiled(network: torch.nn.Module, image: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
+        with torch.no_grad():
+            return network(image)
+
+    monkeypatch.setattr("gigamorph.engine.published.reference._by_tiles", untiled)
 
 
 @pytest.fixture

@@ -142,7 +142,6 @@ def command(text: str) -> None:
     assert ended.value.code == 0, text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.usefixtures("named_rates")
 def test_a_page_runs(page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

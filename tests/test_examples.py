@@ -93,7 +93,6 @@ def test_ray_serve_answers_what_load_predicts(tmp_path):
     assert status == 422 and "is truncated" in told["error"] and len(told["error"].splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_two_devices_give_the_gradient_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]))
     assert example("two_devices")(tmp_path) < 1e-10

@@ -23,7 +23,6 @@ def run(*args: object) -> None:
     assert ended.value.code == 0
 
 
-@pytest.mark.slow
 def test_an_array_of_slurm_and_an_indexed_job_of_kubernetes_are_one_run(tmp_path, monkeypatch):
     """The first of two shards as a task of the array, the second as a pod, at the same time, into one folder."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -66,7 +66,6 @@ def test_a_checkout_is_whole(tmp_path: Path):
     assert told.split() == ["gigamorph.engine.errors", str(tmp_path / "engine" / "errors.py")]
 
 
-@pytest.mark.slow
 def test_a_wheel_trains_and_loads(tmp_path: Path):
     """Installed from its wheel, outside of the checkout: data, a training, `load`, and a page of the viewer."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

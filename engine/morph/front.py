@@ -29,7 +29,7 @@ from .activation import PAct, activation
 from .copying import as_ordered, cast, channels_last, duplicate
 from .example import as_inputs
 from .other_sizes import other_inputs
-from .stem import Stem, View, find_stem, view
+from .stem import Stem, View, find_stem, record, view
 from .step import Report, Step
 from .stock import as_given, stock
 from .surgery import replace as replace_module
@@ -94,7 +94,8 @@ def front(
     _check_arguments(example, r, mode, downsample, size)
     given, model = model, stock(model, inplace)
     height, width = size or (r * example.shape[2], r * example.shape[3])
-    stem = find_stem(model, example)
+    program = record(model, tuple(example.shape), example)
+    stem = find_stem(model, program)
     large = example.repeat_interleave(r, 2).repeat_interleave(r, 3)
     asked = (example.shape[1], r, mode, downsample, filters, act, seed)
     step = plan_front(model, stem, *asked)
@@ -110,7 +111,8 @@ def front(
             raise
         step = plan_front(model, replace(stem, others=("the image's size",)), *asked)  # before the whole network
         child, report = _grown(step, model, large, inplace)
-    before = view(model, (1, example.shape[1], height // r, width // r), example)
+    small = (1, example.shape[1], height // r, width // r)
+    before = view(model, small, example, program if small == tuple(example.shape) else None)
     after = view(child, (1, example.shape[1], height, width), example)
     changes = [f"found: {stem}", *step.describe(child), f"before: {before}", f"after: {after}"]
     changes += [f"the child's image sides must be multiples of {r}", *report.changes]

@@ -72,26 +72,19 @@ class View:
         )
 
 
-def find_stem(model: nn.Module, example: Tensor) -> Stem:
-    """Find the convolutions that read the image.
+def view(model: nn.Module, shape: Shape, example: Tensor, program: Program | None = None) -> View:
+    """Compute receptive field, stride and activation memory on images of `shape` without allocating that size.
 
     Args:
-        model: any network that takes one image batch; it is not changed.
-        example: an image batch (N, C, H, W) that it accepts; only shape and device matter.
-
-    Raises:
-        MorphError: the network does not read its image or cannot be recorded.
-    """
-    return _stem(model, record(model, tuple(example.shape), example))
-
-
-def view(model: nn.Module, shape: Shape, example: Tensor) -> View:
-    """Compute receptive field, stride and activation memory on images of `shape` without allocating that size.
+        model: a network.
+        shape: (N, C, H, W).
+        example: an image batch; only its device matters.
+        program: the network's record at that size, if there is one.
 
     Raises:
         MorphError: the network cannot be recorded at that size.
     """
-    axes = [*zip(*receptive_fields(lower(record(model, shape, example), "untiled")).values(), strict=True)]
+    axes = [*zip(*receptive_fields(lower(program or record(model, shape, example), "untiled")).values(), strict=True)]
     rows, columns = ((ceil(max(f.extent for f in axis)), ceil(max(f.stride for f in axis))) for axis in axes)
     field, stride = zip(rows, columns, strict=True)
     return View((shape[2], shape[3]), field, stride, activation_bytes(model, shape, example))
@@ -130,7 +123,16 @@ def activation_bytes(model: nn.Module, shape: Shape, example: Tensor) -> int:
     return sum(storage.nbytes() for storage in stored.values())
 
 
-def _stem(model: nn.Module, program: Program) -> Stem:
+def find_stem(model: nn.Module, program: Program) -> Stem:
+    """Find the convolutions that read the image.
+
+    Args:
+        model: any network that takes one image batch; it is not changed.
+        program: its record.
+
+    Raises:
+        MorphError: the network does not read its image, or returns it.
+    """
     affine, before, readers = {program.image}, [], []
     for op in program.ops:
         if not affine.intersection(op.inputs):

@@ -208,7 +208,6 @@ def test_unknown_section_is_an_error(tmp_path):
     assert done.returncode == 2 and "all unknown; sections are ceilings" in done.stderr
 
 
-@pytest.mark.slow
 def test_dry_run(tmp_path):
     """Every section's code, on the CPU and in the interpreter."""
     path = tmp_path / "dry.json"

@@ -42,7 +42,6 @@ def parent(data: morph_training.Digits) -> nn.Module:
     return net
 
 
-@pytest.mark.slow
 def test_a_run_in_small(data: morph_training.Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(morph_training, "load", lambda: data)
     lines: list[str] = []

@@ -27,7 +27,7 @@ from gigamorph.engine.published.export import open_source
 from gigamorph.engine.published.importing import Wishes, import_ensemble, import_network
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn", "untiled_imports")
 GREY = {"mean": (0.3,), "std": (0.1,)}
 
 
@@ -292,7 +292,7 @@ def test_one_sigmoid_begins_as_two_classes_with_the_same_probabilities(tmp_path)
         torch.testing.assert_close(started(image).softmax(1)[:, 1], network(image)[:, 0].sigmoid())
 
 
-def test_plan_bench_and_morph_take_it_as_a_model(tmp_path, capsys):
+def test_plan_bench_and_morph_take_it_as_a_model(tmp_path, named_rates, capsys):
     make(tmp_path / "net", 3)
     net = str(tmp_path / "net")
     assert run("plan", "--model", net, "--size", "256x256", "--memory-budget", "64MiB", "--device", "cpu") == 0

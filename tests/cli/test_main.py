@@ -144,6 +144,7 @@ def test_a_reader_that_has_enough(args, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.usefixtures("named_rates")
 @pytest.mark.parametrize("args", [["--help"], ["plan", "--model", "lesionnet", "--size", "64x64"]])
 def test_an_output_that_takes_nothing(args, monkeypatch, capfd):
     with open("/dev/full", "w") as full:

@@ -325,7 +325,6 @@ def test_every_example_in_a_help_runs(operation, folder):
     assert grow(operation.name, source, "b", *operation.example.split()) == 0
 
 
-@pytest.mark.slow
 def test_every_line_of_the_documentation_runs(folder, named_rates, capsys):
     text = (Path(__file__).parents[2] / "docs" / "morph.md").read_text()
     names: dict[str, object] = {}

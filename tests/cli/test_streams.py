@@ -96,7 +96,7 @@ def streams(out: str, err: str, folder: Path) -> Iterator[Path]:
             os.close(own)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_peers", "named_rates")
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize(
     ("out", "err"), [("closed", "closed"), ("full", "file"), ("unread", "full"), ("ascii", "file")]

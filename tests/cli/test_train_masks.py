@@ -3,6 +3,7 @@
 import json
 
 import imagecodecs
+import masks
 import numpy as np
 import pytest
 import tifffile
@@ -16,6 +17,14 @@ from gigamorph.engine.train.network import restore_network
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 FAST = ["--task", "masks", "--epochs", "1", "--accumulate", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_size():
+    """A run of one size is recorded once; tests/engine/train/test_masks.py has two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "SIZES", masks.SIZES[:1])
+        yield
 
 
 @pytest.fixture(scope="module")

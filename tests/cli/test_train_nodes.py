@@ -19,7 +19,6 @@ from gigamorph.engine.mammography.phantom import write_phantoms
 TRAIN = ["--model", "training:normed", "--epochs", "3", "--accumulate", "4"]
 
 
-@pytest.mark.slow
 def test_two_nodes_with_two_processes_each_go_on_after_one_is_killed(tmp_path, capsys):
     """Pairs share each image, the pairs have different ones; torchrun starts all anew from the last checkpoint."""
     table = write_phantoms(tmp_path / "p", patients=4, height=128, width=96, seed=1)

@@ -443,7 +443,6 @@ def test_a_file_that_is_no_checkpoint(trained, phantoms, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phantoms, tmp_path):
     command = ["train", phantoms, *FAST, "--epochs", "5", "--out"]
     assert run(*command, tmp_path / "whole") == 0
@@ -460,7 +459,6 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(phan
         assert torch.equal(value, b["state_dict"][key]), key
 
 
-@pytest.mark.slow
 def test_real_mammograms_from_index_to_report_at_native_resolution(real_data, tmp_path, capsys):
     """Of a folder of two files, a mammogram and a frame of a tomosynthesis; labels are what a user adds."""
     (tmp_path / "dicom").mkdir()

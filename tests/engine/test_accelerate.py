@@ -441,7 +441,6 @@ def test_lightning(tmp_path):
     assert worst(weights[0], weights[1]) <= 1e-11
 
 
-@pytest.mark.slow
 def test_two_processes_with_ddp(tmp_path):
     [[(first, alone), (second, _)]] = in_processes(2, tmp_path, [(steps,)])
     assert worst(first, second) == 0

@@ -87,7 +87,7 @@ def tensors(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     kind=st.sampled_from(NETWORKS),
     bags=st.integers(1, 3),

@@ -244,11 +244,18 @@ def agree_whole(net: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(other(x), net(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn"])
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet18_fpn"])
 def test_a_detector_is_refused_as_one(name):
     """Its backbone is computed by tiles."""
     detection = pytest.importorskip("torchvision.models.detection")
-    net = getattr(detection, name)(weights=None, weights_backbone=None).double().eval()
+    if name == "retinanet_resnet18_fpn":  # with the layers of torchvision's retinanet_resnet50_fpn
+        from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+        further = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
+        backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None, **further)
+        net = detection.RetinaNet(backbone, 91).double().eval()
+    else:
+        net = getattr(detection, name)(weights=None, weights_backbone=None).double().eval()
     remedy = "net.backbone = accelerate(net.backbone, ...)"
     told = said(net, images(1, 3, 96, 96))
     assert told.endswith(remedy) and "NMS" in told and re.match(r"\w+\.py:\d+ \(in \w+\)", told), told

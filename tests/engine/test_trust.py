@@ -137,9 +137,10 @@ def calls(trained: Path, checkpoint: Path, net: Path) -> dict[str, list[list[obj
 WITHOUT_NETWORKS = {"data", "demo", "doctor", "eval", "recipe"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a function of Python", "a package of the folder"])  # of the others see the functions
-def test_no_command_runs_what_a_file_names(kind: str, trained: Path, place: Path, capsys) -> None:
+def test_no_command_runs_what_a_file_names(kind: str, trained: Path, place: Path, capsys, request) -> None:
+    if kind != "a package of the folder":  # where a new interpreter looks for modules plays no part
+        request.getfixturevalue("forked_peers")
     mark = place / "mark"
     checkpoint, net = hostile(trained, place, NAMES[kind].format(mark=str(mark)))
     if not (trained / "predictions").exists():

@@ -43,8 +43,10 @@ class Source:
 
 
 class Images:
-    def __init__(self, records: list[Record]):
-        self.records = records
+    """Images of so many widths: with one a run is recorded once, not for all sizes as well."""
+
+    def __init__(self, records: list[Record], widths: int = 1):
+        self.records, self.widths = records, widths
 
     def __len__(self) -> int:
         return len(self.records)
@@ -52,16 +54,18 @@ class Images:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         number = int(record.path.stem)
-        source = Source(record.path.name, number, record.label, (1, 40, 33 + number % 3))
+        source = Source(record.path.name, number, record.label, (1, 40, 33 + number % self.widths))
         return {"image": source, "label": record.label, "index": index, "record": record}
 
 
-def images(count: int, first: int = 0) -> Images:
-    return Images([Record(Path(f"{i}.png"), i % 2, f"p{i}", laterality="L") for i in range(first, first + count)])
+def images(count: int, first: int = 0, widths: int = 1) -> Images:
+    records = [Record(Path(f"{i}.png"), i % 2, f"p{i}", laterality="L") for i in range(first, first + count)]
+    return Images(records, widths)
 
 
-def make_data() -> Data:
-    return Data(images(7), images(4, 100), images(4, 200), ("normal", "finding"), 1, {"mean": 0.5})
+def make_data(widths: int = 1) -> Data:
+    parts = (images(count, first, widths) for count, first in ((7, 0), (4, 100), (4, 200)))
+    return Data(*parts, ("normal", "finding"), 1, {"mean": 0.5})
 
 
 def network(num_classes: int, in_channels: int, live: bool) -> nn.Sequential:
@@ -93,7 +97,8 @@ def normed(num_classes: int, in_channels: int) -> nn.Module:
 
 
 def uneven() -> Data:
-    return Data(images(13), images(5, 100), images(3, 200), ("normal", "finding"), 1, {})
+    parts = (images(count, first, 3) for count, first in ((13, 0), (5, 100), (3, 200)))
+    return Data(*parts, ("normal", "finding"), 1, {})
 
 
 def press_at(stage: str, image: int) -> Report:
@@ -127,7 +132,7 @@ def run_stage(out: Path, split: bool, batch: int, accumulate: int) -> Any:
     torch.manual_seed(3)
     net = live(2, 1)
     net.insert(5, nn.BatchNorm2d(8, momentum=None).double())  # which has means over all batches
-    task = ClassifierTask(net, images(13), images(5, 100), Target(("normal", "finding")), batch=2, split=split)
+    task = ClassifierTask(net, images(13, 0, 3), images(5, 100, 3), Target(("normal", "finding")), batch=2, split=split)
     stage = Stage("all", 2, 3e-3, batch_size=batch, accumulate=accumulate)
     try:
         rows = run_stages(task, [stage], Run(out, seed=5, group=ProcessGroup.here(split))).rows

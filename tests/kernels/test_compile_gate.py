@@ -188,7 +188,6 @@ def test_planted_faults_are_found(verdicts, name):
     assert wanted in verdicts[name] and bool(wanted) == bool(verdicts[name]), verdicts[name]
 
 
-@pytest.mark.slow
 def test_quick_gate_passes():
     done = _child(__file__, "step")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

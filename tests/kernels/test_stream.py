@@ -91,7 +91,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=14, deadline=None, derandomize=True)
 @given(
     channels=st.sampled_from(COMPUTED),
     size=st.sampled_from(SIZES),

@@ -69,7 +69,6 @@ def test_a_network_that_is_no_sequence_is_refused():
         lightstream.streaming_step(Squares(), Task("-", (1, 1, 64, 64)), 64)
 
 
-@pytest.mark.slow
 def test_it_computes_what_stock_does_where_it_is_installed():
     pytest.importorskip("lightstream")
     task = Task("resnet18", (1, 3, 1088, 1088))

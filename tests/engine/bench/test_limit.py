@@ -107,7 +107,6 @@ def test_a_small_cap_does_not_stop_a_step_that_keeps_to_it():
     assert answer["status"] == OK and answer["peak_bytes"] < 14 * 2**20, answer
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("forked_peers")
 def test_a_real_limit_is_where_memory_ends():
     row = find(TASK, "stock", Search(24 * 2**20, steps=1))

@@ -224,7 +224,6 @@ def test_compiling_needs_a_compiler_on_the_cpu(monkeypatch):
     assert PEERS["compile"].missing(dataclasses.replace(TASK, device="cuda")) is None
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("forked_peers")
 @pytest.mark.skipif(PEERS["compile"].missing(TASK) is not None, reason="no C++ compiler")
 def test_real_processes_compile():

@@ -240,7 +240,6 @@ def test_fused_live_norms(remembered: Remembered, fused_with_stock_ops: None) ->
     assert remembered.replayed > 0
 
 
-@pytest.mark.slow
 def test_triton_kernels(remembered: Remembered) -> None:
     """In the interpreter: of five strips the three in the middle are alike."""
     torch.manual_seed(0)

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import gzip
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import packed_tables
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import Forked
 
 from gigamorph.engine.datasets.tables.cells import read_rows, stream_rows
 from gigamorph.engine.errors import DataError
 
 MIB = 2**20
-READ = """
-import resource, sys
-from collections import deque
-from pathlib import Path
-import pyarrow.parquet
-from gigamorph.engine.datasets.tables.generic import stream_table
-from gigamorph.engine.datasets.tables.cells import read_rows
-from gigamorph.engine.errors import DataError
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for read in (read_rows, lambda path: deque(stream_table(path, None, {}), 0)):
-    try:
-        read(Path(sys.argv[1]))
-        sys.exit("opened")
-    except DataError as error:
-        print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
 
 
 def _packed(path: Path, row: bytes) -> None:
@@ -86,9 +70,9 @@ BOMBS: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_unpacks_to_gigabytes_is_refused(name: str, tmp_path: Path) -> None:
     BOMBS[name](path := tmp_path / name)
-    run = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    first, second, grown = run.stdout.splitlines()
+    process = Forked(packed_tables.read, str(path))
+    assert process.wait() == 0, process.error
+    first, second, grown = process.output.splitlines()
     assert first.startswith(f"{path}: ") and second.startswith(f"{path}: ") and int(grown) < 512 * 1024
 
 

@@ -146,7 +146,7 @@ def measures(found):
 
 
 @given(tables())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_order_of_columns_and_rows_changes_no_measure(tmp_path, table):
     header, rows, columns_as, rows_as = table
     before = read_cases(write(tmp_path / "x.csv", header, rows))

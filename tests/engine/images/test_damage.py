@@ -58,7 +58,6 @@ def open_all(paths: list[Path], memory: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_random_damage(sound: dict[str, bytes], tmp_path: Path) -> None:
     paths = []
@@ -268,7 +267,6 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_hostile_files(tmp_path: Path) -> None:
     paths = [write(tmp_path / name.replace(" ", "_")) for name, write in HOSTILE.items()]

@@ -108,7 +108,7 @@ class Net(nn.Module):
         return self.last(torch.cat([x, *(t.to(x.dtype) for t in self.function(x, x.flip(1) * 0.5 + 0.2))], 1))
 
 
-def exact(function) -> None:
+def exact(function, inference: bool = True) -> None:
     net = Net(function).double()
     net(image())
     try:
@@ -117,12 +117,13 @@ def exact(function) -> None:
         if "derivative for" not in str(error) and "derivative" not in str(error):
             raise
         net.function = lambda x, y: function(x.detach(), y.detach())
-    assert_exact(net, image(1, 2, 9, 8), tile=(5, 4))
+    assert_exact(net, image(1, 2, 9, 8), tile=(5, 4), inference=inference)
 
 
 @pytest.mark.parametrize("name", [n for n in (*names.TAGGED, *names.ALIASES, *names.COMPOSED) if n != "polygamma"])
 def test_function(name):
-    exact(lambda x, y: spellings(name, x, y))
+    """Inference, for which all of them are replayed alike, is compared for every other one."""
+    exact(lambda x, y: spellings(name, x, y), inference=len(name) % 2 == 0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from gigamorph.engine.errors import UnsupportedError
 pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=9, deadline=None)
 @given(
     kernel=pairs,
     stride=pairs,

@@ -127,7 +127,7 @@ def ops_of(net: nn.Module) -> list[str]:
 
 
 @settings(
-    max_examples=examples(10),
+    max_examples=examples(8),
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -149,7 +149,7 @@ def test_random_networks(fused_with_stock_ops: None, program: Program) -> None:
     ],
 )
 def test_blocks(fused_with_stock_ops: None, act: type[nn.Module], tile: int) -> None:
-    assert_exact(build(act), image(75, 58), tile=(tile, tile))
+    assert_exact(build(act), image(75, 58), tile=(tile, tile), inference=tile == 24)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,6 @@ def test_convnext(fused_with_stock_ops: None, size: tuple[int, int], tile: int) 
     assert_exact(build_convnext(), image(*size), tile=(tile, tile))
 
 
-@pytest.mark.slow
 def test_convnext_with_triton_kernels(triton_kernels: None) -> None:
     assert_exact(build_convnext(), image(24, 17), tile=(16, 24))
 
@@ -226,7 +225,6 @@ def test_convnext_under_autocast(fused_with_stock_ops: None) -> None:
     assert_near_under_autocast(build_convnext(), image(96, 80), tile=32)
 
 
-@pytest.mark.slow
 def test_blocks_with_triton_kernels(triton_kernels: None) -> None:
     model, x = build(nn.SiLU), image(28, 21)
     assert_like_stock(model, x, 20)

@@ -74,7 +74,7 @@ def names(training: bool) -> list[str]:
     return [local.op.name for stage in staged.stages for local in stage.locals]
 
 
-@settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=5, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     act=st.sampled_from(list(ACTIVATIONS)),
     images=st.integers(1, 2),
@@ -92,7 +92,6 @@ def test_equals_stock(
     assert_exact(model, image(images, 1, *size), tile=tile)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_with_triton_kernels(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     monkeypatch.setattr(kernels, "enabled", lambda device: True)

@@ -86,7 +86,7 @@ def image(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
-@settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=6, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     norm=st.sampled_from(list(NORMS)),
     act=st.sampled_from(list(ACTIVATIONS)),
@@ -130,7 +130,6 @@ def test_several_images_have_numbers_of_their_own() -> None:
     assert names(2).count("scale_shift") == 10
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["groups", "bare instances"])
 def test_with_triton_kernels(monkeypatch: pytest.MonkeyPatch, norm: str) -> None:
     monkeypatch.setattr(kernels, "enabled", lambda device: True)

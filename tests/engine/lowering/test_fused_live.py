@@ -121,7 +121,7 @@ def test_strategies(fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch,
         yield found[min(number, len(found) - 1)]
 
     monkeypatch.setattr(PLAN, "strategies", one)
-    assert_exact(build(), image(1, 1, 56, 42), tile=(24, 24))
+    assert_exact(build(), image(1, 1, 56, 42), tile=(24, 24), inference=number == 0)  # which stores nothing
     assert taken
 
 
@@ -200,7 +200,6 @@ def test_several_sizes(fused_with_stock_ops: None, tile: int) -> None:
     assert max(wrong.values()) < 1e-11, wrong
 
 
-@pytest.mark.slow
 def test_with_triton_kernels() -> None:
     with choice.override("triton"):
         assert_exact(build(nn.ReLU), image(1, 1, 24, 17), tile=(16, 24))

@@ -65,7 +65,7 @@ def image(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
-@settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=5, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     images=st.integers(1, 2),
     size=st.tuples(st.integers(12, 60), st.integers(12, 60)),

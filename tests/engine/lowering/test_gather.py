@@ -94,10 +94,10 @@ def test_ends_of_blocks_are_gathered() -> None:
 @pytest.mark.usefixtures("order")
 @pytest.mark.parametrize(("act", "tile"), [(nn.ReLU, 16), (nn.ReLU, 200), (nn.ReLU6, 24), (nn.SiLU, 24)])
 def test_networks_are_exact(act: type[nn.Module], tile: int) -> None:
-    assert_exact(build(act), image(101, 86), tile=tile)
+    assert_exact(build(act), image(101, 86), tile=tile, inference=tile == 24)
 
 
-@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=5, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     height=st.integers(20, 60),
     width=st.integers(20, 60),
@@ -154,7 +154,7 @@ def test_what_comes_back_for_a_stored_map_is_gathered_too() -> None:
     assert stored_and_gathered(live(nn.SiLU)) == 0
 
 
-@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=5, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     act=st.sampled_from([nn.ReLU, nn.ReLU6, nn.SiLU]),
     kind=st.sampled_from([Net, Given]),
@@ -196,7 +196,7 @@ class Ladder(nn.Module):
         return torch.cat([*found, *(F.silu(side(y)).mean((2, 3)) for side in self.sides)], 1)
 
 
-@settings(deadline=None, max_examples=20, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     sums=st.integers(1, 3),
     windows=st.integers(0, 2),

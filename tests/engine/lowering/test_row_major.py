@@ -41,7 +41,7 @@ def image(height: int, width: int, n: int = 2) -> Tensor:
     return torch.randn(n, 2, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     height=st.integers(3, 13),
     width=st.integers(3, 13),

@@ -54,7 +54,7 @@ def block(seed: int, live: bool = False, bias: bool = True, padding: int = 1) ->
     return Block(live, bias, padding)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     size=st.tuples(st.integers(20, 70), st.integers(20, 70)),
     tile=st.integers(8, 40),

@@ -18,10 +18,14 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import LesionNet, resnet18
 from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.front import front, plan_front
-from gigamorph.engine.morph.stem import find_stem, view
+from gigamorph.engine.morph.stem import Stem, find_stem, record, view
 
 LIMIT = 1e-12
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+def stem_of(network: nn.Module, example: torch.Tensor) -> Stem:
+    return find_stem(network, record(network, tuple(example.shape), example))
 
 
 class Net(nn.Module):
@@ -68,26 +72,30 @@ def stems(draw: Any) -> dict[str, Any]:
 
 
 class TestExact:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(stems(), st.integers(2, 6), st.sampled_from(["fold", "stages"]), st.integers(13, 18), st.integers(13, 18))
     def test_any_stem(self, options: dict[str, Any], r: int, mode: str, height: int, width: int) -> None:
         parent = net(**options)
-        stem = find_stem(parent, torch.zeros(1, options["channels"], 13, 13))
+        stem = stem_of(parent, torch.zeros(1, options["channels"], 13, 13))
         assert stem.convs == ("stem",) and stem.plain == (True,)
         step = plan_front(parent, stem, options["channels"], r, mode, "area", filters=6, act="GELU", seed=0)
         child = step.repeat(copy.deepcopy(parent))
         x = torch.randn(2, options["channels"], r * height, r * width, dtype=torch.float64)
         assert error(parent, child, x, F.avg_pool2d(x, r)) <= LIMIT
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=6, deadline=None)
     @given(stems(), st.sampled_from([2, 3, 4]), st.sampled_from(["fold", "stages", "residual", "keep"]))
     def test_front_accepts_what_is_exact(self, options: dict[str, Any], r: int, mode: str) -> None:
         parent = net(**{**options, "dilation": 1})
         _, report = front(parent, torch.zeros(1, options["channels"], 13, 16), r, mode)
         assert report.difference.float64 <= LIMIT
 
-    @pytest.mark.parametrize("mode", ["fold", "stages", "residual", "keep"])
-    @pytest.mark.parametrize("r", [2, 3, 4, 5, 6])
+    @pytest.mark.parametrize(
+        ("mode", "r"),
+        [(mode, r) for mode in ("fold", "residual") for r in (2, 4, 5)]
+        + [("stages", r) for r in (2, 3, 4, 6)]
+        + [("keep", r) for r in (3, 6)],
+    )
     def test_bilinear(self, mode: str, r: int) -> None:
         parent, example = net(), torch.zeros(1, 1, 9, 12, dtype=torch.float64)
         if mode == "stages" and r == 4:
@@ -98,8 +106,7 @@ class TestExact:
         x = torch.randn(2, 1, 9 * r, 12 * r, dtype=torch.float64)
         assert error(parent, child, x, F.interpolate(x, (9, 12), mode="bilinear")) <= LIMIT
 
-    @pytest.mark.parametrize("mode", ["residual", "keep"])
-    @pytest.mark.parametrize("r", [2, 3, 7])
+    @pytest.mark.parametrize(("mode", "r"), [("residual", 2), ("residual", 7), ("keep", 3), ("keep", 7)])
     def test_antialias_is_kept(self, mode: str, r: int) -> None:
         parent, example = net(), torch.zeros(1, 1, 10, 7, dtype=torch.float64)
         child, report = front(parent, example, r, mode, downsample="antialias")
@@ -142,7 +149,6 @@ class TestExact:
         child, _ = front(parent, torch.zeros(1, 1, 12, 12, dtype=torch.float64), 2, mode)
         assert child.training and not child.bn.training and not parent.bn.training
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "options", "other"),
         [
@@ -158,6 +164,9 @@ class TestExact:
         parent = randomize(timm.create_model(name, num_classes=5, **options)).eval()
         if name == "repvgg_a0":
             del parent.stages[2][1:]  # more of the same
+        if name.startswith("tf_"):
+            for stage in parent.blocks:
+                del stage[1:]
         for mode, r in (("fold", 2), (other, 4 if other == "stages" else 2)):
             if name.startswith("tf_") and mode == "fold":
                 with pytest.raises(MorphError, match="'conv_stem' \\(Conv2dSame\\)"):
@@ -258,7 +267,7 @@ class TestReport:
 class TestStem:
     def test_affine_steps_are_seen_through(self) -> None:
         grey = net(channels=3, before=lambda x: (1 - x.repeat(1, 3, 1, 1)).div_(2)[:, :3])
-        stem = find_stem(grey, torch.zeros(1, 1, 12, 12))
+        stem = stem_of(grey, torch.zeros(1, 1, 12, 12))
         assert stem.convs == ("stem",) and stem.plain == (True,) and not stem.others
         assert stem.before == ("repeat", "rsub", "div", "getitem")
         for mode in ("fold", "stages", "residual"):
@@ -281,7 +290,7 @@ class TestStem:
         ],
     )
     def test_other_steps_are_not(self, before: Any) -> None:
-        stem = find_stem(net(before=before), torch.zeros(1, 1, 12, 12, dtype=torch.float64))
+        stem = stem_of(net(before=before), torch.zeros(1, 1, 12, 12, dtype=torch.float64))
         assert stem.others and not stem.convs
 
     def test_front_before_a_network_whose_first_step_is_not_affine(self) -> None:

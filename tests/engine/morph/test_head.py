@@ -39,7 +39,7 @@ def logits(result: Any) -> Tensor:
 cases = st.tuples(st.integers(1, 5), st.booleans(), st.sampled_from(["linear", "conv", "dict"]), st.integers(0, 99))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(cases, st.integers(1, 4), st.booleans())
 def test_independent(case: Any, new: int, training: bool) -> None:
     classes, bias, kind, seed = case

@@ -106,7 +106,6 @@ REAL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, kind) for name in REAL for kind in ("sgd", "adamw")]

@@ -346,7 +346,6 @@ class TestRefusals:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")
 class TestMemory:
-    @pytest.mark.slow
     def test_a_file_grows_without_the_model_in_memory(self, tmp_path: Path) -> None:
         """By a kernel, a front and by widening: beside a few tensors of 2.4 MB each, no part of the file's 132 MB."""
         names = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]

@@ -20,7 +20,7 @@ from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_r
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.kernel_size import grow_kernel
 
-PROGRAMS = max(1, int(os.environ.get("GIGAMORPH_PROGRAMS", 24)) // 4)
+PROGRAMS = max(1, int(os.environ.get("GIGAMORPH_PROGRAMS", 16)) // 4)
 OTHER = torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.Linear, nn.PReLU)
 MORPHS: dict[str, Callable[[nn.Module, Tensor, str], Any]] = {

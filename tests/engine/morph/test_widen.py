@@ -38,9 +38,9 @@ from gigamorph.engine.morph.widen import WidenStep, widen
 
 X = torch.zeros(1, 3, 8, 8)
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 16))  # 10,000 take a quarter of an hour
+PROGRAMS = int(os.environ.get("GIGAMORPH_PROGRAMS", 10))  # 10,000 take a quarter of an hour
 quiet = settings(deadline=None, suppress_health_check=QUIET)
-fast = settings(quiet, max_examples=12)
+fast = settings(quiet, max_examples=7)
 
 
 def draw_counts(model: nn.Module, seed: int, most: int = 3, groups: str = "more") -> dict[str, list[int]]:
@@ -74,7 +74,6 @@ def is_widened(program: Program, seed: int, split: str, free: bool, groups: str)
     return bool(report.changes)
 
 
-@pytest.mark.slow
 def test_random_programs_are_never_silently_wrong() -> None:
     outcomes: list[bool] = []
 
@@ -381,7 +380,6 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return randomize(model).eval(), torch.zeros(1, 3, size, size)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS + (MORE_NETWORKS if "GIGAMORPH_PROGRAMS" in os.environ else []))
 def test_networks(name: str) -> None:
     model, x = network(name)

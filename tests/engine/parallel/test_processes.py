@@ -49,7 +49,6 @@ def assert_equal(wanted: dict[str, torch.Tensor], outputs: list[torch.Tensor], g
     assert max(worst.values()) < LIMIT, worst
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes(name, two):
     sizes, *_ = TWO[name]
@@ -58,7 +57,6 @@ def test_two_processes(name, two):
         assert_equal(wanted, [output[rank] for output in outputs], got)
 
 
-@pytest.mark.slow
 def test_four_processes(four):
     wanted, outputs = one_process([0, 1, 2, 3], FOUR)
     for rank, got in enumerate(four[0]):

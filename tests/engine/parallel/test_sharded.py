@@ -18,7 +18,6 @@ def two(tmp_path_factory) -> dict[str, list[Any]]:
     return dict(zip(NAMES, in_processes(2, tmp_path_factory.mktemp("two"), tasks), strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_are_those_of_one_process(name, two):
     wanted = sharded_optimizer.alone(2)

@@ -18,7 +18,6 @@ ROWS = [  # network, norms in training or inference, budget
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.parametrize(("name", "mode", "budget"), ROWS)
 def test_predicted_is_measured_and_budgets_are_kept(name: str, mode: str, budget: int) -> None:

@@ -64,7 +64,7 @@ def test_late_layers_are_parts_of_their_own_where_their_weights_are():
     assert len(choices(network((8, 8)), (512, 384))) == 1  # weights are few next to what would be stored
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     widths=st.lists(st.sampled_from([16, 32, 96]), min_size=1, max_size=3).map(lambda few: [*sorted(few), 192]),
     size=st.tuples(st.integers(97, 230), st.integers(90, 230)),

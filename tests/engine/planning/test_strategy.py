@@ -97,7 +97,6 @@ def test_random_networks_with_strips(program: Program, seed: int) -> None:
     check(program, seed)
 
 
-@pytest.mark.slow
 @settings(max_examples=examples(6), **CHECKS)
 @given(programs(max_steps=12, statistics=True), st.integers(0, 10**6))
 def test_deeper_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:

@@ -126,7 +126,6 @@ def test_an_error_leaves_no_process_that_reads_ahead(table, tmp_path, monkeypatc
     assert set(multiprocessing.active_children()) <= before
 
 
-@pytest.mark.slow
 def test_two_devices_give_the_rows_of_one_bit_for_bit(table, whole, tmp_path):
     found = predict(archives.tiny, [table], tmp_path / "out", replace(HERE, devices=2, workers=1))
     assert (found.done, found.computed, found.complete) == (12, 12, True)
@@ -144,7 +143,6 @@ def killing(*, device: str, parent: int) -> Classifier:
     return Classifier(Deadly(), archives.CLASSES, functools.partial(ImageDataset, channels=1))
 
 
-@pytest.mark.slow
 def test_a_device_process_that_dies_is_named_and_the_rest_is_kept(table, tmp_path, monkeypatch):
     # Forked: new interpreters, as users have them, are begun where two devices give the rows of one.
     start = functools.partial(multiprocessing.get_context, "fork")

@@ -56,6 +56,7 @@ def test_timm_loads_what_is_exported_and_import_takes_it_back(folder, tmp_path):
     assert (after.outputs, after.preprocessing, after.licence) == (before.outputs, before.preprocessing, "mit")
 
 
+@pytest.mark.usefixtures("untiled_imports")
 def test_a_hugging_face_folder_of_others_is_read(tmp_path):
     """As timm's own repositories have it: no description of ours."""
     network = timm.create_model("test_convnext", num_classes=3, in_chans=3)
@@ -114,6 +115,7 @@ def test_onnx_runtime_gives_the_logits_at_any_size(folder, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224?img_size=64", "flexivit_small?img_size=64"])
+@pytest.mark.usefixtures("untiled_imports")
 def test_a_network_of_one_size_is_written_for_the_size_that_its_images_are_brought_to(tmp_path, model):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -132,6 +134,7 @@ def test_a_network_of_one_size_is_written_for_the_size_that_its_images_are_broug
 
 
 @without_maximum
+@pytest.mark.usefixtures("untiled_imports")
 def test_what_onnx_runtime_cannot_run_is_told_in_one_line(folder, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -52,6 +52,7 @@ def test_torchscript_opens_if_trusted_and_a_network_of_other_width_is_refused(he
         imported(here, "other", source="published_nets:Net?width=5", trust=True)
 
 
+@pytest.mark.usefixtures("untiled_imports")
 def test_a_pickled_module_of_timm_keeps_the_preprocessing_of_timm(here, in_this_process):
     """As its state dict does: mean, spread, the size where it is fixed; channels by its weights. Whose they are no file
     says: timm's licence is of those that timm fetches."""

@@ -17,13 +17,13 @@ def check(program: Program) -> None:
     assert_exact(model, image, tile=program.tile, halos=program.halos)
 
 
-@settings(max_examples=examples(16), **CHECKS)
+@settings(max_examples=examples(12), **CHECKS)
 @given(programs())
 def test_random_networks(program: Program) -> None:
     check(program)
 
 
-@settings(max_examples=examples(16), **CHECKS)
+@settings(max_examples=examples(12), **CHECKS)
 @given(programs(max_steps=14))
 def test_deeper_random_networks(program: Program) -> None:
     check(program)

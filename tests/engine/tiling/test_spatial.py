@@ -85,13 +85,11 @@ def check(case: Case, found: list[Any]) -> None:
         assert max(step_errors(found[0], got).values()) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(TWO)), ids=[case[0] for case in TWO])
 def test_two_processes(number, two):
     check(TWO[number], two[number])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(FOUR)), ids=[f"{case[0]} {case[1][0]}" for case in FOUR])
 def test_four_processes(number, four):
     check(FOUR[number], four[number])
@@ -103,7 +101,6 @@ def test_two_images_over_two_processes_each(four):
         check(("live", size), four[len(FOUR)][2 * pair : 2 * pair + 2])
 
 
-@pytest.mark.slow
 def test_random_networks(tmp_path):
     cases = drawn(9)
     (found,) = in_processes(3, tmp_path, [(programs_in_shards, cases)])
@@ -136,7 +133,6 @@ def test_one_process_that_records_again_does_not_stop_the_others(two):
         assert torch.equal(before, after)
 
 
-@pytest.mark.slow
 def test_processes_drop_what_the_first_would_drop_alone(two):
     first, second = two[len(TWO) + 1]
     assert torch.equal(first, second) and not torch.equal(first[:4], first[4:8])

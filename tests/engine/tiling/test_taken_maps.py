@@ -85,7 +85,7 @@ def test_is_exact(kept: bool, tile: int, images: int) -> None:
     assert_exact(network(), image, tile=tile)
 
 
-@settings(max_examples=examples(12), **CHECKS)
+@settings(max_examples=examples(8), **CHECKS)
 @given(programs(), st.booleans())
 def test_random_networks(program: Program, retain: bool) -> None:
     model = program.build()

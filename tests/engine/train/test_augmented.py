@@ -92,7 +92,6 @@ def test_a_resumed_run_sees_the_images_of_an_uninterrupted_one(
     assert any(not np.array_equal(first["net." + key].numpy(), plain[key].numpy()) for key in plain)
 
 
-@pytest.mark.slow
 def test_processes_vary_images_as_one_alone_does(table: Path, tmp_path: Path) -> None:
     """Each with an image of its own, or with its rows of one: what is drawn depends on seed, epoch and image alone."""
     own = replace(OPTIONS, model="training:normed")

@@ -154,8 +154,9 @@ def test_best_checkpoint_is_of_the_best_validation_score_then_loss(data, tmp_pat
     assert best == 1 + keys.index(max(keys))
 
 
-def test_learns_and_scores_per_image_and_breast(data, tmp_path):
-    metrics = fit(data, replace(OPTIONS, epochs=15, optimizer=Optimizer(lr=2e-2)), tmp_path / "run").metrics
+def test_learns_and_scores_per_image_and_breast(tmp_path):
+    options = replace(OPTIONS, epochs=15, optimizer=Optimizer(lr=2e-2))
+    metrics = fit(make_data(widths=3), options, tmp_path / "run").metrics
     assert metrics["test"]["auc_image"] == 1.0 and metrics["test"]["breasts"] == 4
 
 

@@ -90,13 +90,11 @@ def assert_like_one_process(options: TrainOptions, ends: list[Any], folder: Path
     assert rows[:3] == rows[3:]
 
 
-@pytest.mark.slow
 def test_an_image_over_four_processes(four, tmp_path):
     ends, folder = four
     assert_like_one_process(SPLIT, ends[0], folder / "split", tmp_path / "alone")
 
 
-@pytest.mark.slow
 def test_an_image_for_each_of_four_processes_interrupted_and_resumed(four, tmp_path):
     """A Ctrl-C to one process, in the middle of an optimizer step; the last images are fewer than processes."""
     ends, folder = four
@@ -104,7 +102,6 @@ def test_an_image_for_each_of_four_processes_interrupted_and_resumed(four, tmp_p
     assert_like_one_process(OWN, ends[3], folder / "own", tmp_path / "alone")
 
 
-@pytest.mark.slow
 def test_images_that_pairs_of_four_processes_share(four, tmp_path):
     ends, folder = four
     assert_like_one_process(PAIRS, ends[5], folder / "pairs", tmp_path / "alone")

@@ -29,23 +29,23 @@ def labelled(target: Target) -> Data:
     return replace(data, **parts, classes=target.names, target=target)
 
 
-@pytest.mark.parametrize(
-    ("now", "message"),
-    [
-        (
-            Target(("b", "a"), "numbers", (1.0, 0.5), (1.0, 0.5)),
-            r"started with target names \['a', 'b'\], not \['b', 'a'\]",
-        ),
-        (Target(("a", "b"), "labels"), "started with target kind numbers, not labels"),
-        (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.6)), r"their standard deviation\) \[1.0, 0.5\], not"),
-        (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5), "mean"), "started with target views None, not mean"),
-    ],
-)
-def test_a_run_goes_on_with_its_own_labels_alone(now, message, tmp_path):
+REFUSED = [
+    (
+        Target(("b", "a"), "numbers", (1.0, 0.5), (1.0, 0.5)),
+        r"started with target names \['a', 'b'\], not \['b', 'a'\]",
+    ),
+    (Target(("a", "b"), "labels"), "started with target kind numbers, not labels"),
+    (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.6)), r"their standard deviation\) \[1.0, 0.5\], not"),
+    (Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5), "mean"), "started with target views None, not mean"),
+]
+
+
+def test_a_run_goes_on_with_its_own_labels_alone(tmp_path):
     begun = Target(("a", "b"), "numbers", (1.0, 0.5), (1.0, 0.5))
     fit(labelled(begun), OPTIONS, tmp_path)
-    with pytest.raises(DataError, match=message):
-        fit(labelled(now), replace(OPTIONS, epochs=2), tmp_path, resume=True)
+    for now, message in REFUSED:
+        with pytest.raises(DataError, match=message):
+            fit(labelled(now), replace(OPTIONS, epochs=2), tmp_path, resume=True)
     rounded = replace(begun, center=(1.0 + 1e-15, 0.5))  # as of a sum in another order
     fit(labelled(rounded), replace(OPTIONS, epochs=2), tmp_path, resume=True)
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 3

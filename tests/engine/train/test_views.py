@@ -63,7 +63,7 @@ def network(columns: int) -> nn.Module:
     ).double()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(17, 40), st.integers(17, 40)), min_size=2, max_size=5),
     st.sampled_from(VIEWS),

@@ -58,7 +58,6 @@ def test_real_cbis_tables_together_do_not_leak(real_data: Path) -> None:
     assert len(moved) == 13
 
 
-@pytest.mark.slow
 def test_every_row_of_the_real_chestxray14_table(real_data: Path) -> None:
     path = real_data / "tables" / "nih_Data_Entry_2017_v2020.csv.gz"
     table = read_data_set("chestxray14", path, check_files=False)

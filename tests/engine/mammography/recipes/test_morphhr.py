@@ -73,7 +73,7 @@ def write(folder, labels, sizes=((33, 40),), columns=None, splits=None):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("data"), [0, 1] * 8, sizes=((33, 40), (40, 33)))
+    return write(tmp_path_factory.mktemp("data"), [0, 1] * 8)  # of one size; the real images below have several
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from exactness import errors
 from processes import in_processes
 from training import run_stage
@@ -12,7 +11,6 @@ from training import run_stage
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
 
-@pytest.mark.slow
 def test_batches_are_dealt_whole_and_images_are_split(tmp_path: Path):
     tasks = [(run_stage, tmp_path / "own", False, 2, 2), (run_stage, tmp_path / "bands", True, 1, 2)]
     *ends, odd = in_processes(2, tmp_path, [*tasks, (run_stage, tmp_path / "odd", False, 2, 3)])
