@@ -25,9 +25,9 @@ _BYTES = 1 << 20  # so are larger arrays and tensors that are not held by a modu
 class Rollback:
     """Saves a network's parameters, buffers and attributes, and what its code can reach by name.
 
-    These are attributes of its classes, globals of the files that define them, default arguments and closures, and
-    objects and functions of the user's own files in them, each with items of containers; and the random numbers of the
-    CPU.
+    These are objects that modules hold, attributes of their classes, globals of the files that define them, default
+    arguments and closures, and objects and functions of the user's own files in them; each with the items of
+    containers. The random numbers of the CPU are saved, too.
 
     Args:
         network: None if the call has none.
@@ -36,10 +36,10 @@ class Rollback:
     def __init__(self, network: nn.Module | None):
         self._undo: list[Callable[[], Any]] = []
         self._seen = dict[int, Any]()  # kept alive, so that ids stay unique
-        self._tensors = set[int]()
+        self._held = set[int]()  # what modules hold directly
         for module in [] if network is None else network.modules():
-            held = [*vars(module).values(), *vars(module).get("_parameters", {}).values()]
-            self._tensors |= {id(one) for one in [*held, *module.buffers(recurse=False)] if isinstance(one, Tensor)}
+            for table in (vars(module), *map(vars(module).get, ("_parameters", "_buffers"))):
+                self._held.update(map(id, (table or {}).values()))
         pending: list[Any] = [network]
         while pending:
             value = pending.pop()
@@ -60,7 +60,7 @@ class Rollback:
     def _save(self, value: Any) -> Iterator[Any]:
         """Save one object; yields what it holds."""
         if isinstance(value, Tensor | np.ndarray):
-            if _has_memory(value) and (id(value) in self._tensors or value.nbytes <= _BYTES):
+            if _has_memory(value) and (id(value) in self._held or value.nbytes <= _BYTES):
                 self._undo.append(_restore_memory(value))
         elif isinstance(value, list | set | deque | dict):
             if len(value) <= _ITEMS:
@@ -90,7 +90,7 @@ class Rollback:
         elif isinstance(value, types.ModuleType):
             if _own(getattr(value, "__file__", None)):
                 yield vars(value)
-        elif isinstance(value, nn.Module) or _own(_file(type(value))):
+        elif isinstance(value, nn.Module) or id(value) in self._held or _own(_file(type(value))):
             yield from (type(value), getattr(value, "__dict__", None))
 
 

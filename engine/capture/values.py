@@ -121,8 +121,9 @@ class Values:
     def of_inference(self, tensor: Tensor) -> bool:
         """Whether the tensor is, or views, a tensor of the network that was made in inference mode."""
         alias = self.aliases.of.get(id(tensor))
-        real = self.reals.get(id(tensor if alias is None else alias.memory.root))
-        return real is not None and real.is_inference()
+        root = tensor if alias is None else alias.memory.root
+        real, replaced = self.reals.get(id(root)), self.first.get(id(root)) in self.program.assigned  # .data = ...
+        return real is not None and real.is_inference() and not replaced
 
     def _unrecorded(self, tensor: Tensor) -> Tensor:
         """Register a tensor that no recorded call made, as `Variable(x)`, which shares the memory of x."""

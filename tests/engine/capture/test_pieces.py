@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import types
 from typing import ClassVar
 
 import numpy as np
@@ -103,6 +104,7 @@ class Writer(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.conv, self.how, self.nested = nn.Conv2d(1, 1, 3, padding=1), how, {"of": [{1}]}
+        self.space = types.SimpleNamespace(mean=None)
 
     def write(self, x: Tensor) -> None:
         global COUNT
@@ -124,6 +126,8 @@ class Writer(nn.Module):
             self.everyone.append(1)
         elif self.how == "nested items":
             self.nested["of"][0].add(2)
+        elif self.how == "attribute of an object":
+            self.space.mean = x.mean()
         elif self.how == "random numbers":
             self.drawn = random.random(), np.random.rand()
         else:
@@ -148,6 +152,7 @@ class Writer(nn.Module):
         "items of a global",
         "class",
         "nested items",
+        "attribute of an object",
         "random numbers",
         "default and attribute of a function",
     ],
@@ -164,6 +169,27 @@ def test_a_refusal_restores_what_an_earlier_piece_has_written(how: str) -> None:
     with pytest.raises(UnsupportedError, match="inference_mode inside"):
         ours(image())
     assert seen() == before
+
+
+@pytest.mark.parametrize("fallback", [None, "untiled"])
+def test_a_weight_of_inference_mode_that_the_forward_replaces(fallback: str | None) -> None:
+    class Renormalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.conv.weight.data = self.conv.weight.data.renorm(2, 0, 0.5)
+            return self.conv(x).mean((2, 3))
+
+    stock = Renormalized().double()
+    ours, x = copy.deepcopy(stock), image()
+    net = accelerate(ours, tile=8, fallback=fallback)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(x), stock(x), rtol=1e-12, atol=1e-12)
+    for one in (net, stock):
+        one(x).sum().backward()
+    torch.testing.assert_close(ours.conv.weight.grad, stock.conv.weight.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_tensors_without_memory_are_left_alone() -> None:
