@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...accelerate import accelerate
 from ...config import to_plain
 from ...datasets.augment import Augment
-from ...datasets.dataset import ImageDataset
 from ...datasets.flips import FLIPS
 from ...datasets.tables import SPLITS, Record, label_columns, read_table
 from ...datasets.views import MirroredSource
@@ -30,10 +29,10 @@ from ...train.explanation import caption, explain_class, log_odds_of
 from ...train.heatmap import overlay_name, write_overlay
 from ...train.image_task import ImageTask
 from ...train.run import Run
+from ...train.stages import Stage
 from ...train.target import Target
 from ...train.task import Score
 from ..data_sets.chestxray14 import FINDINGS
-from .sized import Size, read_sized
 from .splits import Splitting, split_records
 from .tensors import Measure
 
@@ -209,11 +208,14 @@ class ClassifierTask(ImageTask):
 
     Args:
         module: (N, C, H, W) -> (N, outputs).
-        train, val, record: see `ImageTask`; the best epoch has the largest mean area under the ROC curves.
+        train, val, record: see `ImageTask`; the best epoch has the largest mean area under the ROC curves. Without
+            validation images it is that with the smallest training loss.
+        run: its memory budget; and whether the processes of its group share each image, unless there is a fallback.
+        stages: predictions have their largest batches.
         balanced: see `Target.loss`.
-        batch: number of images per prediction step.
-        split: whether the processes of a group share each image.
         stop_by_loss: patience uses the mean cross-entropy of the validation images instead of the score.
+        measure: replaces the area under the ROC curves; only for classes.
+        fallback: see `accelerate`.
     """
 
     def __init__(
@@ -222,17 +224,21 @@ class ClassifierTask(ImageTask):
         train: Images,
         val: Images,
         target: Target,
-        *,
-        memory_budget: int | None = None,
-        balanced: bool = False,
-        batch: int = 1,
+        run: Run,
+        stages: Sequence[Stage],
         record: Mapping[str, Any] | None = None,
-        split: Any = False,
+        *,
+        balanced: bool = False,
         stop_by_loss: bool = False,
+        measure: Measure | None = None,
+        fallback: str | None = None,
     ) -> None:
-        net = accelerate(module, memory_budget=memory_budget, split=split)
+        split = fallback is None and run.group.split
+        net = accelerate(module, memory_budget=run.memory_budget, split=split, fallback=fallback)
         super().__init__(module, net, train, val, record or {})
-        self.target, self.balanced, self.batch, self.stop_by_loss = target, balanced, batch, stop_by_loss
+        self.target, self.balanced, self.stop_by_loss = target, balanced, stop_by_loss
+        self.batch = max(stage.batch_size for stage in stages)
+        self.measure, self.best_by_loss = measure, not len(val)
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
         self.meter.image(sum(item["image"].shape[-2] * item["image"].shape[-1] for item in batch))
@@ -241,6 +247,10 @@ class ClassifierTask(ImageTask):
         return self.target.loss(logits, truth, balanced=self.balanced)
 
     def score(self) -> Score | float | None:
+        if not len(self.val):
+            return None
+        if self.measure is not None:
+            return self.measure([record.label for record in self.val.records], self.log_odds(self.val))
         cases = self.predict(self.val)
         area = auc_of(cases)[0]
         if area is None or not self.stop_by_loss:
@@ -248,62 +258,15 @@ class ClassifierTask(ImageTask):
         return Score(area, stop=-cross_entropy(cases))
 
     def predict(self, images: Images, flips: Sequence[tuple[bool, bool]] = PLAIN) -> Cases:
-        """Predict for images, averaged over mirrored ones; the network must be in evaluation mode.
+        """Return the predictions of `log_odds` with the truth."""
+        return self.target.cases(images.records, self.log_odds(images, flips))
+
+    def log_odds(self, images: Images, flips: Sequence[tuple[bool, bool]] = PLAIN) -> Array:
+        """Predict for images, averaged over mirrored ones, (images, outputs); the network must be in evaluation mode.
 
         This is a collective of the process group.
         """
         own = range(self.group.turn, len(images), self.group.at_once)
         labels = self.target.kind == "labels"
         rows = predict(self.net, images, own, flips, labels=labels, batch=self.batch)
-        return self.target.cases(images.records, np.array(self.group.in_order(list(rows))))
-
-
-class Finetuning(ImageTask):
-    """Training of all layers, on images resized to one size or at their native resolution.
-
-    Args:
-        module: (N, C, H, W) -> (N, classes).
-        images: training images of a subset.
-        val: validation images, which select the best epoch; if empty, the training loss does.
-        record: see `ImageTask`.
-    """
-
-    images: ImageDataset
-    val: ImageDataset
-
-    def __init__(
-        self,
-        module: nn.Module,
-        images: ImageDataset,
-        val: ImageDataset,
-        size: Size,
-        score: Measure,
-        run: Run,
-        batch: int,
-        record: Mapping[str, Any],
-    ) -> None:
-        super().__init__(module, accelerate(module, run.memory_budget, fallback="untiled"), images, val, record)
-        self.size, self.measure, self.best_by_loss = size, score, not len(val)
-        self.batch, self.device = batch, run.device
-
-    def loss(self, batch: Sequence[dict]) -> Tensor:
-        labels = torch.tensor([item["label"] for item in batch], device=self.device)
-        return nn.functional.cross_entropy(self._logits([item["image"] for item in batch]).float(), labels)
-
-    def score(self) -> float | None:
-        if not len(self.val):
-            return None
-        return self.measure(torch.tensor([record.label for record in self.val.records]), self.predict(self.val))
-
-    @torch.no_grad()
-    def predict(self, images: ImageDataset) -> Tensor:
-        """Return logits (n, classes) on the CPU; the module must be in evaluation mode."""
-        starts = range(0, len(images), self.batch)
-        batches = [[images[i]["image"] for i in range(p, min(p + self.batch, len(images)))] for p in starts]
-        return torch.cat([self._logits(batch).float().cpu() for batch in batches])
-
-    def _logits(self, sources: Sequence) -> Tensor:
-        self.meter.image(sum(source.shape[1] * source.shape[2] for source in sources))
-        if self.size.native:
-            return self.net(sources)
-        return self.net(torch.stack([read_sized(source, self.size) for source in sources]).to(self.device))
+        return np.array(self.group.in_order(list(rows)))

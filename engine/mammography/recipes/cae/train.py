@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from ....datasets.tables import SPLITS, Record, read_table
 from ....datasets.tables.folders import LeftOutMasks
 from ....errors import DataError
-from ....evaluate import odds
 from ....evaluate.cases import Cases
 from ....evaluate.read import write_cases
 from ....files import write_atomically
@@ -27,7 +26,7 @@ from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ....train.target import Target
 from ....train.task import Task
-from ..classify import Finetuning
+from ..classify import ClassifierTask
 from ..features import Features, UpTo, frozen_features
 from ..recipe import begin, finish, recipe_card
 from ..sized import Size, open_images
@@ -142,7 +141,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     measured, predictions = _classify(features, records, parts, read.classes, config)
     if config.finetune:
         network = _network(config, len(read.classes), weights, run)
-        measured["finetuned"] = _finetuned(network, records, parts, config, run)
+        measured["finetuned"] = _finetuned(network, records, parts, read.classes, config, run)
     images = {name: len(own) for name, own in parts.items()}
     metrics: dict[str, Any] = {"classes": read.classes, "images": images, **measured}
     exported = {
@@ -175,24 +174,29 @@ def _network(config: CaeConfig, classes: int, weights: Path | None, run: Run) ->
 
 
 def _finetuned(
-    network: nn.Module, records: Sequence[Record], parts: dict[str, list[int]], config: CaeConfig, run: Run
+    network: nn.Module,
+    records: Sequence[Record],
+    parts: dict[str, list[int]],
+    classes: Sequence[str],
+    config: CaeConfig,
+    run: Run,
 ) -> dict[str, Any]:
     """Fine-tune the whole backbone on the labels, and return its measures on val and test."""
+    view = Size(config.resize, config.crop).view
     images = {
-        part: open_images([records[i] for i in own], config, augment=config.augment if part == "train" else None)
+        part: open_images([records[i] for i in own], config, view=view, augment=config.augment * (part == "train"))
         for part, own in parts.items()
     }
-    batch = max(stage.batch_size for stage in config.finetune)
-    size = Size(config.resize, config.crop)
-    task = Finetuning(network, images["train"], images["val"], size, accuracy, run, batch, {})
+    target = Target(tuple(classes))
+    task = ClassifierTask(
+        network, images["train"], images["val"], target, run, config.finetune, measure=accuracy, fallback="untiled"
+    )
     run_stages(task, config.finetune, run.part("finetuned"))
     found = {}
     for part, own in parts.items():
         if own and part != "train":
-            logits = task.predict(images[part])
-            truth = np.array([records[i].label for i in own])
-            scores = odds.of_logits(logits.double().numpy())
-            found[part] = measure_scores(truth, logits.argmax(1).numpy(), scores)
+            scores = task.log_odds(images[part])
+            found[part] = measure_scores([records[i].label for i in own], scores.argmax(1), scores)
     return found
 
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ....errors import DataError
-from ....evaluate import odds
 from ....evaluate.measures import quadratic_kappa
 from ....evaluate.roc import macro_auc
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
-from ..tensors import Measure, TensorTask, logits_of
+from ..tensors import Measure, TensorTask, log_odds_of
 from .config import DvmeConfig
 from .network import DVMEHead
 
@@ -87,11 +87,11 @@ def make_head(protocol: str, dims: Sequence[int], classes: int, config: DvmeConf
 def measure(metric: str, classes: int) -> Measure:
     """Return "auc" (macro area under the ROC curves, one against the rest) or "kappa" (Cohen's quadratic)."""
 
-    def auc(labels: Tensor, logits: Tensor) -> float | None:
-        return macro_auc(labels.numpy(), odds.of_logits(logits.double().numpy()))
+    def auc(labels: ArrayLike, log_odds: ArrayLike) -> float | None:
+        return macro_auc(np.asarray(labels), np.asarray(log_odds))
 
-    def kappa(labels: Tensor, logits: Tensor) -> float | None:
-        return quadratic_kappa(labels.numpy(), logits.argmax(1).numpy(), classes)
+    def kappa(labels: ArrayLike, log_odds: ArrayLike) -> float | None:
+        return quadratic_kappa(np.asarray(labels), np.asarray(log_odds).argmax(1), classes)
 
     return kappa if metric == "kappa" else auc
 
@@ -109,8 +109,8 @@ def fit_head(
     dims = [embedding.shape[1] for embedding in embeddings]
     torch.manual_seed(seed_of(run.seed, 1))
     module = OnEmbeddings(dims, make_head(protocol, dims, classes, config))
-    score, validation = measure(config.metric, classes), (torch.cat(list(val[0]), 1), val[1])
-    task = TensorTask(module, torch.cat(list(embeddings), 1), labels, validation, score)
+    validation = torch.cat(list(val[0]), 1), val[1], measure(config.metric, classes)
+    task = TensorTask(module, torch.cat(list(embeddings), 1), labels, validation)
     run_stages(task, [make_stage(protocol, config)], run.undealt())
     return module
 
@@ -183,7 +183,7 @@ def compare_heads(
         few = [embedding[own.images] for embedding in train]
         protocol = own.row["protocol"]
         head = fit_head(protocol, few, labels[own.images], (val, parts["val"][1]), classes, config, own.run)
-        found = measure(config.metric, classes)(parts["test"][1], logits_of(head, torch.cat(test, 1)))
+        found = measure(config.metric, classes)(parts["test"][1], log_odds_of(head, torch.cat(test, 1)))
         rows.append({**own.row, "test": found})
         if protocol == "dvme":
             heads[own.row["subset"], own.row["fold"]] = head

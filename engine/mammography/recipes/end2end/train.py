@@ -124,7 +124,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         torch.manual_seed(run.seed + number)
         net = convert(patch_nets[_patch_key(model)], model, config.resize, config.channels)
         own = run.part(model.name)
-        task = _task(net, images, target, config, run, config.whole, model)
+        task = _task(net, images, target, config, run, config.whole, model=model.name)
         trained = run_stages(task, config.whole, own)
         save_torch(net.state_dict(), own.out / "model.pt", "network")
         metrics[model.name], cases = _results(task, images, parts, config, own, trained)
@@ -164,7 +164,8 @@ def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, targe
     run.say(f"{model.name}: training with a front on images of {larger.resize[0]} x {larger.resize[1]}")
     child, _ = _add_front(Grown(net.cpu().eval(), channels=config.channels), model, config, run.seed)
     own = run.part(f"{model.name}-front")
-    task = _task(child.network, images, target, larger, run, config.native, model, morphs=child.recipe.to_json())
+    known = {"model": model.name, "morphs": child.recipe.to_json()}
+    task = _task(child.network, images, target, larger, run, config.native, **known)
     trained = run_stages(task, without_decay(config.native, child.network), own)
     save_network(own.out / "model.safetensors", child)
     return _results(task, images, parts, larger, own, trained)[0]
@@ -205,21 +206,11 @@ def _task(
     config: Config,
     run: Run,
     stages: Sequence[Stage],
-    model: Model,
     **more: Any,
 ) -> ClassifierTask:
-    return ClassifierTask(
-        net,
-        whole_images(images["train"], config, augment=True, seed=run.seed),
-        whole_images(images["val"], config),
-        target,
-        memory_budget=run.memory_budget,
-        balanced=True,
-        batch=max(stage.batch_size for stage in stages),
-        record=classifier_record("end2end", config, target, model=model.name, **more),
-        split=run.group.split,
-        stop_by_loss=True,
-    )
+    train = whole_images(images["train"], config, augment=True, seed=run.seed)
+    val, record = whole_images(images["val"], config), classifier_record("end2end", config, target, **more)
+    return ClassifierTask(net, train, val, target, run, stages, record, balanced=True, stop_by_loss=True)
 
 
 def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
@@ -282,7 +273,7 @@ def _transfer(images: Parts, parts: Parts, target: Target, config: Config, run: 
         for model in config.models:
             part = run.part(f"{model.name}-{count}")
             net = _load(Path(config.start) / model.name / "model.pt", model, config)
-            task = _task(net, own, target, config, run, config.transfer, model)
+            task = _task(net, own, target, config, run, config.transfer, model=model.name)
             task.module.eval().to(run.device)
             if "before" not in metrics.get(model.name, {}):
                 metrics[model.name] = {"before": _results(task, images, parts, config, part, None)[0]["auc"]}

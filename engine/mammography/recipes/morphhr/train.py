@@ -46,19 +46,11 @@ class _Data:
 
     def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ClassifierTask:
         """Build the training of a network on `parent_images` or `child_images`."""
-        return ClassifierTask(
-            net.network,
-            images(self.parts["train"], self.config, augment=True, seed=self.run.seed),
-            images(self.parts["val"], self.config),
-            self.target,
-            memory_budget=self.run.memory_budget,
-            balanced=self.config.balanced,
-            batch=max(stage.batch_size for stage in stages),
-            record=classifier_record(
-                "morphhr", self.config, self.target, morphs=net.recipe.to_json(), full=images is child_images
-            ),
-            split=self.run.group.split,
-        )
+        config, known = self.config, {"morphs": net.recipe.to_json(), "full": images is child_images}
+        train = images(self.parts["train"], config, augment=True, seed=self.run.seed)
+        val, record = images(self.parts["val"], config), classifier_record("morphhr", config, self.target, **known)
+        balanced = config.balanced
+        return ClassifierTask(net.network, train, val, self.target, self.run, stages, record, balanced=balanced)
 
 
 def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:

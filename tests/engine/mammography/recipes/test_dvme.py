@@ -17,7 +17,7 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.mammography.recipes import default_text
-from gigamorph.engine.mammography.recipes.classify import Finetuning
+from gigamorph.engine.mammography.recipes.classify import ClassifierTask
 from gigamorph.engine.mammography.recipes.dvme import DvmeConfig, ExtractorConfig, train
 from gigamorph.engine.mammography.recipes.dvme.compare import Linear, draw_subset, folder, measure
 from gigamorph.engine.mammography.recipes.dvme.network import DVMEHead, Extractor, SelfAttention, make_extractor
@@ -221,7 +221,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
     whole = train(table, config, Run(tmp_path / "whole", seed=3))
     trainings = {(r["subset"], r["protocol"], r["extractor"]) for r in whole["rows"]}
     assert len(trainings) == len(whole["rows"]) == 2 + 1 + 1 + 2 + 1
-    loss, calls = (Finetuning.loss, TensorTask.loss), []
+    loss, calls = (ClassifierTask.loss, TensorTask.loss), []
 
     def killed(number):
         def call(self, batch):
@@ -232,7 +232,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
 
         return call
 
-    monkeypatch.setattr(Finetuning, "loss", killed(0))
+    monkeypatch.setattr(ClassifierTask, "loss", killed(0))
     monkeypatch.setattr(TensorTask, "loss", killed(1))
     for resume in (False, True):
         with pytest.raises(RuntimeError, match="killed"):
