@@ -33,7 +33,7 @@ from ...train.stages import Stage
 from ...train.target import Target
 from ...train.task import Score
 from ..data_sets.chestxray14 import FINDINGS
-from .splits import Splitting, split_records
+from .splits import ImagesConfig, split_records
 from .tensors import Measure
 
 SHOWN = 4
@@ -146,7 +146,7 @@ def cross_entropy(cases: Cases) -> float:
 
 
 def read_target(
-    table: str | Path, kind: Literal["classes", "labels"], labels: Sequence[str], config: Splitting, run: Run
+    table: str | Path, kind: Literal["classes", "labels"], labels: Sequence[str], config: ImagesConfig, run: Run
 ) -> tuple[dict[str, list[Record]], Target]:
     """Read a table's records by split, and its target.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from ...datasets.splits import assign_splits, fill_validation
 from ...datasets.tables import Record
@@ -16,19 +16,21 @@ SplitOf = Literal["table", "drawn"]
 """"table": the table's own split, if it has one. "drawn": a random split in any case."""
 
 
-class Splitting(Protocol):
-    """The part of a configuration that describes splits."""
+@dataclass(frozen=True)
+class ImagesConfig:
+    """The part of a recipe's configuration that describes its images and their splits."""
 
-    @property
-    def split(self) -> SplitOf: ...
-    @property
-    def fractions(self) -> tuple[float, float, float]:
-        """Fractions of the patients for train, val and test."""
-        ...
+    channels: int = 3
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    voi: str = "auto"
+    split: SplitOf = "table"
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    """Fractions of the patients for a random split into train, val and test."""
 
 
 def split_records(
-    records: Sequence[Record], config: Splitting, run: Run, *, table: str | Path = "", validation: bool = True
+    records: Sequence[Record], config: ImagesConfig, run: Run, *, table: str | Path = "", validation: bool = True
 ) -> list[Record]:
     """Return records with a split each (train, val or test), without a patient in two of them.
 
