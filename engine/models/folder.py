@@ -8,7 +8,6 @@ names its members, which are sub-folders. Nothing in a folder is executed; only 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from ..config import check_plain, from_plain
 from ..errors import DataError, GigamorphError
-from ..files import write_atomically
+from ..files import write_json
 from ..images.pixels import Normalize
 from ..parsing import parse_json
 from .folds import fold_checkpoints
@@ -248,8 +247,7 @@ def read_description(folder: str | Path) -> Description:
 
 def write_description(folder: str | Path, description: Description) -> None:
     """Write ``model.json``."""
-    text = json.dumps(description.to_json(), indent=1) + "\n"
-    write_atomically(Path(folder) / DESCRIPTION, lambda path: path.write_text(text), "description")
+    write_json(Path(folder) / DESCRIPTION, description.to_json(), "description")
 
 
 def check_weights(folder: str | Path, description: Description) -> Path:

@@ -16,7 +16,7 @@ from torch import nn
 from ...datasets.tables import Finding, Record
 from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
-from ...files import write_atomically
+from ...files import write_json
 from ...images.rawfile import brief
 from ...parsing import parse_json
 from ...tiling.memory import format_bytes, peak_bytes
@@ -152,7 +152,7 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
                 f"{other}: exists, but recipe.json, which names its recipe, is missing; choose another folder"
             )
         run.group.wait()  # all processes have checked the folder
-        _write_json(path, {**note, "versions": versions_of_results()}, "run's record")
+        write_json(path, {**note, "versions": versions_of_results()}, "run's record")
         return
     try:
         stored = parse_json(path.read_text())
@@ -189,13 +189,8 @@ def _describe_finding(finding: Finding) -> list[Any]:
 def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Write ``metrics.json``, and return its content."""
     metrics = {**metrics, "seed": run.seed, "versions": versions_of_results()}
-    _write_json(run.out / "metrics.json", metrics, "metrics")
+    write_json(run.out / "metrics.json", metrics, "metrics")
     return metrics
-
-
-def _write_json(path: Path, content: Mapping[str, Any], what: str) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda p: p.write_text(text), what)
 
 
 def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
@@ -221,7 +216,7 @@ def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
     task = recipe.synthetic
     holds, judged = judge(task.rule, rows)
     claim = Claim(task.claim, str(task.rule), rows, judged, holds, seconds)
-    _write_json(path, {"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, "claim")
+    write_json(path, {"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, "claim")
     return claim
 
 
@@ -238,7 +233,7 @@ def _rows_of_seed(recipe: Recipe, run: Run) -> dict[str, Any]:
 
     def store(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
         found = {"recipe": recipe.name, "rows": rows, "seconds": time.monotonic() - began}
-        _write_json(path, found, "rows of a seed")
+        write_json(path, found, "rows of a seed")
         return found
 
     began = time.monotonic()

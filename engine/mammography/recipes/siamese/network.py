@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....errors import GigamorphError
-from ..features import UpTo, evaluating
+from ....morph.running import eval_mode
+from ..features import UpTo
 
 _EPS = 1e-8
 
@@ -30,7 +31,7 @@ class Embedding(nn.Module):
     def __init__(self, network: nn.Module, layer: str, dim: int, channels: int, patch: int) -> None:
         super().__init__()
         self.maps = UpTo(network, layer)
-        with evaluating(network), torch.no_grad():
+        with eval_mode(network), torch.no_grad():
             found = self.maps(torch.zeros(1, channels, patch, patch))
         if not isinstance(found, Tensor) or found.ndim != 4:
             raise GigamorphError(f"layer {layer!r} does not output a map (N, C, h, w); choose another")

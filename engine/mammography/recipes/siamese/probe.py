@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ....errors import DataError
 from ....evaluate.cases import Cases
+from ....morph.running import eval_mode
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
-from ..features import evaluating
 from ..tensors import Inputs, TensorTask, logits_of
 from .config import SiameseConfig
 from .network import Embedding
@@ -72,7 +72,7 @@ def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[
     """
     if len(y.unique()) < 2:
         raise DataError("the labelled patches have only one class; a probe needs patches with and without a finding")
-    with evaluating(embedding):
+    with eval_mode(embedding):
         features = torch.cat([_features(embedding, x, axes) for axes in _MIRRORINGS]).numpy()
         others = _features(embedding, test).numpy()
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=2000))
