@@ -366,14 +366,14 @@ def _require_own_names(heads: Sequence[Head], taken: Mapping[str, int]) -> None:
     owners = [name for name, count in taken.items() for _ in range(count)]
     start = 0
     for head in heads:
-        own = list(dict.fromkeys(owners[start : start + head.columns]))
+        own = list(dict.fromkeys(owners[start : start + head.outputs]))
         if len(own) > 1 or (own and head.name in taken and own != [head.name]):
             order = ", ".join(f"{name} ({count})" for name, count in taken.items())
             raise GigamorphError(
                 f"head {head.name!r} would contain columns of {' and '.join(own)}: the network's outputs are {order}; "
                 "use these names for all heads, or list the heads in this order"
             )
-        start += head.columns
+        start += head.outputs
 
 
 def _activation(columns: int, end: str) -> Activation:
