@@ -23,15 +23,15 @@ from ....train.stages import Stage
 from ..tensors import Inputs, TensorTask, logits_of
 from .config import SiameseConfig
 from .network import Embedding
-from .patches import SinglePatches, mirrored
+from .patches import Patches, mirrored
 
 _C = 0.01  # inverse strength of the penalty; few labels should give a direction, not a perfect fit
 _MIRRORINGS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)
 
 
-def patch_cases(patches: SinglePatches, y: Tensor, scores: NDArray[np.float64]) -> Cases:
+def patch_cases(patches: Patches, y: Tensor, scores: NDArray[np.float64]) -> Cases:
     """Return predictions (log-odds, n) of patches with the truth (0 or 1, n), named by file and corner."""
-    pairs = [(patches.files[f], side, cell) for f, side, cell in patches.places]
+    pairs = [(patches.files[f], side, cell) for f, (cell, side) in patches.places]
     own = [(file.pair.left, file.pair.right)[side] for file, side, _ in pairs]
     corners = [file.boxes[side][cell][:2] for file, side, cell in pairs]
     return Cases(
