@@ -82,6 +82,19 @@ class UpTo(nn.Module):
         raise GigamorphError(f"layer {self.layer!r} is not used by the network's forward; choose another")
 
 
+def shape_of_maps(network: nn.Module, channels: int, side: int = 64) -> torch.Size:
+    """Return the shape (1, C, h, w) of the maps that a network outputs for a square image.
+
+    Raises:
+        GigamorphError: it outputs something else.
+    """
+    with eval_mode(network), torch.no_grad():
+        found = network(torch.zeros(1, channels, side, side))
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        raise GigamorphError("the backbone's features must be maps (N, C, h, w); choose another layer")
+    return found.shape
+
+
 def fingerprint(network: nn.Module) -> str:
     """Return a hash of a network's layers and of all bits of its parameters and buffers."""
     found = hashlib.sha256(repr(network).encode())

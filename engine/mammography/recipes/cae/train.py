@@ -65,16 +65,8 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
     """Train a stack of auto-encoders on maps (C, h, w) without labels; its files are in ``run.out``."""
     torch.manual_seed(seed_of(run.seed, 1))
     stage = _stage(config)
-    stack = Stack(
-        maps[0].shape[0],
-        config.code_channels,
-        feature=config.feature,
-        kernel=config.kernel,
-        mode=config.mode,
-        theta=config.theta,
-        tied=config.tied,
-        pool=config.pool,
-    )
+    settings = {name: getattr(config, name) for name in ("feature", "kernel", "mode", "theta", "tied", "pool")}
+    stack = Stack(maps[0].shape[0], config.code_channels, **settings)
     if config.training == "joint":
         run_stages(Reconstruction(stack, maps, run.device), [stage], run)
         return stack
@@ -211,17 +203,10 @@ def _classify(
     labels, patients = np.array([r.label for r in records]), np.array([r.patient_id for r in records])
     train, held_out = parts["train"], {part: own for part, own in parts.items() if own and part != "train"}
     metrics, predictions = {}, {}
+    settings = {"c": config.c, "folds": config.folds, "standardise": config.standardise}
     for name, values in features.items():
         for kernel in config.svm:
-            model = fit_svm(
-                values[train],
-                labels[train],
-                patients[train],
-                kernel=kernel,
-                c=config.c,
-                folds=config.folds,
-                standardise=config.standardise,
-            )
+            model = fit_svm(values[train], labels[train], patients[train], kernel=kernel, **settings)
             found = {part: measure_svm(model, values[own], labels[own]) for part, own in held_out.items()}
             metrics[f"{name}_{kernel}"] = found
             if name == "cae":

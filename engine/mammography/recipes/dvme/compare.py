@@ -199,15 +199,13 @@ def check_parts(labels: Mapping[str, Sequence[int]], classes: int) -> None:
     """Refuse splits on which nothing can be measured, before any work.
 
     Raises:
-        DataError: val or test has no images, or only one class.
+        DataError: val or test has no images, or only one class; or see `draw_subset`.
     """
     for part in ("val", "test"):
         if len(set(labels[part])) < 2:
             what = "no images" if not labels[part] else "images of only one class"
             raise DataError(f"split {part} has {what}; it needs images of at least two classes")
-    for number in range(classes):
-        if number not in labels["train"]:
-            raise DataError(f"class {number} has no training images, so a fold cannot be balanced; remove the class")
+    draw_subset(labels["train"], classes, 0, 0, 0)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -54,15 +54,6 @@ def features(spec: str, channels: int, weights: str | Path | None = None, layer:
     return maps
 
 
-def width_of(maps: nn.Module, channels: int) -> int:
-    """Return the number of maps that a backbone outputs."""
-    with eval_mode(maps), torch.no_grad():
-        found = maps(torch.zeros(1, channels, 64, 64))
-    if not isinstance(found, torch.Tensor) or found.ndim != 4:
-        raise GigamorphError("the backbone's features must be maps (N, C, h, w); choose another layer")
-    return found.shape[1]
-
-
 class PatchNet(nn.Module):
     """(N, channels, h, w) -> (N, 5): features, their mean, and a classifier."""
 

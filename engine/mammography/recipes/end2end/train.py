@@ -28,6 +28,7 @@ from ....train.stages import Stage
 from ....train.target import Target, batch_weights
 from ....train.task import Score, Task
 from ..classify import PLAIN, ClassifierTask, auc_of, averaged, classifier_record, mirrorings, read_target
+from ..features import shape_of_maps
 from ..morphhr.config import Config as MorphConfig
 from ..morphhr.grow import grow, without_decay
 from ..recipe import begin, finish, recipe_card
@@ -35,7 +36,7 @@ from ..tensors import ReadAhead
 from ..weights import find_weights
 from .config import CLASSES, Config, Model
 from .images import Patches, check_findings, sample_all, sized_images, whole_images, write_resized
-from .network import PatchNet, WholeNet, convert, features, width_of
+from .network import PatchNet, WholeNet, convert, features
 
 Parts = dict[str, list[Record]]
 
@@ -186,14 +187,14 @@ def _patch_network(
     sets, stages = {}, model.patch or config.patch
     for number, split in enumerate(("train", "val")):
         places = sample_all(parts[split], images[split], config, run.seed + number)
-        counts = np.bincount([place.patch.label for place in places], minlength=len(CLASSES))
+        counts = np.bincount([patch.label for _, patch in places], minlength=len(CLASSES))
         listed = ", ".join(f"{count} {name}" for name, count in zip(CLASSES, counts, strict=True))
         run.say(f"{model.name}: patches of {split}: {listed}")
         sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
     torch.manual_seed(run.seed)
     weights = find_weights(model.weights, config.mean, config.std, run)
     maps = features(model.backbone, config.channels, weights, model.layer)
-    net = PatchNet(maps, width_of(maps, config.channels))
+    net = PatchNet(maps, shape_of_maps(maps, config.channels)[1])
     task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in stages))
     trained = run_stages(task, stages, run.part(f"{model.name}-patches"))
     return net, trained.best_score
@@ -301,7 +302,7 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
 
 def _untrained_patches(model: Model, config: Config) -> PatchNet:
     maps = features(model.backbone, config.channels, layer=model.layer)
-    return PatchNet(maps, width_of(maps, config.channels))
+    return PatchNet(maps, shape_of_maps(maps, config.channels)[1])
 
 
 def _untrained(model: Model, config: Config) -> WholeNet:
