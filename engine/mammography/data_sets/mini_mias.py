@@ -54,10 +54,7 @@ def _record(files: Files, name: str, lines: list[re.Match[str]]) -> Record:
         laterality="L" if number % 2 else "R",
         view="MLO",
         exam_id=f"mias{(number + 1) // 2:03d}",
-        labels={
-            "malignant": float(any(line[5] == "M" for line in lines)),
-            "abnormal": float(bool(findings)),
-        },
+        labels={"malignant": float(any(line[5] == "M" for line in lines)), "abnormal": float(bool(findings))},
         findings=tuple(findings),
         # Fatty, fatty-glandular or dense: not the BI-RADS scale.
         extra={"tissue": lines[0][3]},

@@ -35,19 +35,13 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
     """
     figures = {
         "roc": roc_figure(
-            {
-                f"native: AUC {result.auc_native:.3f}": result.native,
-                f"1/{FACTOR}: AUC {result.auc_low:.3f}": result.low,
-            }
+            {f"native: AUC {result.auc_native:.3f}": result.native, f"1/{FACTOR}: AUC {result.auc_low:.3f}": result.low}
         ),
         "memory": _memory_figure(result.stock, result.tiled),
         "evidence": _evidence_figure(result),
     }
     settings = Settings(levels=("image",))
-    areas = {
-        "native": _auc(result.native, settings),
-        f"1/{FACTOR} of it": _auc(result.low, settings),
-    }
+    areas = {"native": _auc(result.native, settings), f"1/{FACTOR} of it": _auc(result.low, settings)}
     return write_page(
         Path(out) / "report.html",
         "demo.html",

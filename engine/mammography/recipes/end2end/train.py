@@ -201,13 +201,7 @@ def _patch_network(
 
 
 def _task(
-    net: nn.Module,
-    images: Parts,
-    target: Target,
-    config: Config,
-    run: Run,
-    stages: Sequence[Stage],
-    **more: Any,
+    net: nn.Module, images: Parts, target: Target, config: Config, run: Run, stages: Sequence[Stage], **more: Any
 ) -> ClassifierTask:
     train = whole_images(images["train"], config, augment=True, seed=run.seed)
     val, record = whole_images(images["val"], config), classifier_record("end2end", config, target, **more)
