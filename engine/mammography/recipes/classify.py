@@ -20,6 +20,7 @@ from ...datasets.views import MirroredSource
 from ...errors import DataError, GigamorphError
 from ...evaluate import odds
 from ...evaluate.cases import Array, Cases
+from ...evaluate.read import write_cases
 from ...evaluate.roc import labelwise_auc
 from ...images.pixels import as_stored
 from ...models.outputs import set_outputs
@@ -28,11 +29,13 @@ from ...train.data import Images
 from ...train.explanation import caption, explain_class, log_odds_of
 from ...train.heatmap import overlay_name, write_overlay
 from ...train.image_task import ImageTask
+from ...train.loop import Trained
 from ...train.run import Run
 from ...train.stages import Stage
 from ...train.target import Target
 from ...train.task import Score
 from ..data_sets.chestxray14 import FINDINGS
+from .recipe import recipe_card
 from .splits import ImagesConfig, split_records
 from .tensors import Measure
 
@@ -270,3 +273,55 @@ class ClassifierTask(ImageTask):
         labels = self.target.kind == "labels"
         rows = predict(self.net, images, own, flips, labels=labels, batch=self.batch)
         return np.array(self.group.in_order(list(rows)))
+
+
+def results(
+    name: str,
+    config: Any,
+    task: ClassifierTask,
+    trained: Trained | None,
+    records: Mapping[str, Sequence[Record]],
+    test: Images,
+    run: Run,
+    *,
+    names: Sequence[Path] = (),
+    evidence: bool = False,
+) -> tuple[dict[str, Any], Cases]:
+    """Measure a network on the test images; write ``test.csv`` and, after a training, the model card.
+
+    Args:
+        name, config: of the recipe.
+        trained: None without a training.
+        records: the images of each split.
+        test: the test images of the network.
+        names: the files of the test images in the table, if they are others.
+        evidence: draw evidence maps.
+
+    Returns:
+        The content of ``metrics.json``, and the predictions.
+    """
+    found: dict[str, Any] = {"auc": None}
+    cases, predictions = task.target.cases([], np.empty((0, len(task.target.names)))), {}
+    if trained is not None:
+        found |= {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
+    if len(test):
+        cases = task.predict(test, mirrorings(config.augment) if config.flips else PLAIN)
+        cases = predictions["test"] = replace(cases, names=tuple(map(str, names)) or cases.names)
+        write_cases(run.out / "test.csv", cases)
+        found["auc"] = auc_of(cases)[0]
+        if evidence:
+            found["evidence"] = draw_evidence(task.net, test, task.target, run)
+        if found["auc"] is None:
+            run.say("split test has images of only one class, so its area under the ROC curve is undefined")
+    if trained is not None:
+        recipe_card(
+            run,
+            name,
+            config,
+            parameters=sum(p.numel() for p in task.module.parameters()),
+            records=records,
+            classes=task.target.names,
+            predictions=predictions,
+            pictures=found.get("evidence", ()),
+        )
+    return found, cases

@@ -27,11 +27,11 @@ from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target, batch_weights
 from ....train.task import Score, Task
-from ..classify import PLAIN, ClassifierTask, auc_of, averaged, classifier_record, mirrorings, read_target
+from ..classify import ClassifierTask, auc_of, averaged, classifier_record, read_target, results
 from ..features import shape_of_maps
 from ..morphhr.config import Config as MorphConfig
 from ..morphhr.grow import grow, without_decay
-from ..recipe import begin, finish, recipe_card
+from ..recipe import begin, finish
 from ..tensors import ReadAhead
 from ..weights import find_weights
 from .config import CLASSES, Config, Model
@@ -222,34 +222,12 @@ def _results(
     task: ClassifierTask, images: Parts, parts: Parts, config: Config, run: Run, trained: Trained | None
 ) -> tuple[dict[str, Any], Cases]:
     """Return the content of metrics.json, and the predictions with the names of the table's images (`parts`)."""
-    test = whole_images(images["test"], config)
-    found: dict[str, Any] = {}
-    predictions: dict[str, Cases] = {}
+    test, names = whole_images(images["test"], config), [record.path for record in parts["test"]]
+    found, cases = results("end2end", config, task, trained, images, test, run, names=names)
     if trained is not None:
-        found = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
         found["stages"] = [row["stage"] for row in trained.rows]
     if len(test):
-        cases = task.predict(test, PLAIN)
-        found["auc_single"] = auc_of(cases)[0]
-        if config.flips:
-            cases = task.predict(test, mirrorings(config.augment))
-        cases = replace(cases, names=tuple(str(record.path) for record in parts["test"]))
-        found["auc"], predictions["test"] = auc_of(cases)[0], cases
-        if found["auc"] is None:
-            run.say("split test has images of only one class, so its area under the ROC curve is undefined")
-        write_cases(run.out / "test.csv", cases)
-    else:
-        found["auc"], cases = None, task.target.cases([], np.empty((0, 2)))
-    if trained is not None:
-        recipe_card(
-            run,
-            "end2end",
-            config,
-            parameters=sum(p.numel() for p in task.module.parameters()),
-            records=images,
-            classes=task.target.names,
-            predictions=predictions,
-        )
+        found["auc_single"] = auc_of(task.predict(test))[0]
     return found, cases
 
 

@@ -16,7 +16,6 @@ from ....config import from_plain
 from ....datasets.tables import Record
 from ....errors import GigamorphError, MorphError
 from ....evaluate.cases import Cases
-from ....evaluate.read import write_cases
 from ....evaluate.roc import delong_interval
 from ....models import build_model
 from ....morph.files import Grown, save_network
@@ -26,8 +25,8 @@ from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target
 from ...data_sets.chestxray14 import FINDINGS
-from ..classify import PLAIN, ClassifierTask, auc_of, classifier_record, draw_evidence, mirrorings, read_target
-from ..recipe import begin, finish, recipe_card
+from ..classify import ClassifierTask, auc_of, classifier_record, mirrorings, read_target, results
+from ..recipe import begin, finish
 from ..weights import find_weights, load_pretrained
 from .config import Config
 from .grow import grow, without_decay
@@ -152,31 +151,9 @@ def _compare(data: _Data, parent: Grown, child: Grown) -> float:
 
 
 def _results(data: _Data, task: ClassifierTask, images: Any, trained: Trained, folder: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
-    predictions = {}
-    if data.parts["test"]:
-        flips = mirrorings(data.config.augment) if data.config.flips else PLAIN
-        cases = predictions["test"] = task.predict(images(data.parts["test"], data.config), flips)
-        write_cases(data.run.out / folder / "test.csv", cases)
-        found |= _scores(cases)
-        found["evidence"] = draw_evidence(
-            task.net, images(data.parts["test"], data.config), data.target, data.run.part(folder)
-        )
-        if found["auc"] is None:
-            data.run.say("split test has images of only one class, so its area under the ROC curve is undefined")
-    else:
-        found["auc"] = None
-    recipe_card(
-        data.run.part(folder),
-        "morphhr",
-        data.config,
-        parameters=sum(p.numel() for p in task.module.parameters()),
-        records=data.parts,
-        classes=data.target.names,
-        predictions=predictions,
-        pictures=found.get("evidence", ()),
-    )
-    return found
+    test, own = images(data.parts["test"], data.config), data.run.part(folder)
+    found, cases = results("morphhr", data.config, task, trained, data.parts, test, own, evidence=True)
+    return found | _scores(cases) if len(cases) else found
 
 
 def _scores(cases: Cases) -> dict[str, Any]:
