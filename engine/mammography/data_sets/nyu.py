@@ -16,7 +16,7 @@ from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
 from ...images.rawfile import one_line
 from ...models.checkpoints import Inert
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 
 class _Reader(pickle.Unpickler):
@@ -70,9 +70,8 @@ def _record(files: Files, path: Path, exam: dict[str, Any], number: int, view: s
     flip = exam.get("horizontal_flip", "NO")
     if flip not in ("YES", "NO"):
         raise DataError(f"{path}, exam {number}: horizontal_flip must be YES or NO")
-    return Record(
+    return unlabelled_record(
         path=files.expect(_png(name)),
-        label=-1,
         patient_id=f"exam{number}",
         laterality=laterality,
         view=projection,

@@ -124,6 +124,13 @@ class Recipe:
     """(record of a checkpoint) -> its classifier of whole images without weights, and an opener of its images."""
 
 
+_CHANGED = {
+    "split_sha256": "belongs to other data or another split",
+    "truth_sha256": "was begun with other labels, findings, sides, views or exams of the same images",
+    "reading_sha256": "was begun with other frames, sides or white levels of the same images",
+}
+
+
 def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> None:
     """Write ``recipe.json`` for a new run, or check that the existing one belongs to the run to be resumed.
 
@@ -158,14 +165,8 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
         stored = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise GigamorphError(f"{path}: cannot be read ({error}); choose another folder") from error
-    if stored.get("split_sha256") != note["split_sha256"]:
-        raise DataError(f"{path}: belongs to other data or another split; resume with the original table")
-    for key, other in (
-        ("truth_sha256", "labels, findings, sides, views or exams"),
-        ("reading_sha256", "frames, sides or white levels"),
-    ):
-        if stored.get(key, note[key]) != note[key]:  # older runs do not have it
-            changed = f"was begun with other {other} of the same images"
+    for key, changed in _CHANGED.items():
+        if stored.get(key, note[key]) != note[key]:  # older runs do not have all
             raise DataError(f"{path}: {changed}; resume with the original table")
     for key in ("recipe", "seed", "precision"):
         if stored.get(key) != note[key]:
