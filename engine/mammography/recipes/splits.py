@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ...datasets.splits import assign_splits, fill_validation
 from ...datasets.tables import Record
 from ...errors import DataError
 from ...train.run import Run
+from ...train.stages import Stage
 
 SplitOf = Literal["table", "drawn"]
 """"table": the table's own split, if it has one. "drawn": a random split in any case."""
+
+
+_OF_STAGES = ("epochs", "lr", "optimizer", "weight_decay", "batch_size", "accumulate", "plateau", "patience")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class ImagesConfig:
     split: SplitOf = "table"
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Fractions of the patients for a random split into train, val and test."""
+
+    def stage(self, name: str, **more: Any) -> Stage:
+        """Return a stage of training with the recipe's settings of that kind; `more` replaces or adds some."""
+        settings = {key: getattr(self, key) for key in _OF_STAGES if hasattr(self, key)}
+        return Stage(name, **{**settings, **more})
 
 
 def split_records(

@@ -20,7 +20,6 @@ from ....errors import DataError
 from ....evaluate.cases import Cases
 from ....evaluate.read import write_cases
 from ....files import write_atomically
-from ....models import build_model
 from ....train.loop import check_stages, run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
@@ -32,7 +31,7 @@ from ..recipe import begin, finish, recipe_card
 from ..sized import Size, open_images
 from ..splits import split_records
 from ..tensors import accuracy
-from ..weights import find_weights, load_pretrained
+from ..weights import build_pretrained, find_weights
 from .autoencoder import Stack
 from .config import CaeConfig
 from .svm import fit_svm, measure_scores, measure_svm, svm_scores
@@ -77,16 +76,7 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
 
 
 def _stage(config: CaeConfig) -> Stage:
-    return Stage(
-        "joint",
-        config.epochs,
-        config.lr,
-        optimizer=config.optimizer,
-        momentum=config.momentum,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        plateau=config.plateau,
-    )
+    return config.stage("joint", momentum=config.momentum)
 
 
 @torch.no_grad()
@@ -159,10 +149,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
 
 def _network(config: CaeConfig, classes: int, weights: Path | None, run: Run) -> nn.Module:
     torch.manual_seed(seed_of(run.seed, 0))  # random weights if there is no file
-    network = build_model(config.model, max(2, classes), config.channels)
-    if weights is not None:
-        load_pretrained(network, weights)
-    return network
+    return build_pretrained(config.model, max(2, classes), config.channels, weights)
 
 
 def _finetuned(

@@ -117,15 +117,8 @@ def fit_head(
 
 def make_stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
     """Return the stage of a protocol; `transformer` selects the rate and batch for transformers."""
-    return Stage(
-        name,
-        config.epochs,
-        config.transformer_lr if transformer else config.lr,
-        plateau=config.plateau,
-        patience=config.patience,
-        batch_size=config.transformer_batch if transformer else config.batch_size,
-        accumulate=config.accumulate,
-    )
+    own = {"lr": config.transformer_lr, "batch_size": config.transformer_batch} if transformer else {}
+    return config.stage(name, **own)
 
 
 Embeddings = Mapping[str, Tensor]

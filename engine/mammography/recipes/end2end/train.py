@@ -144,7 +144,7 @@ def _check_model(model: Model, config: Config, run: Run) -> None:
         check_stages(config.transfer, run.group, _load(Path(config.start) / model.name / "model.pt", model, config))
         return
     find_weights(model.weights, config.mean, config.std)
-    patch = _untrained_patches(model, config)
+    patch = _patch_net(model, config)
     check_stages(model.patch or config.patch, run.group, patch)
     whole = convert(patch, model, config.resize, config.channels)
     check_stages(config.whole, run.group, whole)
@@ -193,8 +193,7 @@ def _patch_network(
         sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
     torch.manual_seed(run.seed)
     weights = find_weights(model.weights, config.mean, config.std, run)
-    maps = features(model.backbone, config.channels, weights, model.layer)
-    net = PatchNet(maps, shape_of_maps(maps, config.channels)[1])
+    net = _patch_net(model, config, weights)
     task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in stages))
     trained = run_stages(task, stages, run.part(f"{model.name}-patches"))
     return net, trained.best_score
@@ -272,13 +271,13 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
     return [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
 
 
-def _untrained_patches(model: Model, config: Config) -> PatchNet:
-    maps = features(model.backbone, config.channels, layer=model.layer)
+def _patch_net(model: Model, config: Config, weights: Path | None = None) -> PatchNet:
+    maps = features(model.backbone, config.channels, weights, model.layer)
     return PatchNet(maps, shape_of_maps(maps, config.channels)[1])
 
 
 def _untrained(model: Model, config: Config) -> WholeNet:
-    return convert(_untrained_patches(model, config), model, config.resize, config.channels)
+    return convert(_patch_net(model, config), model, config.resize, config.channels)
 
 
 def _load(path: Path, model: Model, config: Config) -> WholeNet:

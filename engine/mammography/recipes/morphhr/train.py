@@ -27,7 +27,7 @@ from ....train.target import Target
 from ...data_sets.chestxray14 import FINDINGS
 from ..classify import ClassifierTask, auc_of, classifier_record, mirrorings, read_target, results
 from ..recipe import begin, finish
-from ..weights import find_weights, load_pretrained
+from ..weights import build_pretrained, find_weights
 from .config import Config
 from .grow import grow, without_decay
 from .images import child_images, parent_images
@@ -82,9 +82,8 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         )
     weights = find_weights(config.weights, config.mean, config.std, run)
     torch.manual_seed(run.seed)
-    parent = Grown(build_model(config.model, len(target.names), config.channels), channels=config.channels)
-    if weights is not None:
-        load_pretrained(parent.network, weights)
+    network = build_pretrained(config.model, len(target.names), config.channels, weights)
+    parent = Grown(network, channels=config.channels)
     _check_config(parent, config, run)
     begin(run, "morphhr", config, [record for part in parts.values() for record in part])
     data = _Data(parts, target, config, run)

@@ -19,7 +19,6 @@ from ....evaluate.cases import Cases
 from ....morph.running import eval_mode
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
-from ....train.stages import Stage
 from ..tensors import Inputs, TensorTask, logits_of
 from .config import SiameseConfig
 from .network import Embedding
@@ -85,14 +84,8 @@ def fine_tuned(
     """Return log-odds (n,) of test patches from a copy of the encoder that is fine-tuned on the labelled ones."""
     torch.manual_seed(seed_of(run.seed, 7))
     task = TensorTask(Classifier(embedding), x, y, vary=mirrored)
-    stage = Stage(
-        "fine-tune",
-        config.probe_epochs,
-        config.lr,
-        weight_decay=config.weight_decay,
-        batch_size=min(config.batch_size, 32),
-        schedule="cosine",
-    )
+    few = {"epochs": config.probe_epochs, "batch_size": min(config.batch_size, 32), "accumulate": 1}
+    stage = config.stage("fine-tune", **few, schedule="cosine")
     run_stages(task, [stage], run.undealt())
     logits = logits_of(task.module, test).double().numpy()
     return logits[:, 1] - logits[:, 0]

@@ -17,10 +17,9 @@ from ....models import build_model
 from ....train.checkpoint import save_torch
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
-from ....train.stages import Stage
 from ....train.task import Task
 from ..tensors import Inputs, ReadAhead
-from ..weights import find_weights, load_pretrained
+from ..weights import build_pretrained, find_weights
 from .config import SiameseConfig
 from .network import Embedding, at_least_float32, without_autocast
 from .patches import Patches, cropped, jittered, mirrored
@@ -197,10 +196,8 @@ def make_network(config: SiameseConfig, run: Run, number: int, *, weights: bool 
     if weights and config.weights == "timm":
         network = _timm_network(config)
     else:
-        network = build_model(config.model, 2, config.channels)
         path = find_weights(config.weights, config.mean, config.std) if weights else None
-        if path is not None:
-            load_pretrained(network, path)
+        network = build_pretrained(config.model, 2, config.channels, path)
     return Embedding(network, config.layer, config.dim, config.channels, config.patch).to(run.device)
 
 
@@ -247,14 +244,8 @@ def self_supervised(name: str, embedding: Embedding, pairs: Inputs, config: Siam
     Epochs, steps, patches per step, rate and decay are those of the Siamese networks.
     """
     task = _TASKS[name](embedding, pairs, config, run.device)
-    stage = Stage(
-        name,
-        config.epochs,
-        config.lr,
-        trainable=task.trainable,
-        weight_decay=config.weight_decay,
-        batch_size=2 * config.batch_size * config.accumulate,
-    )
+    patches = 2 * config.batch_size * config.accumulate
+    stage = config.stage(name, trainable=task.trainable, batch_size=patches, accumulate=1)
     run_stages(task, [stage], run.undealt())
     task.check_collapse()
     return embedding

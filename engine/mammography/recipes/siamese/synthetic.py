@@ -20,7 +20,6 @@ from torch import Tensor
 from ....evaluate.roc import auc
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
-from ....train.stages import Stage
 from ...phantom import PhantomImage
 from ...phantom.image import Kind
 from ..claims import Effect, Rule, Synthetic
@@ -58,8 +57,7 @@ def rows(run: Run) -> list[dict[str, Any]]:
     for name, config in (("soft", _SETTINGS), ("hard", replace(_SETTINGS, warm_up=_SETTINGS.epochs))):
         networks = [_network((seed, number)) for number in range(2)]
         task = SiameseTask(networks, pairs, [str(i) for i in range(_PAIRS)], config, run.device)
-        stage = Stage("pairs", config.epochs, config.lr, weight_decay=config.weight_decay, batch_size=config.batch_size)
-        run_stages(task, [stage], run.part(f"pairs_{name}"))
+        run_stages(task, [config.stage("pairs")], run.part(f"pairs_{name}"))
         distances = np.mean([task.distances(network)[0] for network in networks], 0)
         row[f"distance_{name}"] = round(auc(truth, distances) or 0.0, 4)
         trained[name] = networks[0]

@@ -16,7 +16,6 @@ from ....evaluate.roc import auc
 from ....predict.tables import write_csv
 from ....train.loop import check_stages, run_stages
 from ....train.run import Run
-from ....train.stages import Stage
 from ..recipe import begin, finish, recipe_card
 from ..splits import split_records
 from ..weights import find_weights
@@ -53,14 +52,7 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     if config.weights != "timm":
         find_weights(config.weights, config.mean, config.std, run)
     make_network(config, run, 0, weights=False)  # refuse it before any work
-    stage = Stage(
-        "pairs",
-        config.epochs,
-        config.lr,
-        weight_decay=config.weight_decay,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-    )
+    stage = config.stage("pairs")
     check_stages([stage], run.group)
     begin(run, "siamese", config, records)
     files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
