@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
+from ..files import write_tensors
 from ..models.checkpoints import State, read_state
 from ..models.reference import LIMIT32, difference
 from ..models.weights import own_tensors
@@ -70,10 +71,10 @@ def logits(path: Path, image: Tensor, prefix: str = "") -> Tensor:
     Raises:
         DataError: it does not accept the image, or does not return a tensor.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as name:
-        save_file({"image": image.contiguous()}, Path(name) / _IMAGE)
+        write_tensors(Path(name) / _IMAGE, {"image": image}, "image")
         _run_child(path, Path(name), prefix)
         return load_file(Path(name) / _LOGITS)["logits"]
 
@@ -100,7 +101,7 @@ def same_logits(found: Extracted, wanted: Tensor, given: Tensor, name: str) -> N
 
 def dump(path: str, folder: str, prefix: str) -> None:
     """Run in the separate process: write the input of `logits` if there is an image, else that of `extract`."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     sys.path.insert(0, str(Path.cwd()))
     with warnings.catch_warnings():  # TorchScript's, which torch.load passes to torch.jit.load
@@ -108,8 +109,7 @@ def dump(path: str, folder: str, prefix: str) -> None:
         loaded = torch.load(path, map_location="cpu", weights_only=False)
     network = _select_module(loaded, prefix).float().eval()
     if not (Path(folder) / _IMAGE).is_file():
-        state = {name: value.detach().clone().contiguous() for name, value in own_tensors(network).items()}
-        save_file(state, Path(folder) / _STATE)
+        write_tensors(Path(folder) / _STATE, own_tensors(network), "weights")
         (Path(folder) / _KIND).write_text(json.dumps(_class_name(network)))
         return
     image = load_file(Path(folder) / _IMAGE)["image"]
@@ -117,7 +117,7 @@ def dump(path: str, folder: str, prefix: str) -> None:
         found = network(image)
     if not isinstance(found, Tensor):
         raise SystemExit(f"it returns a {type(found).__name__} for an image, not a tensor")
-    save_file({"logits": found.contiguous()}, Path(folder) / _LOGITS)
+    write_tensors(Path(folder) / _LOGITS, {"logits": found}, "logits")
 
 
 def _select_module(loaded: Any, prefix: str) -> nn.Module:
