@@ -11,7 +11,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ _DEPTH = 3  # of nested containers searched for modules
 _STATE, _KIND, _IMAGE, _LOGITS = "state.safetensors", "kind.json", "image.safetensors", "logits.safetensors"
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """The content of a pickle: weights, and the name of the module's class."""
-
-    state: State
-    kind: str
-
-
 def holds_module(path: Path) -> bool:
     """Whether a file contains a pickled module and no state dict. Nothing in it is executed."""
     if path.suffix == ".safetensors":
@@ -47,8 +38,8 @@ def holds_module(path: Path) -> bool:
     return False
 
 
-def extract(path: Path, prefix: str = "") -> Extracted:
-    """Open a pickled module in a separate process, and return its weights.
+def extract(path: Path, prefix: str = "") -> tuple[State, str]:
+    """Open a pickled module in a separate process, and return its weights and the name of its class.
 
     Args:
         prefix: selects a sub-module; or the module under this key, if the file contains several.
@@ -62,7 +53,7 @@ def extract(path: Path, prefix: str = "") -> Extracted:
     with tempfile.TemporaryDirectory() as name:
         _run_child(path, Path(name), prefix)
         kind = json.loads((Path(name) / _KIND).read_text())
-        return Extracted(State(path, load_file(Path(name) / _STATE)), kind)
+        return State(path, load_file(Path(name) / _STATE)), kind
 
 
 def logits(path: Path, image: Tensor, prefix: str = "") -> Tensor:
@@ -89,12 +80,12 @@ def _run_child(path: Path, folder: Path, prefix: str) -> None:
         raise DataError(f"{path}: the pickled module cannot be used: {said}{remedy}")
 
 
-def same_logits(found: Extracted, wanted: Tensor, given: Tensor, name: str) -> None:
-    """Refuse a network whose logits differ from those of the pickled module."""
+def same_logits(kind: str, wanted: Tensor, given: Tensor, name: str) -> None:
+    """Refuse a network whose logits differ from those of the pickled module of class `kind`."""
     if wanted.shape != given.shape or not difference(given, wanted) <= LIMIT32:
         far = "another shape" if wanted.shape != given.shape else f"{difference(given, wanted):.1e}"
         raise GigamorphError(
-            f"model {name!r} with the weights of the pickled {found.kind} does not have its logits: they differ by "
+            f"model {name!r} with the weights of the pickled {kind} does not have its logits: they differ by "
             f"{far}; use the factory and the arguments that built the module"
         )
 
