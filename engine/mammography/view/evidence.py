@@ -43,8 +43,8 @@ class Evidence:
         white: White | None = None,
     ) -> None:
         opened = open_classifier(checkpoint, memory_budget=memory_budget, device=device, flips=flips)
-        self._net, classes, self._open = opened
-        self._class = positive_class(classes, outputs_of(self._net))
+        self._net, self._open = opened.net, opened.open_images
+        self._class = positive_class(opened.classes, outputs_of(self._net))
         self.grey = grey_of(self._open([]))
         """How the network's images are converted to grey values; empty if unknown."""
         self._net.eval()

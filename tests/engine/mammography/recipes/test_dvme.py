@@ -245,9 +245,10 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
         first, second = (torch.load(tmp_path / run / file, weights_only=True)["state_dict"] for run in ("whole", "cut"))
         assert all(torch.equal(value, second[name]) for name, value in first.items())
     place = tmp_path / "whole" / folder("finetune_dvme", "all", 0, 0) / "best.ckpt"
-    net, classes, images = open_classifier(place, memory_budget=None, device="cpu")
-    source = images(read_table(table).records)[0]["image"]
-    assert classes == ["0", "1"] and source.shape == (1, 32, 24) and net.eval()(source).isfinite().all()
+    opened = open_classifier(place, memory_budget=None, device="cpu")
+    source = opened.open_images(read_table(table).records)[0]["image"]
+    assert opened.classes == ["0", "1"] and source.shape == (1, 32, 24)
+    assert opened.net.eval()(source).isfinite().all()
     with pytest.raises(DataError, match="does not classify whole images"):
         open_classifier(place.parents[3] / "linear" / "a" / "all_0" / "best.ckpt", memory_budget=None, device="cpu")
 
