@@ -134,7 +134,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
         from ..engine.models.folds import fold_checkpoints
         from ..engine.predict.job import opened_with_white
         from ..engine.predict.options import RunOptions
-        from ..engine.published.classifier import look_at_folds, open_predictor
+        from ..engine.published.classifier import look_at_folds, open_classifier
         from ..engine.train.checkpoint import load_checkpoint
 
         chosen = {field.name: given.pop(field.name) for field in fields(RunOptions) if field.name in given}
@@ -151,7 +151,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
         if skip_bad and chosen["max_failures"] is None:
             chosen["max_failures"] = 1.0
         chosen |= {"model": digest_of(checkpoint), "checkpoint": Path(checkpoint).name}
-        opener = functools.partial(open_predictor, checkpoint, memory_budget=memory_budget, flips=chosen["flips"])
+        opener = functools.partial(open_classifier, checkpoint, memory_budget=memory_budget, flips=chosen["flips"])
         opener = functools.partial(opened_with_white, opener, chosen["white"])
         command(run=Run(opener, chosen, as_json, checkpoint, memory_budget), **given)
 

@@ -200,8 +200,8 @@ def from_plain(values: dict[str, Any], cls: type[T], source: str) -> T:
     return _build(cls, values, source, "")
 
 
-def check_plain(values: Mapping[str, Any], cls: type, source: str, prefix: str = "") -> None:
-    """Check that values of a file include all keys of a class, with the right types; further keys are allowed.
+def check_plain(values: Mapping[str, Any], cls: type[T], source: str, prefix: str = "") -> T:
+    """Build a class from values of a file, which must have all its keys with the right types, and may have others.
 
     Args:
         values: of the file, or of one of its tables.
@@ -213,7 +213,7 @@ def check_plain(values: Mapping[str, Any], cls: type, source: str, prefix: str =
         DataError: a key is missing, or a value has another type.
     """
     try:
-        _build(cls, _known_keys(without_nulls(values), cls), source, prefix)
+        return _build(cls, _known_keys(without_nulls(values), cls), source, prefix)
     except GigamorphError as error:
         raise DataError(str(error)) from error
 

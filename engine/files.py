@@ -67,6 +67,14 @@ def write_json(path: Path, values: Any, what: str) -> None:
     write_atomically(path, lambda part: part.write_text(text), what)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Any], what: str, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file by `write_atomically`; tensors that share memory are stored separately."""
+    from safetensors.torch import save_file
+
+    apart = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda part: save_file(apart, part, metadata), what)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], what: str) -> None:
     """Write a csv file with the columns of the first row by `write_atomically`."""
 

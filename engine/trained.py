@@ -162,9 +162,9 @@ def load(
             segmenter = open_segmenter(path, memory_budget=budget, device=chosen)
             segmenter.net.eval()
             return TrainedMasks(segmenter.net, segmenter.target.names, segmenter.open_images)
-        net, classes, opened = open_classifier(path, memory_budget=budget, device=chosen, flips=flips)
-    net.eval()
-    return Trained(net, tuple(classes), opened)
+        found = open_classifier(path, memory_budget=budget, device=chosen, flips=flips)
+    found.net.eval()
+    return Trained(found.net, tuple(found.classes), found.open_images)
 
 
 def _as_list(images: Image | Sequence[Image]) -> list[Image]:

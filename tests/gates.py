@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_967,
-    ("engine", "kernels", "cli", "benchmarks"): 65_652,
+    ("engine", "kernels"): 57_603,
+    ("engine", "kernels", "cli", "benchmarks"): 65_288,
     ("benchmarks",): 4_199,
 }
 WORDS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -126,7 +127,7 @@ def figure_of(rows: Sequence[StepRow], title: str) -> Figure:
             axes.plot([x], [y], "o" if row.status == OK else "x", color=shade, markersize=5 if row in front else 4)
             name = row.peer.partition(", ")[2] or PEERS[row.base_peer].label
             text = name if row.status == OK else f"{name} ({row.status})"
-            look = {"fontsize": 8} if row in front else {"fontsize": 6, "alpha": 0.7}
+            look: Any = {"fontsize": 8} if row in front else {"fontsize": 6, "alpha": 0.7}
             axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", color=shade, **look)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)

@@ -31,7 +31,7 @@ _EXTRA = "_extra_state"  # where Module.get_extra_state is stored, after the mod
 INDEX = ".index.json"
 
 
-class _Inert:
+class Inert:
     """Stand-in for an object of a class that is not imported: it accepts any state and does nothing."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
@@ -168,7 +168,7 @@ def _select_state(found: Mapping[str, dict[str, Tensor]], loaded: Any, prefix: s
     if named:
         return named[0], prefix.removeprefix(named[0]).removeprefix(".")
     held = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
-    inert = [key for key, value in held if isinstance(value, _Inert | Array)]
+    inert = [key for key, value in held if isinstance(value, Inert | Array)]
     if inert and (not found or any(key in _KEYS for key in inert)):
         raise DataError(_untrusted(path))
     if not found:
@@ -218,7 +218,7 @@ def load_inert(path: Path) -> Any:
         if start == b"PK":
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             foreign = [name for name in names if name not in STAND_INS]
-            stand_ins += [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in foreign]
+            stand_ins += [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in foreign]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # unreadable protocols are refused below
             return as_tensors(torch.load(path, map_location="cpu", weights_only=True))

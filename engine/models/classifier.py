@@ -58,18 +58,22 @@ def check_classifier(
     Raises:
         GigamorphError: names what it outputs instead; see also `record`.
     """
-    program = record(model, name, shape, device)
-    if not program.single:
-        raise GigamorphError(
-            f"model {name!r} outputs several tensors or a container of them; a classifier must output its logits only "
-            "(images, classes)"
-        )
-    given = tuple(program.values[program.output[0].value].shape)
+    given = _single_output(model, name, shape, device, "a classifier must output its logits only (images, classes)")
     if given != (shape[0], classes):
         raise GigamorphError(
             f"model {name!r} outputs {format_shape(given)} for {shape[0]} image and {classes} classes; a classifier "
             f"must output one logit per class, {shape[0]} x {classes}"
         )
+
+
+def _single_output(
+    model: nn.Module, name: str, shape: tuple[int, int, int, int], device: torch.device | str, contract: str
+) -> tuple[int, ...]:
+    """Return the shape of a network's only output tensor."""
+    program = record(model, name, shape, device)
+    if not program.single:
+        raise GigamorphError(f"model {name!r} outputs several tensors or a container of them; {contract}")
+    return tuple(program.values[program.output[0].value].shape)
 
 
 def format_shape(shape: Iterable[int]) -> str:
@@ -98,10 +102,7 @@ def check_segmenter(
     Raises:
         GigamorphError: names what it outputs instead; see also `classifier.record`.
     """
-    program = record(model, name, shape, device)
-    if not program.single:
-        raise GigamorphError(f"model {name!r} outputs several tensors or a container of them; {_CONTRACT}")
-    given = tuple(program.values[program.output[0].value].shape)
+    given = _single_output(model, name, shape, device, _CONTRACT)
     if len(given) != 4 or given[:2] != (shape[0], classes) or (given[2:] == (1, 1) and shape[2:] != (1, 1)):
         size = format_shape(given)
         raise GigamorphError(f"model {name!r} outputs {size} for {shape[0]} image and {classes} classes; {_CONTRACT}")

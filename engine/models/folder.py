@@ -8,20 +8,19 @@ names its members, which are sub-folders. Nothing in a folder is executed; only 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..config import check_plain, from_plain
+from ..config import check_plain
 from ..errors import DataError, GigamorphError
-from ..files import write_atomically
+from ..files import write_json
 from ..images.pixels import Normalize
 from ..parsing import parse_json
 from .folds import fold_checkpoints
-from .outputs import Outputs
+from .outputs import Head, Outputs
 from .weights import sha256
 
 FORMAT = 1
@@ -129,43 +128,17 @@ class Description:
         Raises:
             GigamorphError: a key is missing, or has another type or a value out of range.
         """
-        check_plain(found, _ModelJson, source)
-        given = {key: value for key, value in found["input"].items() if key != "units"}
-        try:
-            outputs, preprocessing = Outputs.from_json(found["outputs"]), from_plain(given, Preprocessing, source)
-        except GigamorphError as error:
-            raise DataError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
-        return cls(
-            model=found.get("model") or "",
-            outputs=outputs,
-            preprocessing=preprocessing,
-            key_map=tuple((theirs, ours) for theirs, ours in found.get("key_map") or ()),
-            members=tuple(found.get("members") or ()),
-            flips=tuple((bool(x), bool(y)) for x, y in found["flips"]),
-            **{name: found[name] for name in _UNCHANGED},
-        )
-
-
-@dataclass(frozen=True)
-class _Head:
-    name: str
-    activation: str
-    outputs: int
-    classes: tuple[str, ...]
-    center: tuple[float, ...] = ()
-    spread: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.activation == "number" and not len(self.center) == len(self.spread) == self.outputs:
-            raise DataError(f"key 'outputs': center and spread must have {self.outputs} numbers")
+        made = check_plain(found, _ModelJson, source)
+        plain = {name: getattr(made, name) for name in ("model", "key_map", "members", "flips", *_UNCHANGED)}
+        return cls(outputs=Outputs(made.outputs), preprocessing=made.input, **plain)
 
 
 @dataclass(frozen=True)
 class _ModelJson:
     """The keys of ``model.json`` and their types."""
 
-    outputs: tuple[_Head, ...]
-    input: dict[str, Any]
+    outputs: tuple[Head, ...]
+    input: Preprocessing
     flips: tuple[tuple[bool, bool], ...]
     licence: str
     source: dict[str, Any]
@@ -179,6 +152,9 @@ class _ModelJson:
         for key, value in (("outputs", self.outputs), ("flips", self.flips), ("model", self.model or self.members)):
             if not value:
                 raise DataError(f"key '{key}' is empty")
+        for head in self.outputs:
+            if head.activation == "number" and not len(head.center) == len(head.spread) == head.outputs:
+                raise DataError(f"key 'outputs': center and spread must have {head.outputs} numbers")
 
 
 def require_logits(folder: str | Path, description: Description) -> None:
@@ -248,8 +224,7 @@ def read_description(folder: str | Path) -> Description:
 
 def write_description(folder: str | Path, description: Description) -> None:
     """Write ``model.json``."""
-    text = json.dumps(description.to_json(), indent=1) + "\n"
-    write_atomically(Path(folder) / DESCRIPTION, lambda path: path.write_text(text), "description")
+    write_json(Path(folder) / DESCRIPTION, description.to_json(), "description")
 
 
 def check_weights(folder: str | Path, description: Description) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import from_plain, to_plain
 from ..errors import GigamorphError
 from .views import Views, pool
 
@@ -28,14 +28,14 @@ class Head:
             class k, given that it is not below. "number": names of numbers, one per column. "features": empty; the
             output is not a prediction.
         activation: function that turns the columns into probabilities; with "probability" they already are.
-        columns: number of columns.
+        outputs: number of columns.
         name: distinguishes the heads of one network.
         center, spread: per number; the number is center + spread * column.
     """
 
     classes: tuple[str, ...]
     activation: Activation
-    columns: int
+    outputs: int
     name: str = ""
     center: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
@@ -43,21 +43,21 @@ class Head:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise GigamorphError(f"activation {self.activation!r} must be one of {', '.join(ACTIVATIONS)}")
-        fits = len(self.classes) == self.columns + (self.activation == "ordinal")
+        fits = len(self.classes) == self.outputs + (self.activation == "ordinal")
         fits = fits or (self.binary and len(self.classes) == 2)
         place = f"head {self.name!r}: " if self.name else ""
         if self.activation != "features" and not fits:
             raise GigamorphError(
-                f"{place}{len(self.classes)} names ({', '.join(self.classes)}) do not fit {self.columns} "
+                f"{place}{len(self.classes)} names ({', '.join(self.classes)}) do not fit {self.outputs} "
                 f"outputs of a {self.activation}"
             )
-        if self.activation == "softmax" and self.columns < 2:
+        if self.activation == "softmax" and self.outputs < 2:
             raise GigamorphError(f"{place}a softmax of a single output is always 1; use sigmoid")
 
     @property
     def binary(self) -> bool:
         """Whether a single column belongs to the second of two classes."""
-        return self.columns == 1 and self.activation in ("sigmoid", "probability")
+        return self.outputs == 1 and self.activation in ("sigmoid", "probability")
 
     def log_odds(self, values: Tensor) -> Tensor:
         """(N, columns) -> (N, classes): log-odds of each class against all others, of each label against its absence.
@@ -65,8 +65,8 @@ class Head:
         Numbers are returned as they are, after center and spread.
         """
         if self.activation == "softmax":
-            others = [torch.cat([values[:, :c], values[:, c + 1 :]], 1) for c in range(self.columns)]
-            return torch.stack([values[:, c] - torch.logsumexp(others[c], 1) for c in range(self.columns)], 1)
+            others = [torch.cat([values[:, :c], values[:, c + 1 :]], 1) for c in range(self.outputs)]
+            return torch.stack([values[:, c] - torch.logsumexp(others[c], 1) for c in range(self.outputs)], 1)
         if self.activation == "ordinal":
             return _ordinal_log_odds(values)
         if self.activation == "number":
@@ -102,7 +102,7 @@ class Outputs:
 
     @property
     def columns(self) -> int:
-        return sum(head.columns for head in self.heads)
+        return sum(head.outputs for head in self.heads)
 
     @property
     def width(self) -> int:
@@ -149,7 +149,7 @@ class Outputs:
             own = values.tensor_split(len(self.members), 1)
             each = torch.stack([one.log_odds(part) for one, part in zip(self.members, own, strict=True)])
             return each.mean(0) if self.numbers else mean_log_odds(each)
-        parts = torch.split(values[:, : self.columns], [head.columns for head in self.heads], 1)
+        parts = torch.split(values[:, : self.columns], [head.outputs for head in self.heads], 1)
         return torch.cat([head.log_odds(part) for head, part in zip(self.heads, parts, strict=True)], 1)
 
     def together(self, rows: Tensor) -> Tensor:
@@ -162,25 +162,12 @@ class Outputs:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return plain containers; `from_json` reads them."""
-        return [
-            {
-                "name": h.name,
-                "activation": h.activation,
-                "outputs": h.columns,
-                "classes": list(h.classes),
-                **({"center": list(h.center), "spread": list(h.spread)} if h.activation == "number" else {}),
-            }
-            for h in self.heads
-        ]
+        return [to_plain(head, () if head.activation == "number" else ("center", "spread")) for head in self.heads]
 
     @classmethod
-    def from_json(cls, heads: list[Mapping[str, Any]]) -> Outputs:
+    def from_json(cls, heads: list[dict[str, Any]]) -> Outputs:
         """Invert `to_json`."""
-        own = []
-        for h in heads:
-            center, spread = (tuple(h.get(key, ())) for key in ("center", "spread"))
-            own.append(Head(tuple(h["classes"]), h["activation"], h["outputs"], h["name"], center, spread))
-        return cls(tuple(own))
+        return cls(tuple(from_plain(head, Head, "outputs") for head in heads))
 
 
 def mean_log_odds(log_odds: Tensor) -> Tensor:

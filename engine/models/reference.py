@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
-from ..files import write_atomically
+from ..files import write_tensors
 from ..versions import versions_of_results
 from .classifier import format_shape, taking_images
 from .folder import REFERENCE, read_description
@@ -31,11 +31,8 @@ class Reference:
     logits64: Tensor
 
     def write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         tensors = {"image": self.image, "logits_float32": self.logits32, "logits_float64": self.logits64}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_atomically(folder / REFERENCE, lambda path: save_file(tensors, path), "reference")
+        write_tensors(folder / REFERENCE, tensors, "reference")
 
     @classmethod
     def read(cls, folder: Path) -> Reference:

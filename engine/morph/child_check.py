@@ -176,33 +176,17 @@ class ChildCheck(Tracer):
             return self.barrier([label], [call.shape], "")[0]
         record = self._next(LinearRecord)
         slabs = label.vids.movedim(call.axis, 0).reshape(label.vids.shape[call.axis], -1)
-        groups = 1
-        if record.groups == 1:
-            rows, free = self._dense(call, label, slabs, record)
-        elif record.wider:
-            groups = record.groups
-            rows, free = self._inside_groups(call.name, slabs, record)
-            self.size("groups", call.groups, groups, label, call.axis)
+        groups = record.groups
+        if groups == 1 or record.wider:
+            rows, free = self._inside_groups(call, label, slabs, record)
         else:
             rows, free, groups = self._whole_groups(call, label, slabs, record)
+        if record.groups > 1:
             self.size("groups", call.groups, groups, label, call.axis)
         self._owner(call.name, len(slabs), len(rows), groups)
         picked = record.outputs[rows]
         view = [-1] + [1] * (picked.ndim - 1)
         return Label(torch.where(free.reshape(view), FREE, picked).movedim(0, call.axis), None)
-
-    def _dense(self, call: LinearCall, label: Label, slabs: Tensor, record: LinearRecord) -> tuple[Tensor, Tensor]:
-        """Copy columns like the channels that they read; return the parent's output channels, and the free ones."""
-        at = record.index.find(slabs)
-        if bool((at == MISSING).any()):
-            bad = int((at == MISSING).nonzero()[0])
-            raise Mismatch(f"input channel {bad} is not a copy of a channel of the parent", [label.vids])
-        columns = _distribute(at, record.index.find(record.index.rows))
-        if columns is None:
-            raise Mismatch("input channels of the parent are missing", [label.vids, record.index.rows])
-        rows_axis, columns_axis = call.axes
-        self._columns(call.name, columns_axis, columns)
-        return self.plan.rows(call.name, rows_axis, len(record.outputs))
 
     def _whole_groups(
         self, call: LinearCall, label: Label, slabs: Tensor, record: LinearRecord
@@ -230,22 +214,31 @@ class ChildCheck(Tracer):
         rows = (source[:, None] * outside + torch.arange(outside)).reshape(-1)
         return rows, empty.repeat_interleave(outside), now
 
-    def _inside_groups(self, name: str, slabs: Tensor, record: LinearRecord) -> tuple[Tensor, Tensor]:
-        """Copy channels within groups, equally in all groups; return parent channels and free ones."""
+    def _inside_groups(
+        self, call: LinearCall, label: Label, slabs: Tensor, record: LinearRecord
+    ) -> tuple[Tensor, Tensor]:
+        """Copy columns within each group like the channels that they read, equally in all groups.
+
+        Return the parent's output channels, and the free ones.
+        """
         groups, channels = record.groups, len(record.outputs)
-        parents, free = self.plan.rows(name, 0, channels)
+        rows_axis, columns_axis = call.axes
+        parents, free = self.plan.rows(call.name, rows_axis, channels)
         if len(slabs) % groups or len(parents) % groups:
             raise Mismatch("groups have grown unevenly", [slabs])
         own = torch.arange(groups).repeat_interleave(len(parents) // groups)
         if not torch.equal(parents // (channels // groups), own):
             raise Mismatch("output channels are copied into other groups", [slabs])
         for new, before in zip(slabs.chunk(groups), record.index.rows.chunk(groups), strict=True):
-            index = Rows(before)
+            index = record.index if groups == 1 else Rows(before)
             at = index.find(new)
-            columns = None if bool((at == MISSING).any()) else _distribute(at, index.find(before))
+            if bool((at == MISSING).any()):
+                bad = int((at == MISSING).nonzero()[0])
+                raise Mismatch(f"input channel {bad} is not a copy of a channel of the parent", [label.vids])
+            columns = _distribute(at, index.find(before))
             if columns is None:
-                raise Mismatch("the input channels of a group are not those of the same group of the parent", [slabs])
-            self._columns(name, 1, columns)
+                raise Mismatch("input channels of the parent are missing", [label.vids, record.index.rows])
+            self._columns(call.name, columns_axis, columns)
         return parents, free
 
     def _columns(self, name: str, axis: int, columns: Tensor) -> None:

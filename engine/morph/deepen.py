@@ -70,10 +70,7 @@ def insert_identity(
         MorphError: the kernel is even, the output is not one batch of channels, or BatchNorm would get one value per
             channel on the example.
     """
-    at = site(model, path, example)
-    _check_kernel(path, spatial(kernel, at.dims, "kernel"))
-    if norm:
-        _check_norm(path, at)
+    at = _site(model, example, path, kernel, norm)
     step = IdentityStep(path, at.channels, at.dims, _plain(kernel), norm, act)
     return morphed(model, step, example, inplace=inplace, rounded=norm, train=not norm)
 
@@ -104,8 +101,7 @@ def insert_pair(
         MorphError: the activation lacks that property, the kernel is even, or the output is not a batch of channels.
     """
     paired(act)
-    at = site(model, path, example)
-    _check_kernel(path, spatial(kernel, at.dims, "kernel"))
+    at = _site(model, example, path, kernel)
     step = PairStep(path, at.channels, at.dims, _plain(kernel), act)
     return morphed(model, step, example, inplace=inplace, rounded=paired(act)[1] != 1)
 
@@ -155,10 +151,7 @@ def insert_residual(
             channel on the example.
     """
     activation(act)
-    at = site(model, path, example)
-    _check_kernel(path, spatial(kernel, at.dims, "kernel"))
-    if norm:
-        _check_norm(path, at)
+    at = _site(model, example, path, kernel, norm)
     hidden = at.channels if hidden is None else hidden
     if hidden < 1:
         raise MorphError(f"after module '{path}': hidden must be at least 1, not {hidden}")
@@ -309,18 +302,19 @@ def _plain(kernel: int | tuple[int, ...]) -> int | tuple[int, ...]:
     return kernel if isinstance(kernel, int) else tuple(kernel)
 
 
-def _check_kernel(path: str, kernel: tuple[int, ...]) -> None:
-    if any(k % 2 == 0 for k in kernel):
-        raise MorphError(f"after module '{path}': kernel {kernel} must be odd, so that it has a centre tap")
-
-
-def _check_norm(path: str, at: Site) -> None:
-    if at.dims == 0 and at.rank > 2:
+def _site(model: nn.Module, example: Example, path: str, kernel: int | tuple[int, ...], norm: bool = False) -> Site:
+    """Return the site of an insertion, which an odd kernel and, with `norm`, a BatchNorm must fit."""
+    at = site(model, path, example)
+    size = spatial(kernel, at.dims, "kernel")
+    if any(k % 2 == 0 for k in size):
+        raise MorphError(f"after module '{path}': kernel {size} must be odd, so that it has a centre tap")
+    if norm and at.dims == 0 and at.rank > 2:
         raise MorphError(
             f"module '{path}' has its channels on the last axis, so BatchNorm cannot follow; use norm=False"
         )
-    if at.values < 2:
+    if norm and at.values < 2:
         raise MorphError(
             f"after module '{path}' each channel has one value on this example, too few for BatchNorm in train mode; "
             "use norm=False (--no-norm), or an example of the size and batch of your training"
         )
+    return at

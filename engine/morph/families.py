@@ -12,6 +12,7 @@ import torch
 from torch.overrides import resolve_name
 
 from ..errors import MorphError
+from ..lowering.ops import names
 
 # Data movement: these ops run on the labels.
 MOVE = frozenset(
@@ -33,19 +34,7 @@ PICKS = frozenset(
 CHUNKS = frozenset(["chunk", "unsafe_chunk"])
 
 # Each output element is a function of the elements at the same (broadcast) position.
-ELEMENTWISE = frozenset(
-    """
-    relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus softsign
-    logsigmoid log_sigmoid exp exp2 log log2 log10 log1p expm1 sqrt rsqrt abs absolute neg negative positive square pow
-    reciprocal clamp clip clamp_min clamp_max sign sin cos tan asin acos atan sinh cosh erf erfc floor ceil round trunc
-    frac threshold hardshrink softshrink tanhshrink nan_to_num logical_not isnan isinf isfinite sgn softsign rrelu
-    to float double half bfloat16 type type_as bool int long zeros_like ones_like full_like empty_like zero fill
-    add sub subtract mul multiply div divide true_divide floor_divide fmod remainder maximum minimum fmax fmin where
-    lerp     addcmul addcdiv eq ne gt ge lt le atan2 hypot logical_and logical_or logical_xor masked_fill copysign rsub
-    iadd isub imul itruediv ipow radd rmul rtruediv rdiv rpow truediv and or xor invert iand ior rsub bitwise_and
-    bitwise_or bitwise_not xlogy logaddexp heaviside ldexp
-    """.split()
-)
+ELEMENTWISE = {*(name.strip("_") for name in names.ELEMENTWISE), "log_sigmoid", "rrelu", "fill", "zero"} - {"data"}
 # Ops of MOVE that move all of their tensors.
 JOINS = frozenset("cat concat concatenate stack hstack vstack view_as reshape_as expand_as".split())
 FACTORIES = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
@@ -98,12 +87,7 @@ def writes(written: str) -> bool:
     """Return whether an op, by its name as written, changes its first tensor in place."""
     if not written.startswith("__"):
         return written.endswith("_")
-    return written == "__setitem__" or written in _IN_PLACE
-
-
-_IN_PLACE = frozenset(
-    f"__i{op}__" for op in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-)
+    return written in ("__setitem__", "__imatmul__") or written in names.ASSIGNMENTS
 
 
 def reads_no_values(name: str) -> bool:

@@ -154,16 +154,16 @@ class FrontStep(Step, op="front"):
     downsample: str
     seed: int
     at: tuple[str, ...]
-    channels: int | None = None
-    out: int | None = None
-    filters: int | None = None
+    channels: int = 0
+    out: int = 0
+    filters: int = 0
     act: str | None = None
     norm: bool | None = None
 
     @property
     def extra(self) -> int:
         """Number of filters beyond the image's channels that reach the stem."""
-        return 0 if self.out is None or self.channels is None else self.out - self.channels
+        return self.out - self.channels
 
     def repeat(self, model: nn.Module) -> nn.Module:
         if self.mode == "fold":
@@ -188,11 +188,10 @@ class FrontStep(Step, op="front"):
     def _layers(self, like: Tensor) -> nn.Module:
         if self.mode == "keep":
             return downsampler(self.downsample, self.r)
-        if self.channels is None or self.filters is None or self.out is None:
+        if not (self.channels and self.filters and self.out):
             raise MorphError(f"front: mode='{self.mode}' needs channels, filters and out")
-        generator = torch.Generator().manual_seed(self.seed)
-        of = Filters(self.channels, self.filters, self.out, self.act, bool(self.norm), generator)
-        return (stages if self.mode == "stages" else residual)(self.r, self.downsample, of, like)
+        generator = torch.Generator().manual_seed(self.seed)  # for the random filters
+        return (stages if self.mode == "stages" else residual)(self, like, generator)
 
     def describe(self, child: nn.Module) -> list[str]:
         """Return report lines on the new layers."""
@@ -401,48 +400,36 @@ def prime_factors(r: int) -> list[int]:
     return factors
 
 
-@dataclass(frozen=True)
-class Filters:
-    """Configuration of a front's convolutions: each has `filters`, but the last stage has `out`."""
-
-    channels: int  # image channels
-    filters: int
-    out: int
-    act: str | None
-    norm: bool
-    generator: torch.Generator  # for the random filters
-
-
-def stages(r: int, downsample: str, spec: Filters, like: Tensor) -> nn.Sequential:
+def stages(step: FrontStep, like: Tensor, generator: torch.Generator) -> nn.Sequential:
     """Build a strided convolution for each prime factor of r; the first channels carry the shrunk image."""
-    layers, width, factors = nn.Sequential(), spec.channels, prime_factors(r)
+    layers, width, factors = nn.Sequential(), step.channels, prime_factors(step.r)
     for number, factor in enumerate(factors):
-        out = spec.out if number == len(factors) - 1 else spec.filters
-        conv = _stage(width, out, factor, like, spec.generator)
-        _set_cell(conv, spec.channels, cell_weights(downsample, factor))
+        out = step.out if number == len(factors) - 1 else step.filters
+        conv = _stage(width, out, factor, like, generator)
+        _set_cell(conv, step.channels, cell_weights(step.downsample, factor))
         layers.append(conv)
-        if spec.act is not None:
-            pact = PAct(activation(spec.act), out)
+        if step.act is not None:
+            pact = PAct(activation(step.act), out)
             with torch.no_grad():
-                pact.a[spec.channels :] = 1  # the extra filters change nothing yet, so they can be non-linear at once
+                pact.a[step.channels :] = 1  # the extra filters change nothing yet, so they can be non-linear at once
             layers.append(pact.to(like.device, like.dtype))
         width = out
     return layers
 
 
-def residual(r: int, downsample: str, spec: Filters, like: Tensor) -> ResidualFront:
+def residual(step: FrontStep, like: Tensor, generator: torch.Generator) -> ResidualFront:
     """Build the downsampler plus gamma = 0 times a branch of random strided convolutions."""
-    layers, width = nn.Sequential(), spec.channels
-    for factor in prime_factors(r):
-        layers.append(_stage(width, spec.filters, factor, like, spec.generator))
-        if spec.norm:
-            layers.append(nn.BatchNorm2d(spec.filters, dtype=like.dtype, device=like.device))
-        if spec.act is not None:
-            layers.append(activation(spec.act).to(like.device, like.dtype))
-        width = spec.filters
-    end = _new_conv(like, width, spec.channels, 1)
-    _randomize(end, spec.generator)
-    return ResidualFront(downsampler(downsample, r), layers.append(end), spec.channels, like)
+    layers, width = nn.Sequential(), step.channels
+    for factor in prime_factors(step.r):
+        layers.append(_stage(width, step.filters, factor, like, generator))
+        if step.norm:
+            layers.append(nn.BatchNorm2d(step.filters, dtype=like.dtype, device=like.device))
+        if step.act is not None:
+            layers.append(activation(step.act).to(like.device, like.dtype))
+        width = step.filters
+    end = _new_conv(like, width, step.channels, 1)
+    _randomize(end, generator)
+    return ResidualFront(downsampler(step.downsample, step.r), layers.append(end), step.channels, like)
 
 
 def add_zero_columns(conv: nn.Conv2d, count: int) -> None:

@@ -128,10 +128,7 @@ OPERATIONS = (
         "--at layer1.0.conv1",
     ),
     Operation(
-        "kernel",
-        "Enlarge the kernels of convolutions.",
-        {"": "kernel_size.grow_kernel"},
-        "--at conv1 --kernel 9",
+        "kernel", "Enlarge the kernels of convolutions.", {"": "kernel_size.grow_kernel"}, "--at conv1 --kernel 9"
     ),
     Operation(
         "front",

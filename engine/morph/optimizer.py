@@ -217,8 +217,7 @@ class _ParameterMapping:
             # The maps depend on the architecture alone; the recorded inputs are float32 on the CPU.
             maps = step.tensor_maps(duplicate(parent).float().cpu())
             return cls(targets, maps, same_names, {}, step.split)
-        found = descent(step, parent, child)
-        return cls(targets, {}, found.heirs, found.origins, "")
+        return cls(targets, {}, *descent(step, parent, child), "")
 
     def target(self, name: str, p: Tensor) -> Tensor:
         """Return the child's parameter for one of the parent's."""
@@ -373,31 +372,22 @@ def _construct(
     return result
 
 
-@dataclass(frozen=True)
-class Descent:
-    """Mapping between the parameters of a parent and of a child that was not widened.
+def descent(step: Step, parent: nn.Module, child: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Find the parameters that still exist, and those that replace others, after another morph than a widening.
 
     The morph is repeated on a copy without weights. A module that is still in the copy retains its parameters, under
     any name. A missing module was replaced by the module that is now at its path. Names alone are ambiguous: after a
     block with the layer `block.1` is followed by a new layer, the new one is `block.1` and the old one is `block.0.1`.
 
-    Attributes:
-        heirs: parent's name -> child's name, for each parameter that still exists with its values.
-        origins: child's name -> parent's name, for every other parameter that replaces one of the parent's: grown,
-            split, or computed from it. A parameter in neither mapping is new.
-    """
-
-    heirs: Mapping[str, str]
-    origins: Mapping[str, str]
-
-
-def descent(step: Step, parent: nn.Module, child: nn.Module) -> Descent:
-    """Find the parameters that still exist, and those that replace others.
-
     Args:
         step: the step of the morph.
         parent: the network before the morph, with its weights of that time; it is not changed.
         child: the network after the morph, with its weights of that time.
+
+    Returns:
+        Parent's name -> child's name, for each parameter that still exists with its values; and child's name ->
+        parent's name, for every other parameter that replaces one of the parent's: grown, split, or computed from it.
+        A parameter in neither is new.
 
     Raises:
         MorphError: a parameter that the morph does not change has other values in the child.
@@ -427,7 +417,7 @@ def descent(step: Step, parent: nn.Module, child: nn.Module) -> Descent:
                     "change it; call grow_optimizer before either network is trained or cast"
                 )
             origins |= dict.fromkeys([mine, *rest], name)
-    return Descent(heirs, origins)
+    return heirs, origins
 
 
 def shared_prefix(a: str, b: str) -> int:

@@ -237,15 +237,13 @@ class ParentRun(Tracer):
             self._fix(name, f"{why} ({self.where_now})")
             return self.barrier([label], [call.shape], why)[0]
         arriving = _channels(label, call.axis)
-        wider = False
-        if call.groups == 1:
-            rows = self._dense(call, arriving)
-        else:
+        can_widen = False
+        if call.groups > 1:
             self.size("groups", call.groups, call.groups, label, call.axis)
-            inside = self.shapes[name][1]  # input channels per group, or output channels if transposed
-            self.has_groups |= inside > 1 and not call.transposed
-            wider = self.groups == "wider" and inside > 1 and not call.transposed
-            rows = self._grouped(call, arriving, wider)
+            can_widen = self.shapes[name][1] > 1 and not call.transposed  # several input channels per group
+            self.has_groups |= can_widen
+        wider = can_widen and self.groups == "wider"
+        rows = self._rows(call, arriving, wider or call.groups == 1)
         atoms = along(torch.from_numpy(rows), call.axis, label.vids.ndim).expand(call.shape)
         vids = self.number(atoms)
         slabs = label.vids.movedim(call.axis, 0).reshape(label.vids.shape[call.axis], -1)
@@ -257,32 +255,26 @@ class ParentRun(Tracer):
             self.axes[name, axis] = self.atoms.new(self.shapes[name][axis])
         return self.axes[name, axis]
 
-    def _dense(self, call: LinearCall, arriving: np.ndarray) -> np.ndarray:
-        """Return the atoms of the output channels of a linear op with one group."""
-        rows_axis, columns_axis = call.axes
-        rows = self._new_axis(call.name, rows_axis)
-        seen = self.columns.setdefault((call.name, columns_axis), arriving)
-        self.atoms.unite(seen, arriving, f"a shared weight also reads fixed channels ({self.where_now})")
-        self.borders.meet(seen, arriving)
-        return rows
+    def _rows(self, call: LinearCall, arriving: np.ndarray, inside_groups: bool) -> np.ndarray:
+        """Return the atoms of the output channels, and unite those of channels that are copied equally.
 
-    def _grouped(self, call: LinearCall, arriving: np.ndarray, wider: bool) -> np.ndarray:
-        """Unite the channels within each group, which is copied as a whole; or, if groups get wider, their indices.
-
-        Channels at the same index of all groups are then copied equally within their groups.
+        Either whole groups are copied, and the channels within each are united; or channels are copied inside their
+        groups, equally at the same index of all groups.
         """
-        rows = self._new_axis(call.name, 0)
+        single = call.groups == 1
+        rows = self._new_axis(call.name, call.axes[0] if single else 0)
         own, inside = rows.reshape(call.groups, -1), arriving.reshape(call.groups, -1)
-        why = f"a grouped convolution reads fixed channels ({self.where_now})"
-        if wider:
+        why = f"a {'shared weight also' if single else 'grouped convolution'} reads fixed channels ({self.where_now})"
+        if inside_groups:
             seen = self.columns.setdefault((call.name, call.axes[1]), inside[0])
             self.atoms.unite(seen, inside[0], why)
+            self.borders.meet(seen, inside[0])
         for part in (own, inside):
-            first = part[:1] if wider else inside[:, :1]
+            first = part[:1] if inside_groups else inside[:, :1]
             self.atoms.unite(np.broadcast_to(first, part.shape), part, why)
-            if wider:
+            if inside_groups:
                 self.borders.cut(part[:-1, -1], part[1:, 0])
-        if wider:
+        if inside_groups:
             return rows
         self.borders.step((inside[:-1, -1], inside[1:, 0]), (own[:-1, -1], own[1:, 0]))
         return np.repeat(inside[:, 0], self.shapes[call.name][1]) if call.transposed else rows

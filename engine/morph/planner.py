@@ -37,9 +37,7 @@ class Cost:
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(
-            self.parameters - other.parameters,
-            self.flops - other.flops,
-            self.activation_bytes - other.activation_bytes,
+            self.parameters - other.parameters, self.flops - other.flops, self.activation_bytes - other.activation_bytes
         )
 
     def __str__(self) -> str:

@@ -77,17 +77,6 @@ class Recipe:
             )
         self.morphs.append(Morph(step, before, fingerprint(child.state_dict())))
 
-    def require_contents(self, state: Mapping[str, Tensor]) -> None:
-        """Check that weights equal those of the last morph bit for bit; trained weights do not.
-
-        Raises:
-            MorphError: the weights differ.
-        """
-        if self.morphs and fingerprint(state).contents != self.morphs[-1].child.contents:
-            raise MorphError(
-                "the weights differ from those of the recipe's last morph; they were trained or are damaged"
-            )
-
     def to_json(self) -> str:
         """Return the recipe as JSON text."""
         morphs = [{"step": to_json(m.step), "parent": asdict(m.parent), "child": asdict(m.child)} for m in self.morphs]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..accelerate import Accelerated, accelerate
+from ..accelerate import accelerate
 from ..applications import recipe_of
 from ..datasets.flips import FLIPS
 from ..datasets.tables import SPLITS, Record
@@ -22,7 +22,6 @@ from ..models.registry import open_checked
 from ..models.weights import first_line
 from ..predict.predictor import Classifier
 from ..train.checkpoint import REMEDY, load_checkpoint, preprocessing_of
-from ..train.data import Images
 from ..train.inputs import images
 from ..train.network import restore_network, target_of
 from ..train.record import with_splits
@@ -30,14 +29,14 @@ from .ensemble import Ensemble, Member, Published
 from .images import PublishedImages
 from .layout import trained_preprocessing
 
-Opened = tuple["Published | Ensemble", list[str], Callable[[Sequence[Record]], Images], int]
 
+def open_published(
+    folder: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
+) -> Classifier:
+    """Open the network of a folder with a budget on a device.
 
-def open_published(folder: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()) -> Opened:
-    """Open the network of a folder with a budget on a device; return it, its output names and an opener of images.
-
-    The fourth value is the number of images in the `gigamorph train` trainings, as far as known; the records of the
-    images have the split that they were in.
+    `trained_on` counts the images in `gigamorph train` trainings, as far as known; the records of the images have the
+    split that they were in.
 
     Args:
         flips: names in `FLIPS`; predictions are averaged over these mirror images too.
@@ -69,8 +68,11 @@ def open_published(folder: str | Path, *, memory_budget: int | None, device: str
     else:
         members = [Member(net, one.preprocessing, one.outputs) for net, one in zip(named, each, strict=True)]
         net, prepared = Ensemble(members, about.outputs, seen), None
-    names, count = about.outputs.names, image_count(trainings)
-    return net, names, lambda r: PublishedImages(add_splits(r, trainings), prepared, wanted), count
+
+    def opened(records: Sequence[Record]) -> PublishedImages:
+        return PublishedImages(add_splits(records, trainings), prepared, wanted)
+
+    return Classifier(net, about.outputs.names, opened, image_count(trainings))  # type: ignore[arg-type]
 
 
 def add_splits(records: Sequence[Record], trainings: Sequence[Mapping[str, Any]]) -> list[Record]:
@@ -160,12 +162,11 @@ def _require_alike(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def open_classifier(
     path: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
-) -> tuple[Accelerated, list[str], Callable[[Sequence[Record]], Images]]:
-    """Open a trained network with a budget on a device; return it, its classes, and an opener of images.
+) -> Classifier:
+    """Open a trained network with a budget on a device.
 
     The path is a checkpoint, a folder of `gigamorph import` (also an ensemble), or a folder of `gigamorph train
     --folds`, whose networks are averaged. Records of the images have their split of the training, where it is known.
-
 
     Args:
         flips: names in `gigamorph.engine.datasets.flips.FLIPS`; predictions are averaged over these mirror images too.
@@ -174,18 +175,10 @@ def open_classifier(
         DataError: it is not a checkpoint, or its network does not classify whole images.
         GigamorphError: its predictions cannot be averaged over mirror images.
     """
-    found = open_predictor(path, memory_budget=memory_budget, device=device, flips=flips)
-    return found.net, found.classes, found.open_images
-
-
-def open_predictor(
-    path: str | Path, *, memory_budget: int | None, device: str, flips: Sequence[str] = ()
-) -> Classifier:
-    """Open a trained network for `gigamorph.engine.predict`; see `open_classifier`."""
     if Path(path).is_dir():
         if fold_checkpoints(path):
             return open_folds(path, memory_budget=memory_budget, device=device, flips=flips)
-        return Classifier(*open_published(path, memory_budget=memory_budget, device=device, flips=flips))  # type: ignore[arg-type]
+        return open_published(path, memory_budget=memory_budget, device=device, flips=flips)
     found = _open_checkpoint(path, memory_budget, device)
     return _average_mirrored(found, flips) if flips else found
 

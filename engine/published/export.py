@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GigamorphError
-from ..files import write_atomically
+from ..files import write_atomically, write_json, write_tensors
 from ..models.compat import make_torchvision_importable
 from ..models.folder import WEIGHTS, Description, is_folder, read_description
 from ..models.reference import LIMIT32, difference, forward, ordinary
@@ -96,12 +96,8 @@ def export_hub(source: Source, out: str | Path) -> float:
 
     image = source.image
     with new_folder(out) as folder:
-        from safetensors.torch import save_file
-
-        state = {name: value.detach().clone().contiguous() for name, value in source.network.state_dict().items()}
-        write_atomically(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}), "weights")
-        config = json.dumps(_hub_config(source, spec, timm), indent=1) + "\n"
-        write_atomically(folder / "config.json", lambda path: path.write_text(config), "configuration")
+        write_tensors(folder / WEIGHTS, source.network.state_dict(), "weights", {"format": "pt"})
+        write_json(folder / "config.json", _hub_config(source, spec, timm), "configuration")
         try:
             loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         except Exception as error:  # timm's own errors

@@ -186,18 +186,18 @@ def _channels_of(spec: Spec, tensors: Mapping[str, Tensor], wishes: Wishes) -> i
 
 def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say: Say) -> None:
     """Extract a pickled module's state dict in a separate process; the spec's network must output the same logits."""
-    found = pickled.extract(weights, wishes.prefix)
-    say(f"{weights.name}: a pickled {found.kind}, opened in a separate process")
-    wanted, chosen = _source_preprocessing(spec, found.state.tensors, wishes)
-    description = import_state(spec, found.state, wanted, (), folder, chosen, say)
+    state, kind = pickled.extract(weights, wishes.prefix)
+    say(f"{weights.name}: a pickled {kind}, opened in a separate process")
+    wanted, chosen = _source_preprocessing(spec, state.tensors, wishes)
+    description = import_state(spec, state, wanted, (), folder, chosen, say)
     image = Reference.read(folder).image
     network = build_model(str(folder)).eval()
     with torch.no_grad():
         given = network(image)
-    if image.shape[1] == 1 and channels_in(spec, found.state.tensors) == 3:  # they were summed for grey images
+    if image.shape[1] == 1 and channels_in(spec, state.tensors) == 3:  # they were summed for grey images
         image = image.expand(-1, 3, -1, -1)
-    pickled.same_logits(found, pickled.logits(weights, image, wishes.prefix), given, str(spec))
-    source = {**description.source, "pickled": found.kind}
+    pickled.same_logits(kind, pickled.logits(weights, image, wishes.prefix), given, str(spec))
+    source = {**description.source, "pickled": kind}
     write_description(folder, replace(description, source=source))
 
 

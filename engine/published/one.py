@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import GigamorphError
-from ..files import write_atomically
+from ..files import write_tensors
 from ..models import build_model
 from ..models.checkpoints import State
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
@@ -131,7 +131,7 @@ def import_state(
     checked = verified(network, reference, str(spec))
     if wanted.size is None and wishes.size is not None:
         _report_fixed_size(network, fixed_image(wanted, (2 * wishes.size[0], 2 * wishes.size[1])), spec, say)
-    _write_weights(network, folder)
+    write_tensors(folder / WEIGHTS, own_tensors(network), "weights")
     reference.write(folder)
     source = {
         "file": state.path.name,
@@ -366,14 +366,14 @@ def _require_own_names(heads: Sequence[Head], taken: Mapping[str, int]) -> None:
     owners = [name for name, count in taken.items() for _ in range(count)]
     start = 0
     for head in heads:
-        own = list(dict.fromkeys(owners[start : start + head.columns]))
+        own = list(dict.fromkeys(owners[start : start + head.outputs]))
         if len(own) > 1 or (own and head.name in taken and own != [head.name]):
             order = ", ".join(f"{name} ({count})" for name, count in taken.items())
             raise GigamorphError(
                 f"head {head.name!r} would contain columns of {' and '.join(own)}: the network's outputs are {order}; "
                 "use these names for all heads, or list the heads in this order"
             )
-        start += head.columns
+        start += head.outputs
 
 
 def _activation(columns: int, end: str) -> Activation:
@@ -391,10 +391,3 @@ def _parse_head(name: str, text: str) -> Head:
     activation, _, names = text.partition(":")
     classes = tuple(one.strip() for one in names.split(",")) if names else (name,)
     return Head(classes, activation, len(classes), name)  # type: ignore[arg-type]
-
-
-def _write_weights(network: nn.Module, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    state = {name: value.detach().clone().contiguous() for name, value in own_tensors(network).items()}
-    write_atomically(folder / WEIGHTS, lambda path: save_file(state, path), "weights")

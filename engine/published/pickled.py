@@ -11,7 +11,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
+from ..files import write_tensors
 from ..models.checkpoints import State, read_state
 from ..models.reference import LIMIT32, difference
 from ..models.weights import own_tensors
 
 _DEPTH = 3  # of nested containers searched for modules
 _STATE, _KIND, _IMAGE, _LOGITS = "state.safetensors", "kind.json", "image.safetensors", "logits.safetensors"
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """The content of a pickle: weights, and the name of the module's class."""
-
-    state: State
-    kind: str
 
 
 def holds_module(path: Path) -> bool:
@@ -46,8 +38,8 @@ def holds_module(path: Path) -> bool:
     return False
 
 
-def extract(path: Path, prefix: str = "") -> Extracted:
-    """Open a pickled module in a separate process, and return its weights.
+def extract(path: Path, prefix: str = "") -> tuple[State, str]:
+    """Open a pickled module in a separate process, and return its weights and the name of its class.
 
     Args:
         prefix: selects a sub-module; or the module under this key, if the file contains several.
@@ -61,7 +53,7 @@ def extract(path: Path, prefix: str = "") -> Extracted:
     with tempfile.TemporaryDirectory() as name:
         _run_child(path, Path(name), prefix)
         kind = json.loads((Path(name) / _KIND).read_text())
-        return Extracted(State(path, load_file(Path(name) / _STATE)), kind)
+        return State(path, load_file(Path(name) / _STATE)), kind
 
 
 def logits(path: Path, image: Tensor, prefix: str = "") -> Tensor:
@@ -70,10 +62,10 @@ def logits(path: Path, image: Tensor, prefix: str = "") -> Tensor:
     Raises:
         DataError: it does not accept the image, or does not return a tensor.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as name:
-        save_file({"image": image.contiguous()}, Path(name) / _IMAGE)
+        write_tensors(Path(name) / _IMAGE, {"image": image}, "image")
         _run_child(path, Path(name), prefix)
         return load_file(Path(name) / _LOGITS)["logits"]
 
@@ -88,19 +80,19 @@ def _run_child(path: Path, folder: Path, prefix: str) -> None:
         raise DataError(f"{path}: the pickled module cannot be used: {said}{remedy}")
 
 
-def same_logits(found: Extracted, wanted: Tensor, given: Tensor, name: str) -> None:
-    """Refuse a network whose logits differ from those of the pickled module."""
+def same_logits(kind: str, wanted: Tensor, given: Tensor, name: str) -> None:
+    """Refuse a network whose logits differ from those of the pickled module of class `kind`."""
     if wanted.shape != given.shape or not difference(given, wanted) <= LIMIT32:
         far = "another shape" if wanted.shape != given.shape else f"{difference(given, wanted):.1e}"
         raise GigamorphError(
-            f"model {name!r} with the weights of the pickled {found.kind} does not have its logits: they differ by "
+            f"model {name!r} with the weights of the pickled {kind} does not have its logits: they differ by "
             f"{far}; use the factory and the arguments that built the module"
         )
 
 
 def dump(path: str, folder: str, prefix: str) -> None:
     """Run in the separate process: write the input of `logits` if there is an image, else that of `extract`."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     sys.path.insert(0, str(Path.cwd()))
     with warnings.catch_warnings():  # TorchScript's, which torch.load passes to torch.jit.load
@@ -108,8 +100,7 @@ def dump(path: str, folder: str, prefix: str) -> None:
         loaded = torch.load(path, map_location="cpu", weights_only=False)
     network = _select_module(loaded, prefix).float().eval()
     if not (Path(folder) / _IMAGE).is_file():
-        state = {name: value.detach().clone().contiguous() for name, value in own_tensors(network).items()}
-        save_file(state, Path(folder) / _STATE)
+        write_tensors(Path(folder) / _STATE, own_tensors(network), "weights")
         (Path(folder) / _KIND).write_text(json.dumps(_class_name(network)))
         return
     image = load_file(Path(folder) / _IMAGE)["image"]
@@ -117,7 +108,7 @@ def dump(path: str, folder: str, prefix: str) -> None:
         found = network(image)
     if not isinstance(found, Tensor):
         raise SystemExit(f"it returns a {type(found).__name__} for an image, not a tensor")
-    save_file({"logits": found.contiguous()}, Path(folder) / _LOGITS)
+    write_tensors(Path(folder) / _LOGITS, {"logits": found}, "logits")
 
 
 def _select_module(loaded: Any, prefix: str) -> nn.Module:

@@ -12,9 +12,9 @@ import torch
 
 from ..errors import DataError, GigamorphError
 from ..models.checkpoints import INDEX
-from ..models.compat import make_torchvision_importable
 from ..models.folder import Description, Preprocessing, require_no_run
 from ..models.outputs import Outputs
+from ..models.pretrained import import_timm
 from ..models.spec import Spec
 from ..models.weights import first_line
 from ..parsing import parse_json
@@ -125,11 +125,7 @@ def _preprocessing(about: Mapping[str, Any], channels: int) -> Preprocessing:
 
 def pretrained_config(spec: Spec) -> Mapping[str, Any]:
     """Return timm's own description of a model's weights; empty if there is none."""
-    make_torchvision_importable()
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        raise GigamorphError(f"model {str(spec)!r} needs timm, which cannot be imported ({error})") from error
+    timm = import_timm(f"model {str(spec)!r}")
     found = timm.get_pretrained_cfg(spec.name) if timm.is_model(spec.name) else None
     return {} if found is None else found.to_dict()
 

@@ -132,10 +132,11 @@ def run_stage(out: Path, split: bool, batch: int, accumulate: int) -> Any:
     torch.manual_seed(3)
     net = live(2, 1)
     net.insert(5, nn.BatchNorm2d(8, momentum=None).double())  # which has means over all batches
-    task = ClassifierTask(net, images(13, 0, 3), images(5, 100, 3), Target(("normal", "finding")), batch=2, split=split)
-    stage = Stage("all", 2, 3e-3, batch_size=batch, accumulate=accumulate)
+    stages = [Stage("all", 2, 3e-3, batch_size=batch, accumulate=accumulate)]
+    own = Run(out, seed=5, group=ProcessGroup.here(split))
+    task = ClassifierTask(net, images(13, 0, 3), images(5, 100, 3), Target(("normal", "finding")), own, stages)
     try:
-        rows = run_stages(task, [stage], Run(out, seed=5, group=ProcessGroup.here(split))).rows
+        rows = run_stages(task, stages, own).rows
     except GigamorphError as error:
         return repr(error)
     return [{name: row[name] for name in ("stage", "epoch", "score", "lr")} for row in rows]

@@ -19,7 +19,7 @@ from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
 from ...images.header import read_info
 from ...images.open import open_pixels
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 _TABLES = {
     f"{kind}_case_description_{split}_set.csv": split for split in ("train", "test") for kind in ("mass", "calc")
@@ -82,9 +82,8 @@ def _record(rows: Sequence[dict[str, str]], split: str, series: _Series) -> Reco
     image = next((path for path in images if path.is_file()), images[0])
     densities = [d for row in rows if (d := values.density(row.get("breast_density", "")))]
     grades = [grade for row in rows if (grade := values.birads(row.get("assessment", "")))]
-    return Record(
+    return unlabelled_record(
         path=image,
-        label=-1,
         patient_id=first["patient_id"],
         split=split,
         laterality=values.side(first["left_or_right_breast"]),

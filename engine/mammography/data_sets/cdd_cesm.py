@@ -9,7 +9,7 @@ from ...datasets.tables import values
 from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
 from ...parsing import parse_json
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 _TABLES = (
     "Radiology manual annotations.xlsx",
@@ -39,9 +39,8 @@ def read(files: Files) -> list[Record]:
         findings = [text.strip() for row in rows for text in row.get("Findings", "").split("$") if text.strip()]
         folder = _FOLDERS.get(first["Type"].upper(), "")
         records.append(
-            Record(
+            unlabelled_record(
                 path=files.expect(f"{folder}/{name}.jpg"),
-                label=-1,
                 patient_id=first["Patient_ID"],
                 laterality=values.side(first["Side"]),
                 view=first["View"].upper(),

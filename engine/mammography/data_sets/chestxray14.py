@@ -7,7 +7,7 @@ from pathlib import Path
 from ...datasets.tables import values
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 FINDINGS = (
     "Atelectasis",
@@ -44,9 +44,8 @@ def read(files: Files) -> list[Record]:
             raise DataError(f"{table.path}, {place}: unknown finding {sorted(found - set(FINDINGS))[0]!r}; correct it")
         name = row["Image Index"]
         records.append(
-            Record(
+            unlabelled_record(
                 path=files.expect(f"images/{name}"),
-                label=-1,
                 patient_id=row["Patient ID"],
                 split=splits.get(name),
                 view=row["View Position"],

@@ -6,7 +6,7 @@ from ...datasets.tables import values
 from ...datasets.tables.schema import Record
 from ...errors import DataError
 from ...images.header import DicomInfo, read_headers
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 _KINDS = ("normal", "benign", "malignant")
 _TABLES = ("CMMD_clinicaldata_revision.xlsx", "CMMD_clinicaldata_revision.csv")
@@ -36,9 +36,8 @@ def read(files: Files) -> list[Record]:
         row = breasts.get((patient, side), {})
         extra = {name: row[name] for name in ("abnormality", "subtype", "Age") if row.get(name)}
         records.append(
-            Record(
+            unlabelled_record(
                 path=path,
-                label=-1,
                 patient_id=patient,
                 laterality=side,
                 view=header.view if header else None,

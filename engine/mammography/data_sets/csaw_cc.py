@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 from ...datasets.tables import values
 from ...datasets.tables.schema import Finding, Record
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 _TABLE = "CSAW-CC_breast_cancer_screening_data.csv"
 _KEPT = (
@@ -33,9 +33,8 @@ def read(files: Files) -> list[Record]:
         name = PurePosixPath(row["anon_filename"].replace("\\", "/")).name
         mask = files.find(f"{PurePosixPath(name).stem}_mask.png")
         records.append(
-            Record(
+            unlabelled_record(
                 path=files.expect(name if name.lower().endswith(".dcm") else f"{name}.dcm"),
-                label=-1,
                 patient_id=row["anon_patientid"],
                 laterality=side,
                 view=row["viewposition"].upper(),

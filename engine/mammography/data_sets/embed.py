@@ -9,7 +9,7 @@ from ...datasets.tables import values
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
 from ...parsing import parse_literal
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 _METADATA = ("EMBED_OpenData_metadata.csv", "EMBED_OpenData_metadata_reduced.csv")
 _CLINICAL = ("EMBED_OpenData_clinical.csv", "EMBED_OpenData_clinical_reduced.csv")
@@ -33,9 +33,8 @@ def read(files: Files) -> list[Record]:
         cancer = _cancer(found)
         grades = {_ASSESSMENTS[item["asses"]] for item in found if item["asses"] in _ASSESSMENTS}
         records.append(
-            Record(
+            unlabelled_record(
                 path=files.expect(row["anon_dicom_path"]),
-                label=-1,
                 patient_id=row["empi_anon"],
                 laterality=side,
                 view=row["ViewPosition"].upper() or None,

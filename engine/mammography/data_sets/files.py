@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from ...datasets.tables.cells import Rows, read_rows
 from ...datasets.tables.schema import Record
 from ...errors import DataError
+
+unlabelled_record = functools.partial(Record, label=-1)
+"""A record with `labels` but without `label`, which is one of them."""
 
 
 class Files:
@@ -23,7 +26,7 @@ class Files:
             raise DataError(f"{path}: no such file or folder")
         self.folder = self.path if self.path.is_dir() else self.path.parent
 
-    @cached_property
+    @functools.cached_property
     def _names(self) -> dict[str, list[Path]]:
         """Files below the folder by lower-case name, from a single walk."""
         found: dict[str, list[Path]] = {}

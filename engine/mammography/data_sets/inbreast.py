@@ -9,7 +9,7 @@ from pathlib import Path
 from ...datasets.tables import values
 from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 _POINT = re.compile(r"\(\s*([-\d.eE+]+)\s*,\s*([-\d.eE+]+)\s*\)")
 
@@ -31,9 +31,8 @@ def read(files: Files) -> list[Record]:
         patient = parts[1] if len(parts) > 2 else number
         grade = values.birads(row["Bi-Rads"])
         records.append(
-            Record(
+            unlabelled_record(
                 path=image or files.folder / "AllDICOMs" / f"{number}.dcm",
-                label=-1,
                 patient_id=patient,
                 laterality=values.side(row["Laterality"]),
                 view=row["View"].upper() or None,

@@ -6,7 +6,7 @@ import re
 
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 _SIDE = 1024
 _LINE = re.compile(r"(mdb(\d{3}))[a-z]*\s+([FGD])\s+(CALC|CIRC|SPIC|MISC|ARCH|ASYM|NORM)(?:\s+([BM]))?(.*)")
@@ -47,17 +47,13 @@ def read(files: Files) -> list[Record]:
 def _record(files: Files, name: str, lines: list[re.Match[str]]) -> Record:
     number = int(lines[0][2])
     findings = [_finding(line) for line in lines if line[4] != "NORM"]
-    return Record(
+    return unlabelled_record(
         path=files.expect(f"{name}.pgm"),
-        label=-1,
         patient_id=f"mias{(number + 1) // 2:03d}",
         laterality="L" if number % 2 else "R",
         view="MLO",
         exam_id=f"mias{(number + 1) // 2:03d}",
-        labels={
-            "malignant": float(any(line[5] == "M" for line in lines)),
-            "abnormal": float(bool(findings)),
-        },
+        labels={"malignant": float(any(line[5] == "M" for line in lines)), "abnormal": float(bool(findings))},
         findings=tuple(findings),
         # Fatty, fatty-glandular or dense: not the BI-RADS scale.
         extra={"tissue": lines[0][3]},

@@ -15,33 +15,20 @@ from typing import Any
 from ...datasets.tables.schema import Finding, Record
 from ...errors import DataError
 from ...images.rawfile import one_line
-from .files import DataSet, Files
-
-
-class Unread:
-    """A placeholder for an object of any class."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
-
-    def __setitem__(self, *_: object) -> None: ...
-
-    def append(self, _: object) -> None: ...
-
-    def extend(self, _: object) -> None: ...
+from ...models.checkpoints import Inert
+from .files import DataSet, Files, unlabelled_record
 
 
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
-        return Unread
+        return Inert
 
     def persistent_load(self, pid: Any, /) -> Any:
-        return Unread()
+        return Inert()
 
 
 def read_pickle(path: Path) -> Any:
-    """The contents of a pickle file: lists, tuples, sets, dictionaries, text, numbers, None, and `Unread` for others.
+    """The contents of a pickle file: lists, tuples, sets, dictionaries, text, numbers, None, and `Inert` for others.
 
     Raises:
         DataError: if the file is not a pickle, or is damaged.
@@ -83,9 +70,8 @@ def _record(files: Files, path: Path, exam: dict[str, Any], number: int, view: s
     flip = exam.get("horizontal_flip", "NO")
     if flip not in ("YES", "NO"):
         raise DataError(f"{path}, exam {number}: horizontal_flip must be YES or NO")
-    return Record(
+    return unlabelled_record(
         path=files.expect(_png(name)),
-        label=-1,
         patient_id=f"exam{number}",
         laterality=laterality,
         view=projection,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...datasets.tables import values
 from ...datasets.tables.schema import Record
 from ...errors import DataError
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 _LABELS = ("cancer", "biopsy", "invasive", "difficult_negative_case")
 _KEPT = ("site_id", "age", "implant", "machine_id")
@@ -20,9 +20,8 @@ def read(files: Files) -> list[Record]:
     for place, row in zip(table.places, table.rows, strict=True):
         labels = {name: _truth(row[name], name, f"{table.path}, {place}") for name in _LABELS if row.get(name)}
         records.append(
-            Record(
+            unlabelled_record(
                 path=files.expect(f"{folder}/{row['patient_id']}/{row['image_id']}.dcm"),
-                label=-1,
                 patient_id=row["patient_id"],
                 laterality=values.side(row["laterality"]),
                 view=row["view"].upper(),

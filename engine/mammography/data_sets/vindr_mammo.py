@@ -7,7 +7,7 @@ from ...datasets.tables.generic import SPLIT_NAMES
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
 from ...parsing import parse_literal
-from .files import DataSet, Files
+from .files import DataSet, Files, unlabelled_record
 
 
 def read(files: Files) -> list[Record]:
@@ -27,9 +27,8 @@ def read(files: Files) -> list[Record]:
         if split not in SPLIT_NAMES:
             raise DataError(f"{table.path}, {place}: split {row['split']!r} must be training or test")
         records.append(
-            Record(
+            unlabelled_record(
                 path=files.expect(f"images/{row['study_id']}/{row['image_id']}.dicom"),
-                label=-1,
                 patient_id=row["study_id"],
                 split=SPLIT_NAMES[split],
                 laterality=values.side(row["laterality"]),

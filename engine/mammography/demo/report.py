@@ -35,19 +35,13 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
     """
     figures = {
         "roc": roc_figure(
-            {
-                f"native: AUC {result.auc_native:.3f}": result.native,
-                f"1/{FACTOR}: AUC {result.auc_low:.3f}": result.low,
-            }
+            {f"native: AUC {result.auc_native:.3f}": result.native, f"1/{FACTOR}: AUC {result.auc_low:.3f}": result.low}
         ),
         "memory": _memory_figure(result.stock, result.tiled),
         "evidence": _evidence_figure(result),
     }
     settings = Settings(levels=("image",))
-    areas = {
-        "native": _auc(result.native, settings),
-        f"1/{FACTOR} of it": _auc(result.low, settings),
-    }
+    areas = {"native": _auc(result.native, settings), f"1/{FACTOR} of it": _auc(result.low, settings)}
     return write_page(
         Path(out) / "report.html",
         "demo.html",
@@ -121,7 +115,9 @@ def _evidence_figure(result: DemoResult) -> Figure:
         extent = (left, right, bottom, top)
         whole, plain, evidence = axes[row]
         whole.imshow(_max_pooled(picture, 4), extent=(0, picture.shape[1], picture.shape[0], 0))
-        whole.set_title(f"{path.stem}: {_probability(result, item)} probability of a cluster", fontsize=10)
+        whole.set_title(
+            f"{path.stem}: {_probability(result, item)} probability of a cluster; frame: the true one", fontsize=10
+        )
         plain.imshow(pixels, cmap="gray", interpolation="nearest", extent=extent)
         plain.set_title("the cluster, every pixel", fontsize=10)
         evidence.imshow(picture[top:bottom, left:right], interpolation="nearest", extent=extent)
@@ -130,16 +126,6 @@ def _evidence_figure(result: DemoResult) -> Figure:
             corner, width, height = (box[2], box[0]), box[3] - box[2], box[1] - box[0]
             ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="cyan", linewidth=1.5))
             ax.set_xlabel("column (pixels)")
-        above = box[0] > 250  # space for the text
-        whole.annotate(
-            "true cluster",
-            (box[3], box[0] if above else box[1]),
-            (box[3] + 60, box[0] - 60 if above else box[1] + 130),
-            color="cyan",
-            fontsize=10,
-            bbox={"facecolor": "black", "edgecolor": "none", "alpha": 0.6, "pad": 2},
-            ha="left" if box[3] < picture.shape[1] * 0.6 else "right",
-        )
         whole.set_ylabel("row (pixels)")
     return figure
 

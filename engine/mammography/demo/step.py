@@ -40,7 +40,7 @@ class StepCost:
 
 
 def measure_steps(
-    image: str | Path, model: str, budgets: Sequence[int | None], *, classes: int = 2, device: str = "cpu"
+    image: str | Path, model: str, budgets: Sequence[int | None], *, device: str = "cpu"
 ) -> list[StepCost]:
     """Measure a training step on an image file: by tiles for each budget, with stock PyTorch if it is None.
 
@@ -58,7 +58,7 @@ def measure_steps(
                 raise GigamorphError(f"measuring a step on {image} failed: {found['reason']}")
             return found
 
-        given = {"image": str(image), "model": model, "classes": classes, "device": device}
+        given = {"image": str(image), "model": model, "device": device}
         first = [ask(process, "begin", budget=budget, **given) for process, budget in zip(each, budgets, strict=True)]
         costs = [StepCost(f["peak_bytes"], f["seconds"], [(t, b) for t, b in f["curve"]], f["loss"]) for f in first]
         for _ in range(_ROUNDS):
@@ -70,11 +70,11 @@ def measure_steps(
 class Server:
     """The measurements that run in one process."""
 
-    def begin(self, image: str, model: str, classes: int, budget: int | None, device: str) -> dict[str, Any]:
+    def begin(self, image: str, model: str, budget: int | None, device: str) -> dict[str, Any]:
         """Prepare the network, and measure the first step."""
         torch.manual_seed(0)
         self.device, self.stock = device, budget is None
-        network = build_model(model, classes, 1).to(device)
+        network = build_model(model, 2, 1).to(device)
         self.source = open_pixels(image)
         self.net = network if budget is None else accelerate(network, memory_budget=budget)
         # The first use of an operation loads libraries; a small image triggers that without much memory.

@@ -72,12 +72,7 @@ def write_dicom(
 
 
 def write_tiff(
-    path: Path,
-    image: PhantomImage,
-    *,
-    laterality: str,
-    threads: int = 1,
-    report: Callable[[int], object] | None = None,
+    path: Path, image: PhantomImage, *, laterality: str, threads: int = 1, report: Callable[[int], object] | None = None
 ) -> None:
     """Write a tiled, losslessly compressed 16-bit (Big)TIFF, 12 bits scaled to 16; otherwise as `write_dicom`."""
 

@@ -224,14 +224,6 @@ class Lesion:
     """Ellipses whose union is the mask."""
 
 
-@dataclass(frozen=True)
-class _Patch:
-    """Pixels that are added to the tissue: the specks of a cluster, sharp or blurred."""
-
-    box: Box
-    pixels: np.ndarray
-
-
 class PhantomImage:
     """A phantom mammogram with its chest wall on the left, as from `open_pixels`; only seeds are in memory.
 
@@ -279,7 +271,7 @@ class PhantomImage:
         self._shapes = self._normal_shapes(rng)
         rng = np.random.default_rng([*np.atleast_1d(own), 3])
         # The cluster is drawn first, so that a seed gives the same breast with and without it.
-        self._patch, cluster = self._cluster(rng, sharp="cluster" in lesions)
+        self._specks, cluster = self._cluster(rng, sharp="cluster" in lesions)
         self.lesions: tuple[Lesion, ...] = tuple(
             cluster if kind == "cluster" else self._mass(rng) if kind == "mass" else self._asymmetry(rng)
             for kind in lesions
@@ -307,10 +299,10 @@ class PhantomImage:
             image += np.float32(350) * np.clip((np.float32(1) - y - x) * np.float32(15), 0, 1)
         for shape, box in zip(self._shapes, self._boxes, strict=True):
             add(shape, image, region, box)
-        patch = self._patch
-        shared = overlap(region, patch.box)
+        box, specks = self._specks
+        shared = overlap(region, box)
         if shared is not None:
-            image[_slices(shared, region)] += patch.pixels[_slices(shared, patch.box)]
+            image[_slices(shared, region)] += specks[_slices(shared, box)]
         # Compressed tissue has constant thickness, except for a seam along the skin.
         image *= np.sqrt(np.clip(depth / np.float32(0.06 * self.shape[1]), 0, 1))
         noise = normals(self._noise_key, *region)
@@ -359,8 +351,9 @@ class PhantomImage:
                 return y, x
         return round(self._centre), int(margin)
 
-    def _cluster(self, rng: np.random.Generator, *, sharp: bool) -> tuple[_Patch, Lesion]:
-        """8 to 20 specks of 1 to 3 pixels within about 5 mm, or the same specks blurred with the same sum."""
+    def _cluster(self, rng: np.random.Generator, *, sharp: bool) -> tuple[tuple[Box, np.ndarray], Lesion]:
+        """8 to 20 specks of 1 to 3 pixels within about 5 mm, or the same specks blurred with the same sum: their box,
+        pixels that are added to the tissue, and the lesion."""
         radius = int(rng.integers(18, 30))
         pad = math.ceil(3 * _BLUR)
         y, x = self._random_point(rng, radius + pad + 4.0)
@@ -385,7 +378,7 @@ class PhantomImage:
         box = max(top, 0), min(top + side, height), max(left, 0), min(left + side, width)
         pixels = patch[box[0] - top : box[1] - top, box[2] - left : box[3] - left]
         disc = Ellipse(y, x, radius + 4.0, radius + 4.0, 0, 1, 1)
-        return _Patch(box, pixels), Lesion("cluster", box, (), (disc,))
+        return (box, pixels), Lesion("cluster", box, (), (disc,))
 
     def _mass(self, rng: np.random.Generator) -> Lesion:
         """A dense mass of three to five lobes with a steep edge, and spicules."""

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ...accelerate import accelerate
 from ...config import to_plain
 from ...datasets.augment import Augment
-from ...datasets.dataset import ImageDataset
 from ...datasets.flips import FLIPS
 from ...datasets.tables import SPLITS, Record, label_columns, read_table
 from ...datasets.views import MirroredSource
 from ...errors import DataError, GigamorphError
 from ...evaluate import odds
 from ...evaluate.cases import Array, Cases
+from ...evaluate.read import write_cases
 from ...evaluate.roc import labelwise_auc
 from ...images.pixels import as_stored
 from ...models.outputs import set_outputs
@@ -29,12 +29,14 @@ from ...train.data import Images
 from ...train.explanation import caption, explain_class, log_odds_of
 from ...train.heatmap import overlay_name, write_overlay
 from ...train.image_task import ImageTask
+from ...train.loop import Trained
 from ...train.run import Run
+from ...train.stages import Stage
 from ...train.target import Target
 from ...train.task import Score
 from ..data_sets.chestxray14 import FINDINGS
-from .sized import Size, read_sized
-from .splits import Splitting, split_records
+from .recipe import recipe_card
+from .splits import ImagesConfig, split_records
 from .tensors import Measure
 
 SHOWN = 4
@@ -147,7 +149,7 @@ def cross_entropy(cases: Cases) -> float:
 
 
 def read_target(
-    table: str | Path, kind: Literal["classes", "labels"], labels: Sequence[str], config: Splitting, run: Run
+    table: str | Path, kind: Literal["classes", "labels"], labels: Sequence[str], config: ImagesConfig, run: Run
 ) -> tuple[dict[str, list[Record]], Target]:
     """Read a table's records by split, and its target.
 
@@ -209,11 +211,14 @@ class ClassifierTask(ImageTask):
 
     Args:
         module: (N, C, H, W) -> (N, outputs).
-        train, val, record: see `ImageTask`; the best epoch has the largest mean area under the ROC curves.
+        train, val, record: see `ImageTask`; the best epoch has the largest mean area under the ROC curves. Without
+            validation images it is that with the smallest training loss.
+        run: its memory budget; and whether the processes of its group share each image, unless there is a fallback.
+        stages: predictions have their largest batches.
         balanced: see `Target.loss`.
-        batch: number of images per prediction step.
-        split: whether the processes of a group share each image.
         stop_by_loss: patience uses the mean cross-entropy of the validation images instead of the score.
+        measure: replaces the area under the ROC curves; only for classes.
+        fallback: see `accelerate`.
     """
 
     def __init__(
@@ -222,17 +227,21 @@ class ClassifierTask(ImageTask):
         train: Images,
         val: Images,
         target: Target,
-        *,
-        memory_budget: int | None = None,
-        balanced: bool = False,
-        batch: int = 1,
+        run: Run,
+        stages: Sequence[Stage],
         record: Mapping[str, Any] | None = None,
-        split: Any = False,
+        *,
+        balanced: bool = False,
         stop_by_loss: bool = False,
+        measure: Measure | None = None,
+        fallback: str | None = None,
     ) -> None:
-        net = accelerate(module, memory_budget=memory_budget, split=split)
+        split = fallback is None and run.group.split
+        net = accelerate(module, memory_budget=run.memory_budget, split=split, fallback=fallback)
         super().__init__(module, net, train, val, record or {})
-        self.target, self.balanced, self.batch, self.stop_by_loss = target, balanced, batch, stop_by_loss
+        self.target, self.balanced, self.stop_by_loss = target, balanced, stop_by_loss
+        self.batch = max(stage.batch_size for stage in stages)
+        self.measure, self.best_by_loss = measure, not len(val)
 
     def loss(self, batch: Sequence[Any]) -> Tensor:
         self.meter.image(sum(item["image"].shape[-2] * item["image"].shape[-1] for item in batch))
@@ -241,6 +250,10 @@ class ClassifierTask(ImageTask):
         return self.target.loss(logits, truth, balanced=self.balanced)
 
     def score(self) -> Score | float | None:
+        if not len(self.val):
+            return None
+        if self.measure is not None:
+            return self.measure([record.label for record in self.val.records], self.log_odds(self.val))
         cases = self.predict(self.val)
         area = auc_of(cases)[0]
         if area is None or not self.stop_by_loss:
@@ -248,62 +261,67 @@ class ClassifierTask(ImageTask):
         return Score(area, stop=-cross_entropy(cases))
 
     def predict(self, images: Images, flips: Sequence[tuple[bool, bool]] = PLAIN) -> Cases:
-        """Predict for images, averaged over mirrored ones; the network must be in evaluation mode.
+        """Return the predictions of `log_odds` with the truth."""
+        return self.target.cases(images.records, self.log_odds(images, flips))
+
+    def log_odds(self, images: Images, flips: Sequence[tuple[bool, bool]] = PLAIN) -> Array:
+        """Predict for images, averaged over mirrored ones, (images, outputs); the network must be in evaluation mode.
 
         This is a collective of the process group.
         """
         own = range(self.group.turn, len(images), self.group.at_once)
         labels = self.target.kind == "labels"
         rows = predict(self.net, images, own, flips, labels=labels, batch=self.batch)
-        return self.target.cases(images.records, np.array(self.group.in_order(list(rows))))
+        return np.array(self.group.in_order(list(rows)))
 
 
-class Finetuning(ImageTask):
-    """Training of all layers, on images resized to one size or at their native resolution.
+def results(
+    name: str,
+    config: Any,
+    task: ClassifierTask,
+    trained: Trained | None,
+    records: Mapping[str, Sequence[Record]],
+    test: Images,
+    run: Run,
+    *,
+    names: Sequence[Path] = (),
+    evidence: bool = False,
+) -> tuple[dict[str, Any], Cases]:
+    """Measure a network on the test images; write ``test.csv`` and, after a training, the model card.
 
     Args:
-        module: (N, C, H, W) -> (N, classes).
-        images: training images of a subset.
-        val: validation images, which select the best epoch; if empty, the training loss does.
-        record: see `ImageTask`.
+        name, config: of the recipe.
+        trained: None without a training.
+        records: the images of each split.
+        test: the test images of the network.
+        names: the files of the test images in the table, if they are others.
+        evidence: draw evidence maps.
+
+    Returns:
+        The content of ``metrics.json``, and the predictions.
     """
-
-    images: ImageDataset
-    val: ImageDataset
-
-    def __init__(
-        self,
-        module: nn.Module,
-        images: ImageDataset,
-        val: ImageDataset,
-        size: Size,
-        score: Measure,
-        run: Run,
-        batch: int,
-        record: Mapping[str, Any],
-    ) -> None:
-        super().__init__(module, accelerate(module, run.memory_budget, fallback="untiled"), images, val, record)
-        self.size, self.measure, self.best_by_loss = size, score, not len(val)
-        self.batch, self.device = batch, run.device
-
-    def loss(self, batch: Sequence[dict]) -> Tensor:
-        labels = torch.tensor([item["label"] for item in batch], device=self.device)
-        return nn.functional.cross_entropy(self._logits([item["image"] for item in batch]).float(), labels)
-
-    def score(self) -> float | None:
-        if not len(self.val):
-            return None
-        return self.measure(torch.tensor([record.label for record in self.val.records]), self.predict(self.val))
-
-    @torch.no_grad()
-    def predict(self, images: ImageDataset) -> Tensor:
-        """Return logits (n, classes) on the CPU; the module must be in evaluation mode."""
-        starts = range(0, len(images), self.batch)
-        batches = [[images[i]["image"] for i in range(p, min(p + self.batch, len(images)))] for p in starts]
-        return torch.cat([self._logits(batch).float().cpu() for batch in batches])
-
-    def _logits(self, sources: Sequence) -> Tensor:
-        self.meter.image(sum(source.shape[1] * source.shape[2] for source in sources))
-        if self.size.native:
-            return self.net(sources)
-        return self.net(torch.stack([read_sized(source, self.size) for source in sources]).to(self.device))
+    found: dict[str, Any] = {"auc": None}
+    cases, predictions = task.target.cases([], np.empty((0, len(task.target.names)))), {}
+    if trained is not None:
+        found |= {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
+    if len(test):
+        cases = task.predict(test, mirrorings(config.augment) if config.flips else PLAIN)
+        cases = predictions["test"] = replace(cases, names=tuple(map(str, names)) or cases.names)
+        write_cases(run.out / "test.csv", cases)
+        found["auc"] = auc_of(cases)[0]
+        if evidence:
+            found["evidence"] = draw_evidence(task.net, test, task.target, run)
+        if found["auc"] is None:
+            run.say("split test has images of only one class, so its area under the ROC curve is undefined")
+    if trained is not None:
+        recipe_card(
+            run,
+            name,
+            config,
+            parameters=sum(p.numel() for p in task.module.parameters()),
+            records=records,
+            classes=task.target.names,
+            predictions=predictions,
+            pictures=found.get("evidence", ()),
+        )
+    return found, cases

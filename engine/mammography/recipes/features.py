@@ -7,10 +7,9 @@ run continues with the missing images, and features of other weights are never r
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from ...datasets.tables import Record
 from ...errors import DataError, GigamorphError
 from ...files import write_atomically
 from ...images.pixels import PixelSource
+from ...models.weights import sha256
+from ...morph.running import eval_mode
 from ...train.progress import Meter
 from ...train.run import Run
 from .sized import Size, read_sized
@@ -81,6 +82,19 @@ class UpTo(nn.Module):
         raise GigamorphError(f"layer {self.layer!r} is not used by the network's forward; choose another")
 
 
+def shape_of_maps(network: nn.Module, channels: int, side: int = 64) -> torch.Size:
+    """Return the shape (1, C, h, w) of the maps that a network outputs for a square image.
+
+    Raises:
+        GigamorphError: it outputs something else.
+    """
+    with eval_mode(network), torch.no_grad():
+        found = network(torch.zeros(1, channels, side, side))
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        raise GigamorphError("the backbone's features must be maps (N, C, h, w); choose another layer")
+    return found.shape
+
+
 def fingerprint(network: nn.Module) -> str:
     """Return a hash of a network's layers and of all bits of its parameters and buffers."""
     found = hashlib.sha256(repr(network).encode())
@@ -94,13 +108,10 @@ def image_digest(path: Path) -> str:
     """Return a hash of an image's file, or of all files if the image is a folder (zarr)."""
     try:
         if not path.is_dir():
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256(path)
         found = hashlib.sha256()
         for part in sorted(p for p in path.rglob("*") if p.is_file()):
-            with part.open("rb") as file:
-                found.update(f"{part.relative_to(path).as_posix()} ".encode())
-                found.update(hashlib.file_digest(file, "sha256").digest())
+            found.update(f"{part.relative_to(path).as_posix()} ".encode() + bytes.fromhex(sha256(part)))
         return found.hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -166,7 +177,7 @@ def frozen_features(
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     meter = Meter(run.report)
     meter.start(stage, len(paths), done=len(paths) - len(missing))
-    with evaluating(network):
+    with eval_mode(network):
         net = accelerate(network.to(run.device), run.memory_budget, fallback="untiled")
         net.on_tile = meter.on_tile
         per_batch = 1 if size.native else batch_size
@@ -180,18 +191,6 @@ def frozen_features(
                 _store(paths[index], feature, sources[batch.index(index)].name)
                 meter.image_done()
     return Features(paths)
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Set all modules to evaluation mode; on exit restore the mode of each."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _store(path: Path, feature: Tensor, name: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from ...datasets.tables import Finding, Record
 from ...errors import DataError, GigamorphError
 from ...evaluate.cases import Cases
-from ...files import write_atomically
+from ...files import write_json
 from ...images.rawfile import brief
 from ...parsing import parse_json
 from ...tiling.memory import format_bytes, peak_bytes
@@ -124,6 +124,13 @@ class Recipe:
     """(record of a checkpoint) -> its classifier of whole images without weights, and an opener of its images."""
 
 
+_CHANGED = {
+    "split_sha256": "belongs to other data or another split",
+    "truth_sha256": "was begun with other labels, findings, sides, views or exams of the same images",
+    "reading_sha256": "was begun with other frames, sides or white levels of the same images",
+}
+
+
 def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> None:
     """Write ``recipe.json`` for a new run, or check that the existing one belongs to the run to be resumed.
 
@@ -152,20 +159,14 @@ def begin(run: Run, name: str, config: Any, records: Sequence[Record] = ()) -> N
                 f"{other}: exists, but recipe.json, which names its recipe, is missing; choose another folder"
             )
         run.group.wait()  # all processes have checked the folder
-        _write_json(path, {**note, "versions": versions_of_results()}, "run's record")
+        write_json(path, {**note, "versions": versions_of_results()}, "run's record")
         return
     try:
         stored = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise GigamorphError(f"{path}: cannot be read ({error}); choose another folder") from error
-    if stored.get("split_sha256") != note["split_sha256"]:
-        raise DataError(f"{path}: belongs to other data or another split; resume with the original table")
-    for key, other in (
-        ("truth_sha256", "labels, findings, sides, views or exams"),
-        ("reading_sha256", "frames, sides or white levels"),
-    ):
-        if stored.get(key, note[key]) != note[key]:  # older runs do not have it
-            changed = f"was begun with other {other} of the same images"
+    for key, changed in _CHANGED.items():
+        if stored.get(key, note[key]) != note[key]:  # older runs do not have all
             raise DataError(f"{path}: {changed}; resume with the original table")
     for key in ("recipe", "seed", "precision"):
         if stored.get(key) != note[key]:
@@ -189,13 +190,8 @@ def _describe_finding(finding: Finding) -> list[Any]:
 def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Write ``metrics.json``, and return its content."""
     metrics = {**metrics, "seed": run.seed, "versions": versions_of_results()}
-    _write_json(run.out / "metrics.json", metrics, "metrics")
+    write_json(run.out / "metrics.json", metrics, "metrics")
     return metrics
-
-
-def _write_json(path: Path, content: Mapping[str, Any], what: str) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda p: p.write_text(text), what)
 
 
 def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
@@ -221,7 +217,7 @@ def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
     task = recipe.synthetic
     holds, judged = judge(task.rule, rows)
     claim = Claim(task.claim, str(task.rule), rows, judged, holds, seconds)
-    _write_json(path, {"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, "claim")
+    write_json(path, {"recipe": recipe.name, **asdict(claim), "versions": versions_of_results()}, "claim")
     return claim
 
 
@@ -238,7 +234,7 @@ def _rows_of_seed(recipe: Recipe, run: Run) -> dict[str, Any]:
 
     def store(rows: list[dict[str, Any]] | None) -> dict[str, Any]:
         found = {"recipe": recipe.name, "rows": rows, "seconds": time.monotonic() - began}
-        _write_json(path, found, "rows of a seed")
+        write_json(path, found, "rows of a seed")
         return found
 
     began = time.monotonic()

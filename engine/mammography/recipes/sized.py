@@ -18,6 +18,7 @@ from ...datasets.views import DownsampledSource
 from ...errors import GigamorphError
 from ...images.affine import Affine
 from ...images.pixels import DerivedSource, Normalize, PixelSource, check_region
+from .splits import ImagesConfig
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class RecipeImages(ImageDataset):
 
 def open_images(
     records: Sequence[Record],
-    config: Any,
+    config: ImagesConfig,
     *,
     view: Callable[[PixelSource], PixelSource] | None = None,
     augment: str | None = None,

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from ...datasets.splits import assign_splits, fill_validation
 from ...datasets.tables import Record
 from ...errors import DataError
 from ...train.run import Run
+from ...train.stages import Stage
 
 SplitOf = Literal["table", "drawn"]
 """"table": the table's own split, if it has one. "drawn": a random split in any case."""
 
 
-class Splitting(Protocol):
-    """The part of a configuration that describes splits."""
+_OF_STAGES = ("epochs", "lr", "optimizer", "weight_decay", "batch_size", "accumulate", "plateau", "patience")
 
-    @property
-    def split(self) -> SplitOf: ...
-    @property
-    def fractions(self) -> tuple[float, float, float]:
-        """Fractions of the patients for train, val and test."""
-        ...
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """The part of a recipe's configuration that describes its images and their splits."""
+
+    channels: int = 3
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    voi: str = "auto"
+    split: SplitOf = "table"
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    """Fractions of the patients for a random split into train, val and test."""
+
+    def stage(self, name: str, **more: Any) -> Stage:
+        """Return a stage of training with the recipe's settings of that kind; `more` replaces or adds some."""
+        settings = {key: getattr(self, key) for key in _OF_STAGES if hasattr(self, key)}
+        return Stage(name, **{**settings, **more})
 
 
 def split_records(
-    records: Sequence[Record], config: Splitting, run: Run, *, table: str | Path = "", validation: bool = True
+    records: Sequence[Record], config: ImagesConfig, run: Run, *, table: str | Path = "", validation: bool = True
 ) -> list[Record]:
     """Return records with a split each (train, val or test), without a patient in two of them.
 

@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...evaluate import odds
+from ...evaluate.cases import Array
 from ...train.task import Task
 
 Read = TypeVar("Read")
-Measure = Callable[[Tensor, Tensor], float | None]
-"""(labels (n,), logits (n, classes)) -> score, larger is better; None if undefined."""
+Measure = Callable[[ArrayLike, ArrayLike], float | None]
+"""(labels (n,), log-odds (n, classes)) -> score, larger is better; None if undefined."""
 
 _BATCH = 256
 
@@ -32,8 +36,7 @@ class TensorTask(Task):
     Args:
         module: (N, ...) -> (N, classes).
         inputs, labels: (n, ...) and int64 (n,).
-        val: inputs and labels that select the best epoch.
-        measure: score of their logits; by default the negative loss.
+        val: inputs and labels that select the best epoch, and the measure of their score.
         vary: random augmentation of a batch of training inputs.
     """
 
@@ -42,12 +45,10 @@ class TensorTask(Task):
         module: nn.Module,
         inputs: Inputs,
         labels: Tensor,
-        val: tuple[Inputs, Tensor] | None = None,
-        measure: Measure | None = None,
+        val: tuple[Inputs, Tensor, Measure] | None = None,
         vary: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.module, self.inputs, self.labels, self.val = module, inputs, labels, val
-        self.measure, self.vary = measure or negative_loss, vary
+        self.module, self.inputs, self.labels, self.val, self.vary = module, inputs, labels, val, vary
 
     def examples(self, epoch: int) -> Sequence[int]:
         return range(len(self.inputs))
@@ -59,7 +60,10 @@ class TensorTask(Task):
         return F.cross_entropy(logits.float(), self.labels[list(batch)].to(device))
 
     def score(self) -> float | None:
-        return None if self.val is None else self.measure(self.val[1], logits_of(self.module, self.val[0]))
+        if self.val is None:
+            return None
+        inputs, labels, measure = self.val
+        return measure(labels, log_odds_of(self.module, inputs))
 
 
 @torch.no_grad()
@@ -70,14 +74,14 @@ def logits_of(module: nn.Module, inputs: Inputs, compute: Callable[[Tensor], Ten
     return torch.cat([compute(part.to(device)).float().cpu() for part in parts])
 
 
-def accuracy(labels: Tensor, logits: Tensor) -> float:
-    """Return the share of rows whose largest logit is the label's."""
-    return float((logits.argmax(1) == labels).double().mean())
+def log_odds_of(module: nn.Module, inputs: Inputs) -> Array:
+    """Return the log-odds (n, classes) of the classes that a module predicts for inputs; see `logits_of`."""
+    return odds.of_logits(logits_of(module, inputs).double().numpy())
 
 
-def negative_loss(labels: Tensor, logits: Tensor) -> float:
-    """Return minus the mean cross-entropy."""
-    return -float(F.cross_entropy(logits, labels))
+def accuracy(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Return the share of rows whose largest score is the label's."""
+    return float((np.asarray(scores).argmax(1) == np.asarray(labels)).mean())
 
 
 class ReadAhead(Generic[Read]):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DataError, GigamorphError
+from ...models import build_model
 from ...models.checkpoints import is_state, load_inert, read_state
 from ...models.folder import is_folder
 from ...models.registry import load_weights
@@ -172,6 +173,14 @@ def check_inputs(name: str, known: Published, mean: Sequence[float], std: Sequen
             f"mean = {list(mean)}, std = {list(std)} make inputs {what} those that {name} was trained on; use "
             f"mean = {list(known.mean)}, std = {list(known.std)}, or other weights"
         )
+
+
+def build_pretrained(model: str, outputs: int, channels: int, weights: str | Path | None) -> nn.Module:
+    """Build a network, see `build_model`, with the weights of a file, see `load_pretrained`; None keeps random ones."""
+    network = build_model(model, outputs, channels)
+    if weights is not None:
+        load_pretrained(network, weights)
+    return network
 
 
 # Keys of the backbone's tensors in the files of VISSL (SimCLR), SwAV and DINO, and prefixes of their names.

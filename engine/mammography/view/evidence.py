@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import map_coordinates
 
 from ...datasets.dataset import grey_of, with_white
+from ...images.affine import Affine
 from ...images.levels import White
 from ...images.pixels import PixelSource
 from ...models.folder import digest_of
@@ -43,8 +43,8 @@ class Evidence:
         white: White | None = None,
     ) -> None:
         opened = open_classifier(checkpoint, memory_budget=memory_budget, device=device, flips=flips)
-        self._net, classes, self._open = opened
-        self._class = positive_class(classes, outputs_of(self._net))
+        self._net, self._open = opened.net, opened.open_images
+        self._class = positive_class(opened.classes, outputs_of(self._net))
         self.grey = grey_of(self._open([]))
         """How the network's images are converted to grey values; empty if unknown."""
         self._net.eval()
@@ -71,10 +71,8 @@ def on_shown(found: Explanation, shown: PixelSource) -> NDArray[np.uint8]:
     _, height, width = shown.shape
     scale = max(height, width) / SIDE
     rows, columns = max(1, round(height / scale)), max(1, round(width / scale))
-    y, x = np.mgrid[:rows, :columns].astype(np.float64)
-    middles = np.stack([(x.ravel() + 0.5) * width / columns, (y.ravel() + 0.5) * height / rows], 1)
-    cells = found.place.inverse().points(stored_place(shown).points(middles)) - 0.5
     values = found.relative().values.numpy()
-    inside = (cells > -1).all(1) & (cells < np.array(values.shape[::-1])).all(1)
-    taken = map_coordinates(values, cells[:, ::-1].T, order=1, mode="nearest")
-    return np.rint((taken * inside).clip(0, 1) * 255).astype(np.uint8).reshape(rows, columns)
+    reach = (-0.5, -0.5, values.shape[1] + 0.5, values.shape[0] + 0.5)
+    to_picture = Affine.scale(columns / width, rows / height) @ stored_place(shown).inverse() @ found.place
+    taken = to_picture.resample(values, 0, rows, 0, columns, reach)
+    return np.rint(taken.clip(0, 1) * 255).astype(np.uint8)

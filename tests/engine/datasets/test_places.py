@@ -25,7 +25,8 @@ from gigamorph.engine.images.header import read_info
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.data_sets import detect, read_data_set
 from gigamorph.engine.mammography.data_sets.files import Files
-from gigamorph.engine.mammography.data_sets.nyu import Unread, read_pickle
+from gigamorph.engine.mammography.data_sets.nyu import read_pickle
+from gigamorph.engine.models.checkpoints import Inert
 from gigamorph.engine.train.inputs import training_data
 
 
@@ -272,7 +273,7 @@ def test_pickles_are_read_and_not_run(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "exam_list.pkl"
     path.write_bytes(pickle.dumps(exams, protocol))
     read = read_pickle(path)
-    assert isinstance(read[0]["more"], Unread)
+    assert isinstance(read[0]["more"], Inert)
     assert read[0]["L-CC"] == ["0_L-CC"]
     assert len(read_data_set("nyu", tmp_path, check_files=False).records) == 4
     assert not trap.exists()

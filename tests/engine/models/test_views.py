@@ -54,5 +54,5 @@ def test_a_single_view_is_itself() -> None:
         for views in VIEWS:
             outputs = Outputs((head,), views=views)  # type: ignore[arg-type]
             row = torch.randn(1, outputs.width, dtype=torch.float64)
-            own, alone = outputs.log_odds(outputs.together(row)), Outputs((head,)).log_odds(row[:, : head.columns])
+            own, alone = outputs.log_odds(outputs.together(row)), Outputs((head,)).log_odds(row[:, : head.outputs])
             torch.testing.assert_close(own, alone, rtol=1e-12, atol=1e-12)

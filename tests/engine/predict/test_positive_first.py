@@ -111,9 +111,7 @@ def test_evidence_in_the_viewer_is_of_the_positive_class(table, monkeypatch, tmp
     path, found = table.parent / "0000.npy", []
     for classes in ORDERS:
         one = net(classes, device="cpu")
-        monkeypatch.setattr(
-            evidence, "open_classifier", lambda *a, one=one, **k: (one.net, one.classes, one.open_images)
-        )
+        monkeypatch.setattr(evidence, "open_classifier", lambda *a, one=one, **k: one)
         maps = evidence.Evidence(checkpoint, memory_budget=None, device="cpu")
         found.append(maps.of(View(Record(path, -1, "p"), {}), open_pixels(path)))
     assert found[0].any() and (np.abs(found[0].astype(int) - found[1]) <= 1).all()

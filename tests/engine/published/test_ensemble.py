@@ -57,8 +57,8 @@ def networks(tmp_path_factory):
 
 
 def opened(folder, name):
-    net, _, images, _ = open_published(folder / name, memory_budget=None, device="cpu")
-    return net.eval(), images([Record(folder / "image.png", -1, "p")])[0]["image"]
+    found = open_published(folder / name, memory_budget=None, device="cpu")
+    return found.net.eval(), found.open_images([Record(folder / "image.png", -1, "p")])[0]["image"]
 
 
 def seen_by(made, grey):

@@ -286,7 +286,7 @@ def test_what_a_file_says_of_a_tied_tensor_or_of_whole_numbers_is_not_lost(here)
 def test_a_factory_of_a_network_in_float64_makes_one_in_float32(here):
     torch.save(network().state_dict(), here / "w.pt")
     folder = imported(here, source="published_nets:Double")
-    net, *_ = open_published(folder, memory_budget=None, device="cpu")
+    net = open_published(folder, memory_budget=None, device="cpu").net
     image = Reference.read(folder).image
     with torch.no_grad():
         torch.testing.assert_close(net(image), Reference.read(folder).logits32, rtol=0, atol=1e-5)

@@ -7,26 +7,18 @@ from typing import Literal
 
 from ....errors import GigamorphError
 from ....train.stages import Stage
-from ..splits import SplitOf
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from ..splits import ImagesConfig
 
 
 @dataclass(frozen=True)
-class CaeConfig:
+class CaeConfig(ImagesConfig):
     """A backbone, auto-encoders on its maps, and a support vector machine on their features."""
 
     model: str = "gigamorph.engine.mammography.recipes.cae.alexnet:AlexNet"
     weights: str = "alexnet-owt-7be5be79.pth"
     layer: str = "features"
-    channels: int = 3
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
     resize: tuple[int, ...] = (227, 227)
     crop: int = 0
-    voi: str = "auto"
-    split: SplitOf = "table"
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
 
     unlabelled: str | None = None
     code_channels: tuple[int, ...] = (4096,)

@@ -17,24 +17,22 @@ from torch.nn import functional as F
 from ....datasets.tables import SPLITS, Record, read_table
 from ....datasets.tables.folders import LeftOutMasks
 from ....errors import DataError
-from ....evaluate import odds
 from ....evaluate.cases import Cases
 from ....evaluate.read import write_cases
 from ....files import write_atomically
-from ....models import build_model
 from ....train.loop import run_stages
 from ....train.option_checks import check_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ....train.target import Target
 from ....train.task import Task
-from ..classify import Finetuning
+from ..classify import ClassifierTask
 from ..features import Features, UpTo, frozen_features
 from ..recipe import begin, finish, recipe_card
 from ..sized import Size, open_images
 from ..splits import split_records
 from ..tensors import accuracy
-from ..weights import find_weights, load_pretrained
+from ..weights import build_pretrained, find_weights
 from .autoencoder import Stack
 from .config import CaeConfig
 from .svm import fit_svm, measure_scores, measure_svm, svm_scores
@@ -67,16 +65,8 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
     """Train a stack of auto-encoders on maps (C, h, w) without labels; its files are in ``run.out``."""
     torch.manual_seed(seed_of(run.seed, 1))
     stage = _stage(config)
-    stack = Stack(
-        maps[0].shape[0],
-        config.code_channels,
-        feature=config.feature,
-        kernel=config.kernel,
-        mode=config.mode,
-        theta=config.theta,
-        tied=config.tied,
-        pool=config.pool,
-    )
+    settings = {name: getattr(config, name) for name in ("feature", "kernel", "mode", "theta", "tied", "pool")}
+    stack = Stack(maps[0].shape[0], config.code_channels, **settings)
     if config.training == "joint":
         run_stages(Reconstruction(stack, maps, run.device), [stage], run)
         return stack
@@ -87,16 +77,7 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
 
 
 def _stage(config: CaeConfig) -> Stage:
-    return Stage(
-        "joint",
-        config.epochs,
-        config.lr,
-        optimizer=config.optimizer,
-        momentum=config.momentum,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        plateau=config.plateau,
-    )
+    return config.stage("joint", momentum=config.momentum)
 
 
 @torch.no_grad()
@@ -143,7 +124,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     measured, predictions = _classify(features, records, parts, read.classes, config)
     if config.finetune:
         network = _network(config, len(read.classes), weights, run)
-        measured["finetuned"] = _finetuned(network, records, parts, config, run)
+        measured["finetuned"] = _finetuned(network, records, parts, read.classes, config, run)
     images = {name: len(own) for name, own in parts.items()}
     metrics: dict[str, Any] = {"classes": read.classes, "images": images, **measured}
     exported = {
@@ -169,31 +150,33 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
 
 def _network(config: CaeConfig, classes: int, weights: Path | None, run: Run) -> nn.Module:
     torch.manual_seed(seed_of(run.seed, 0))  # random weights if there is no file
-    network = build_model(config.model, max(2, classes), config.channels)
-    if weights is not None:
-        load_pretrained(network, weights)
-    return network
+    return build_pretrained(config.model, max(2, classes), config.channels, weights)
 
 
 def _finetuned(
-    network: nn.Module, records: Sequence[Record], parts: dict[str, list[int]], config: CaeConfig, run: Run
+    network: nn.Module,
+    records: Sequence[Record],
+    parts: dict[str, list[int]],
+    classes: Sequence[str],
+    config: CaeConfig,
+    run: Run,
 ) -> dict[str, Any]:
     """Fine-tune the whole backbone on the labels, and return its measures on val and test."""
+    view = Size(config.resize, config.crop).view
     images = {
-        part: open_images([records[i] for i in own], config, augment=config.augment if part == "train" else None)
+        part: open_images([records[i] for i in own], config, view=view, augment=config.augment * (part == "train"))
         for part, own in parts.items()
     }
-    batch = max(stage.batch_size for stage in config.finetune)
-    size = Size(config.resize, config.crop)
-    task = Finetuning(network, images["train"], images["val"], size, accuracy, run, batch, {})
+    target = Target(tuple(classes))
+    task = ClassifierTask(
+        network, images["train"], images["val"], target, run, config.finetune, measure=accuracy, fallback="untiled"
+    )
     run_stages(task, config.finetune, run.part("finetuned"))
     found = {}
     for part, own in parts.items():
         if own and part != "train":
-            logits = task.predict(images[part])
-            truth = np.array([records[i].label for i in own])
-            scores = odds.of_logits(logits.double().numpy())
-            found[part] = measure_scores(truth, logits.argmax(1).numpy(), scores)
+            scores = task.log_odds(images[part])
+            found[part] = measure_scores([records[i].label for i in own], scores.argmax(1), scores)
     return found
 
 
@@ -208,17 +191,10 @@ def _classify(
     labels, patients = np.array([r.label for r in records]), np.array([r.patient_id for r in records])
     train, held_out = parts["train"], {part: own for part, own in parts.items() if own and part != "train"}
     metrics, predictions = {}, {}
+    settings = {"c": config.c, "folds": config.folds, "standardise": config.standardise}
     for name, values in features.items():
         for kernel in config.svm:
-            model = fit_svm(
-                values[train],
-                labels[train],
-                patients[train],
-                kernel=kernel,
-                c=config.c,
-                folds=config.folds,
-                standardise=config.standardise,
-            )
+            model = fit_svm(values[train], labels[train], patients[train], kernel=kernel, **settings)
             found = {part: measure_svm(model, values[own], labels[own]) for part, own in held_out.items()}
             metrics[f"{name}_{kernel}"] = found
             if name == "cae":

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ....errors import DataError
-from ....evaluate import odds
 from ....evaluate.measures import quadratic_kappa
 from ....evaluate.roc import macro_auc
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
-from ..tensors import Measure, TensorTask, logits_of
+from ..tensors import Measure, TensorTask, log_odds_of
 from .config import DvmeConfig
 from .network import DVMEHead
 
@@ -87,11 +87,11 @@ def make_head(protocol: str, dims: Sequence[int], classes: int, config: DvmeConf
 def measure(metric: str, classes: int) -> Measure:
     """Return "auc" (macro area under the ROC curves, one against the rest) or "kappa" (Cohen's quadratic)."""
 
-    def auc(labels: Tensor, logits: Tensor) -> float | None:
-        return macro_auc(labels.numpy(), odds.of_logits(logits.double().numpy()))
+    def auc(labels: ArrayLike, log_odds: ArrayLike) -> float | None:
+        return macro_auc(np.asarray(labels), np.asarray(log_odds))
 
-    def kappa(labels: Tensor, logits: Tensor) -> float | None:
-        return quadratic_kappa(labels.numpy(), logits.argmax(1).numpy(), classes)
+    def kappa(labels: ArrayLike, log_odds: ArrayLike) -> float | None:
+        return quadratic_kappa(np.asarray(labels), np.asarray(log_odds).argmax(1), classes)
 
     return kappa if metric == "kappa" else auc
 
@@ -109,23 +109,16 @@ def fit_head(
     dims = [embedding.shape[1] for embedding in embeddings]
     torch.manual_seed(seed_of(run.seed, 1))
     module = OnEmbeddings(dims, make_head(protocol, dims, classes, config))
-    score, validation = measure(config.metric, classes), (torch.cat(list(val[0]), 1), val[1])
-    task = TensorTask(module, torch.cat(list(embeddings), 1), labels, validation, score)
+    validation = torch.cat(list(val[0]), 1), val[1], measure(config.metric, classes)
+    task = TensorTask(module, torch.cat(list(embeddings), 1), labels, validation)
     run_stages(task, [make_stage(protocol, config)], run.undealt())
     return module
 
 
 def make_stage(name: str, config: DvmeConfig, transformer: bool = False) -> Stage:
     """Return the stage of a protocol; `transformer` selects the rate and batch for transformers."""
-    return Stage(
-        name,
-        config.epochs,
-        config.transformer_lr if transformer else config.lr,
-        plateau=config.plateau,
-        patience=config.patience,
-        batch_size=config.transformer_batch if transformer else config.batch_size,
-        accumulate=config.accumulate,
-    )
+    own = {"lr": config.transformer_lr, "batch_size": config.transformer_batch} if transformer else {}
+    return config.stage(name, **own)
 
 
 Embeddings = Mapping[str, Tensor]
@@ -183,7 +176,7 @@ def compare_heads(
         few = [embedding[own.images] for embedding in train]
         protocol = own.row["protocol"]
         head = fit_head(protocol, few, labels[own.images], (val, parts["val"][1]), classes, config, own.run)
-        found = measure(config.metric, classes)(parts["test"][1], logits_of(head, torch.cat(test, 1)))
+        found = measure(config.metric, classes)(parts["test"][1], log_odds_of(head, torch.cat(test, 1)))
         rows.append({**own.row, "test": found})
         if protocol == "dvme":
             heads[own.row["subset"], own.row["fold"]] = head
@@ -199,15 +192,13 @@ def check_parts(labels: Mapping[str, Sequence[int]], classes: int) -> None:
     """Refuse splits on which nothing can be measured, before any work.
 
     Raises:
-        DataError: val or test has no images, or only one class.
+        DataError: val or test has no images, or only one class; or see `draw_subset`.
     """
     for part in ("val", "test"):
         if len(set(labels[part])) < 2:
             what = "no images" if not labels[part] else "images of only one class"
             raise DataError(f"split {part} has {what}; it needs images of at least two classes")
-    for number in range(classes):
-        if number not in labels["train"]:
-            raise DataError(f"class {number} has no training images, so a fold cannot be balanced; remove the class")
+    draw_subset(labels["train"], classes, 0, 0, 0)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,12 +7,11 @@ from typing import Literal
 
 from ....errors import GigamorphError
 from ..defaults import published
-from ..splits import SplitOf
+from ..splits import ImagesConfig
 
 Protocol = Literal["linear", "dvme", "no_attention", "concat", "single", "finetune", "finetune_dvme"]
 """On embeddings: linear layer on each; DVME head on all; the same without attention; linear layer on the
 concatenation; head without attention on each. On images, training all layers: of each, and of all with the head."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,12 @@ class ExtractorConfig:
 
 
 @dataclass(frozen=True)
-class DvmeConfig:
+class DvmeConfig(ImagesConfig):
     """Extractors, the protocols on their embeddings, and the numbers of training images."""
 
     extractors: tuple[ExtractorConfig, ...] = published("dvme", "extractors", ExtractorConfig)
-    channels: int = 3
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
     resize: tuple[int, ...] = (256,)
     crop: int = 224
-    voi: str = "auto"
-    split: SplitOf = "table"
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
 
     protocols: tuple[Protocol, ...] = ("linear", "dvme", "no_attention")
     subsets: tuple[int, ...] = (50, 500, 0)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....errors import GigamorphError
-from ....models import build_model
-from ..weights import load_pretrained
+from ..weights import build_pretrained
 
 
 class Extractor(nn.Module):
@@ -56,10 +55,7 @@ class Extractor(nn.Module):
 
 def make_extractor(model: str, channels: int, weights: str | Path | None = None, blocks: int = 0) -> Extractor:
     """Build an extractor from a network's name, see `create_model`; `load_pretrained` describes the weights file."""
-    extractor = Extractor(build_model(model, 2, channels), blocks)
-    if weights is not None:
-        load_pretrained(extractor.network, weights)
-    return extractor
+    return Extractor(build_pretrained(model, 2, channels, weights), blocks)
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:

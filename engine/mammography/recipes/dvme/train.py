@@ -12,19 +12,18 @@ from torch import Tensor, nn
 from ....config import from_plain
 from ....datasets.tables import SPLITS, Record, read_table
 from ....errors import DataError
-from ....evaluate import odds
 from ....evaluate.class_names import in_order
 from ....evaluate.read import write_cases
 from ....train.loop import run_stages
 from ....train.option_checks import check_stages
 from ....train.run import Run, seed_of
 from ....train.target import Target
-from ..classify import Finetuning, classifier_record
+from ..classify import ClassifierTask, classifier_record
 from ..features import frozen_features
 from ..recipe import begin, finish, recipe_card
 from ..sized import Size, open_images
 from ..splits import split_records
-from ..tensors import logits_of
+from ..tensors import log_odds_of
 from ..weights import find_weights
 from .compare import check_parts, compare_heads, folder, make_head, make_stage, measure, summarise, trainings
 from .config import DvmeConfig
@@ -80,8 +79,7 @@ def train(table: Path, config: DvmeConfig, run: Run) -> dict[str, Any]:
             "extractors": fused,
             "rows_attend_to_columns": heads[largest, 0].head.attention_map(test).tolist(),  # pyright: ignore
         }
-        logits = logits_of(heads[largest, 0], torch.cat([embeddings["test"][name] for name in fused], 1))
-        log_odds = odds.of_logits(logits.double().cpu().numpy())
+        log_odds = log_odds_of(heads[largest, 0], torch.cat([embeddings["test"][name] for name in fused], 1))
         cases = Target(tuple(read.classes)).cases(parts["test"], log_odds)
         own = run.part(folder("dvme", "all", largest, 0))
         write_cases(own.out / "test.csv", cases)
@@ -131,9 +129,9 @@ def _finetune(
 ) -> list[dict[str, Any]]:
     """Return a row for each training of all layers of one extractor, or of all that are fused with the head."""
     rows, classes = [], len(target.names)
-    score, size = measure(config.metric, classes), Size(config.resize, config.crop)
-    test, val = open_images(parts["test"], config), open_images(parts["val"], config)
-    truth = torch.tensor([record.label for record in parts["test"]])
+    score, view = measure(config.metric, classes), Size(config.resize, config.crop).view
+    test, val = (open_images(parts[name], config, view=view) for name in ("test", "val"))
+    truth = [record.label for record in parts["test"]]
     every = [extractor.name for extractor in config.extractors]
     for own in trainings([r.label for r in parts["train"]], classes, config, run, "images"):
         protocol, group = own.row["protocol"], own.names
@@ -141,13 +139,13 @@ def _finetune(
         dims = [embeddings[name].shape[1] for name in group]
         record = classifier_record("dvme", config, target, protocol=protocol, extractors=group, dims=dims)
         records = [parts["train"][i] for i in own.images]
-        images = open_images(records, config, augment=config.augment, seed=own.run.seed)
+        images = open_images(records, config, view=view, augment=config.augment, seed=own.run.seed)
         torch.manual_seed(seed_of(own.run.seed, 1))
         module = Fused(networks, make_head(protocol, dims, classes, config))
         stage = make_stage(protocol, config, transformer=bool(set(group) & set(config.transformers)))
-        task = Finetuning(module, images, val, size, score, own.run, stage.batch_size, record)
+        task = ClassifierTask(module, images, val, target, run, [stage], record, measure=score, fallback="untiled")
         run_stages(task, [stage], own.run)
-        rows.append({**own.row, "test": score(truth, task.predict(test))})
+        rows.append({**own.row, "test": score(truth, task.log_odds(test))})
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from ....errors import GigamorphError
 from ....train.stages import Stage
 from ..defaults import published
-from ..splits import SplitOf
+from ..splits import ImagesConfig
 
 CLASSES = ("background", "calc_mal", "calc_ben", "mass_mal", "mass_ben")
 """Classes of patches, in the order of the patch network's outputs."""
@@ -76,18 +76,14 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImagesConfig):
     """Shen's all convolutional design: patch network, whole-image network, ensemble, transfer."""
 
     resize: tuple[int, ...] = (1152, 896)
     """Height and width of the images; empty for native resolution."""
-    channels: int = 3
     mean: tuple[float, ...] = (52.18 / 255,)
     std: tuple[float, ...] = (0.226,)
-    voi: str = "auto"
-    split: SplitOf = "table"
     fractions: tuple[float, float, float] = (0.765, 0.085, 0.15)
-    """Fractions of the patients for a random split into train, val and test."""
     sampling: Sampling = Sampling()
     models: tuple[Model, ...] = (Model(),)
     """Several models form an ensemble, whose probabilities are averaged; a backbone's patches are learnt once."""

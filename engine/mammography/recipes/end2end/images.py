@@ -236,12 +236,8 @@ def _mask(finding: Finding, record: Record, shape: tuple[int, int]) -> np.ndarra
     return small[0, 0].numpy().astype(bool)
 
 
-@dataclass(frozen=True)
-class ImagePatch:
-    """A patch and the number of its image."""
-
-    image: int
-    patch: Patch
+ImagePatch = tuple[int, Patch]
+"""The number of an image, and a patch of it."""
 
 
 def sample_all(originals: Sequence[Record], records: Sequence[Record], config: Config, seed: int) -> list[ImagePatch]:
@@ -257,7 +253,7 @@ def sample_all(originals: Sequence[Record], records: Sequence[Record], config: C
         image = source.read(0, source.shape[1], 0, source.shape[2])[0].numpy()
         rng = np.random.default_rng([seed, number])
         found = sample(breast_box(image), lesions(original, image.shape), config.sampling, rng)
-        places += [ImagePatch(number, patch) for patch in found]
+        places += [(number, patch) for patch in found]
     return places
 
 
@@ -274,15 +270,15 @@ class Patches:
         return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        place, side = self.places[index], self.config.sampling.side
+        (image, patch), side = self.places[index], self.config.sampling.side
         # All channels are the grey values: only one is augmented, which takes most of the time.
-        source: PixelSource = open_unmirrored(self.records[place.image], replace(self.config, channels=1))
-        source = Window(source, place.patch.top, place.patch.left, side)
+        source: PixelSource = open_unmirrored(self.records[image], replace(self.config, channels=1))
+        source = Window(source, patch.top, patch.left, side)
         if self.augment is not None:
             source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index)
         grey = source.read(0, side, 0, side)
         mean, std = (torch.tensor(own)[:, None, None] for own in (self.config.mean, self.config.std))
-        return ((grey - mean) / std).expand(self.config.channels, -1, -1), place.patch.label
+        return ((grey - mean) / std).expand(self.config.channels, -1, -1), patch.label
 
 
 def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> RecipeImages:

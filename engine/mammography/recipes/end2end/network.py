@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ....errors import GigamorphError
 from ....models import build_model
 from ....models.resnet import ResNet
-from ..features import UpTo, evaluating
+from ....morph.running import eval_mode
+from ..features import UpTo
 from ..weights import load_pretrained
 from .config import CLASSES, Block, Model
 
@@ -51,15 +52,6 @@ def features(spec: str, channels: int, weights: str | Path | None = None, layer:
     if weights is not None:
         load_pretrained(named, weights)
     return maps
-
-
-def width_of(maps: nn.Module, channels: int) -> int:
-    """Return the number of maps that a backbone outputs."""
-    with evaluating(maps), torch.no_grad():
-        found = maps(torch.zeros(1, channels, 64, 64))
-    if not isinstance(found, torch.Tensor) or found.ndim != 4:
-        raise GigamorphError("the backbone's features must be maps (N, C, h, w); choose another layer")
-    return found.shape[1]
 
 
 class PatchNet(nn.Module):
@@ -187,6 +179,6 @@ def convert(patch: PatchNet, model: Model, size: tuple[int, ...] = (), channels:
         top, width = top_blocks(width, model.blocks)
         return WholeNet(maps, heatmap, top, width).to(classifier.weight)
     parts = nn.Sequential(maps, nn.Identity() if heatmap is None else heatmap)
-    with evaluating(parts), torch.no_grad():
+    with eval_mode(parts), torch.no_grad():
         inputs = parts(torch.zeros(1, channels, *size).to(classifier.weight))[0].numel()
     return WholeNet(maps, heatmap, Connected(inputs, model.fc, model.shortcut), model.fc[-1]).to(classifier.weight)

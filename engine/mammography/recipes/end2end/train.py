@@ -28,15 +28,16 @@ from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target, batch_weights
 from ....train.task import Score, Task
-from ..classify import PLAIN, ClassifierTask, auc_of, averaged, classifier_record, mirrorings, read_target
+from ..classify import ClassifierTask, auc_of, averaged, classifier_record, read_target, results
+from ..features import shape_of_maps
 from ..morphhr.config import Config as MorphConfig
 from ..morphhr.grow import grow, without_decay
-from ..recipe import begin, finish, recipe_card
+from ..recipe import begin, finish
 from ..tensors import ReadAhead
 from ..weights import find_weights
 from .config import CLASSES, Config, Model
 from .images import Patches, check_findings, sample_all, sized_images, whole_images, write_resized
-from .network import PatchNet, WholeNet, convert, features, width_of
+from .network import PatchNet, WholeNet, convert, features
 
 Parts = dict[str, list[Record]]
 
@@ -125,7 +126,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         torch.manual_seed(run.seed + number)
         net = convert(patch_nets[_patch_key(model)], model, config.resize, config.channels)
         own = run.part(model.name)
-        task = _task(net, images, target, config, run, config.whole, model)
+        task = _task(net, images, target, config, run, config.whole, model=model.name)
         trained = run_stages(task, config.whole, own)
         save_torch(net.state_dict(), own.out / "model.pt", "network")
         metrics[model.name], cases = _results(task, images, parts, config, own, trained)
@@ -146,7 +147,7 @@ def _check_model(model: Model, config: Config, run: Run) -> None:
         )
         return
     find_weights(model.weights, config.mean, config.std)
-    patch = _untrained_patches(model, config)
+    patch = _patch_net(model, config)
     check_stages(model.patch or config.patch, run.group.at_once, patch)
     whole = convert(patch, model, config.resize, config.channels)
     check_stages(config.whole, run.group.at_once, whole)
@@ -167,7 +168,8 @@ def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, targe
     run.say(f"{model.name}: training with a front on images of {larger.resize[0]} x {larger.resize[1]}")
     child, _ = _add_front(Grown(net.cpu().eval(), channels=config.channels), model, config, run.seed)
     own = run.part(f"{model.name}-front")
-    task = _task(child.network, images, target, larger, run, config.native, model, morphs=child.recipe.to_json())
+    known = {"model": model.name, "morphs": child.recipe.to_json()}
+    task = _task(child.network, images, target, larger, run, config.native, **known)
     trained = run_stages(task, without_decay(config.native, child.network), own)
     save_network(own.out / "model.safetensors", child)
     return _results(task, images, parts, larger, own, trained)[0]
@@ -188,41 +190,24 @@ def _patch_network(
     sets, stages = {}, model.patch or config.patch
     for number, split in enumerate(("train", "val")):
         places = sample_all(parts[split], images[split], config, run.seed + number)
-        counts = np.bincount([place.patch.label for place in places], minlength=len(CLASSES))
+        counts = np.bincount([patch.label for _, patch in places], minlength=len(CLASSES))
         listed = ", ".join(f"{count} {name}" for name, count in zip(CLASSES, counts, strict=True))
         run.say(f"{model.name}: patches of {split}: {listed}")
         sets[split] = Patches(images[split], places, config, augment=split == "train", seed=run.seed)
     torch.manual_seed(run.seed)
     weights = find_weights(model.weights, config.mean, config.std, run)
-    maps = features(model.backbone, config.channels, weights, model.layer)
-    net = PatchNet(maps, width_of(maps, config.channels))
+    net = _patch_net(model, config, weights)
     task = PatchTask(net, sets["train"], sets["val"], max(stage.batch_size for stage in stages))
     trained = run_stages(task, stages, run.part(f"{model.name}-patches"))
     return net, trained.best_score
 
 
 def _task(
-    net: nn.Module,
-    images: Parts,
-    target: Target,
-    config: Config,
-    run: Run,
-    stages: Sequence[Stage],
-    model: Model,
-    **more: Any,
+    net: nn.Module, images: Parts, target: Target, config: Config, run: Run, stages: Sequence[Stage], **more: Any
 ) -> ClassifierTask:
-    return ClassifierTask(
-        net,
-        whole_images(images["train"], config, augment=True, seed=run.seed),
-        whole_images(images["val"], config),
-        target,
-        memory_budget=run.memory_budget,
-        balanced=True,
-        batch=max(stage.batch_size for stage in stages),
-        record=classifier_record("end2end", config, target, model=model.name, **more),
-        split=run.group.split,
-        stop_by_loss=True,
-    )
+    train = whole_images(images["train"], config, augment=True, seed=run.seed)
+    val, record = whole_images(images["val"], config), classifier_record("end2end", config, target, **more)
+    return ClassifierTask(net, train, val, target, run, stages, record, balanced=True, stop_by_loss=True)
 
 
 def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
@@ -239,34 +224,12 @@ def _results(
     task: ClassifierTask, images: Parts, parts: Parts, config: Config, run: Run, trained: Trained | None
 ) -> tuple[dict[str, Any], Cases]:
     """Return the content of metrics.json, and the predictions with the names of the table's images (`parts`)."""
-    test = whole_images(images["test"], config)
-    found: dict[str, Any] = {}
-    predictions: dict[str, Cases] = {}
+    test, names = whole_images(images["test"], config), [record.path for record in parts["test"]]
+    found, cases = results("end2end", config, task, trained, images, test, run, names=names)
     if trained is not None:
-        found = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
         found["stages"] = [row["stage"] for row in trained.rows]
     if len(test):
-        cases = task.predict(test, PLAIN)
-        found["auc_single"] = auc_of(cases)[0]
-        if config.flips:
-            cases = task.predict(test, mirrorings(config.augment))
-        cases = replace(cases, names=tuple(str(record.path) for record in parts["test"]))
-        found["auc"], predictions["test"] = auc_of(cases)[0], cases
-        if found["auc"] is None:
-            run.say("split test has images of only one class, so its area under the ROC curve is undefined")
-        write_cases(run.out / "test.csv", cases)
-    else:
-        found["auc"], cases = None, task.target.cases([], np.empty((0, 2)))
-    if trained is not None:
-        recipe_card(
-            run,
-            "end2end",
-            config,
-            parameters=sum(p.numel() for p in task.module.parameters()),
-            records=images,
-            classes=task.target.names,
-            predictions=predictions,
-        )
+        found["auc_single"] = auc_of(task.predict(test))[0]
     return found, cases
 
 
@@ -285,7 +248,7 @@ def _transfer(images: Parts, parts: Parts, target: Target, config: Config, run: 
         for model in config.models:
             part = run.part(f"{model.name}-{count}")
             net = _load(Path(config.start) / model.name / "model.pt", model, config)
-            task = _task(net, own, target, config, run, config.transfer, model)
+            task = _task(net, own, target, config, run, config.transfer, model=model.name)
             task.module.eval().to(run.device)
             if "before" not in metrics.get(model.name, {}):
                 metrics[model.name] = {"before": _results(task, images, parts, config, part, None)[0]["auc"]}
@@ -311,13 +274,13 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
     return [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
 
 
-def _untrained_patches(model: Model, config: Config) -> PatchNet:
-    maps = features(model.backbone, config.channels, layer=model.layer)
-    return PatchNet(maps, width_of(maps, config.channels))
+def _patch_net(model: Model, config: Config, weights: Path | None = None) -> PatchNet:
+    maps = features(model.backbone, config.channels, weights, model.layer)
+    return PatchNet(maps, shape_of_maps(maps, config.channels)[1])
 
 
 def _untrained(model: Model, config: Config) -> WholeNet:
-    return convert(_untrained_patches(model, config), model, config.resize, config.channels)
+    return convert(_patch_net(model, config), model, config.resize, config.channels)
 
 
 def _load(path: Path, model: Model, config: Config) -> WholeNet:

@@ -8,25 +8,20 @@ from typing import Literal
 from ....errors import GigamorphError
 from ....train.stages import Stage
 from ..defaults import published
-from ..splits import SplitOf
+from ..splits import ImagesConfig
 
 Arm = Literal["finetune", "direct", "scratch", "morph"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImagesConfig):
     """MorphHR: fine-tune at low resolution, morph the front, continue at high resolution."""
 
     model: str = "resnet50"
     weights: str = "resnet50-0676ba61.pth"
     """Weights file from which the parent starts, or "random"; its classifier may have other outputs."""
-    channels: int = 3
     mean: tuple[float, ...] = (0.449,)
     std: tuple[float, ...] = (0.226,)
-    voi: str = "auto"
-    split: SplitOf = "table"
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
-    """Fractions of the patients for a random split into train, val and test."""
     task: Literal["classes", "labels"] = "classes"
     """"classes": the column label; "labels": columns label_NAME, of which an image may have several."""
     labels: tuple[str, ...] = ()

@@ -139,7 +139,7 @@ def _first_training(run: Run) -> Path:
     records = _write(run.out / "source", run.seed, "source", IMAGES["source"])
     torch.manual_seed(run.seed)
     images = parent_images(records, CONFIG)
-    task = ClassifierTask(SmallNet(), images, images, Target(("across", "upright")), batch=32)
+    task = ClassifierTask(SmallNet(), images, images, Target(("across", "upright")), run, _PARENT)
     task.score = lambda: None  # all of its images are training images
     run_stages(task, _PARENT, run.part("source-run"))
     path = run.out / "parent.pt"

@@ -16,7 +16,6 @@ from ....config import from_plain
 from ....datasets.tables import Record
 from ....errors import GigamorphError, MorphError
 from ....evaluate.cases import Cases
-from ....evaluate.read import write_cases
 from ....evaluate.roc import delong_interval
 from ....models import build_model
 from ....morph.files import Grown, save_network
@@ -27,9 +26,9 @@ from ....train.run import Run
 from ....train.stages import Stage
 from ....train.target import Target
 from ...data_sets.chestxray14 import FINDINGS
-from ..classify import PLAIN, ClassifierTask, auc_of, classifier_record, draw_evidence, mirrorings, read_target
-from ..recipe import begin, finish, recipe_card
-from ..weights import find_weights, load_pretrained
+from ..classify import ClassifierTask, auc_of, classifier_record, mirrorings, read_target, results
+from ..recipe import begin, finish
+from ..weights import build_pretrained, find_weights
 from .config import Config
 from .grow import grow, without_decay
 from .images import child_images, parent_images
@@ -47,19 +46,11 @@ class _Data:
 
     def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ClassifierTask:
         """Build the training of a network on `parent_images` or `child_images`."""
-        return ClassifierTask(
-            net.network,
-            images(self.parts["train"], self.config, augment=True, seed=self.run.seed),
-            images(self.parts["val"], self.config),
-            self.target,
-            memory_budget=self.run.memory_budget,
-            balanced=self.config.balanced,
-            batch=max(stage.batch_size for stage in stages),
-            record=classifier_record(
-                "morphhr", self.config, self.target, morphs=net.recipe.to_json(), full=images is child_images
-            ),
-            split=self.run.group.split,
-        )
+        config, known = self.config, {"morphs": net.recipe.to_json(), "full": images is child_images}
+        train = images(self.parts["train"], config, augment=True, seed=self.run.seed)
+        val, record = images(self.parts["val"], config), classifier_record("morphhr", config, self.target, **known)
+        balanced = config.balanced
+        return ClassifierTask(net.network, train, val, self.target, self.run, stages, record, balanced=balanced)
 
 
 def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
@@ -92,9 +83,8 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
         )
     weights = find_weights(config.weights, config.mean, config.std, run)
     torch.manual_seed(run.seed)
-    parent = Grown(build_model(config.model, len(target.names), config.channels), channels=config.channels)
-    if weights is not None:
-        load_pretrained(parent.network, weights)
+    network = build_pretrained(config.model, len(target.names), config.channels, weights)
+    parent = Grown(network, channels=config.channels)
     _check_config(parent, config, run)
     begin(run, "morphhr", config, [record for part in parts.values() for record in part])
     data = _Data(parts, target, config, run)
@@ -161,31 +151,9 @@ def _compare(data: _Data, parent: Grown, child: Grown) -> float:
 
 
 def _results(data: _Data, task: ClassifierTask, images: Any, trained: Trained, folder: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"best_epoch": trained.best_epoch, "val_auc": [row["score"] for row in trained.rows]}
-    predictions = {}
-    if data.parts["test"]:
-        flips = mirrorings(data.config.augment) if data.config.flips else PLAIN
-        cases = predictions["test"] = task.predict(images(data.parts["test"], data.config), flips)
-        write_cases(data.run.out / folder / "test.csv", cases)
-        found |= _scores(cases)
-        found["evidence"] = draw_evidence(
-            task.net, images(data.parts["test"], data.config), data.target, data.run.part(folder)
-        )
-        if found["auc"] is None:
-            data.run.say("split test has images of only one class, so its area under the ROC curve is undefined")
-    else:
-        found["auc"] = None
-    recipe_card(
-        data.run.part(folder),
-        "morphhr",
-        data.config,
-        parameters=sum(p.numel() for p in task.module.parameters()),
-        records=data.parts,
-        classes=data.target.names,
-        predictions=predictions,
-        pictures=found.get("evidence", ()),
-    )
-    return found
+    test, own = images(data.parts["test"], data.config), data.run.part(folder)
+    found, cases = results("morphhr", data.config, task, trained, data.parts, test, own, evidence=True)
+    return found | _scores(cases) if len(cases) else found
 
 
 def _scores(cases: Cases) -> dict[str, Any]:

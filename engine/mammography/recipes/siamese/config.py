@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ....errors import GigamorphError
-from ..splits import SplitOf
+from ..splits import ImagesConfig
 
 Start = Literal["siamese", "scratch", "weights", "simclr", "byol"]
 
 
 @dataclass(frozen=True)
-class SiameseConfig:
+class SiameseConfig(ImagesConfig):
     """Settings of pairs, networks, soft labels, and downstream measures."""
 
     model: str = "resnet18"
@@ -21,9 +21,6 @@ class SiameseConfig:
     channels: int = 1
     mean: tuple[float, ...] = (0.3,)
     std: tuple[float, ...] = (0.2,)
-    voi: str = "auto"
-    split: SplitOf = "table"
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
 
     mirror: Literal["auto", "table"] = "auto"
     skip_unpaired: bool = False

@@ -24,8 +24,8 @@ from ....dense import write_map
 from ....errors import DataError
 from ....evaluate.roc import auc
 from ....images.pixels import PixelSource
+from ....morph.running import eval_mode
 from ....train.run import Run
-from ..features import evaluating
 from .config import SiameseConfig
 from .mixture import Judge
 from .network import AsymmetryMap, Embedding, distance
@@ -133,7 +133,7 @@ def label_pairs(
 def _write_map(network: Embedding, sources: tuple[PixelSource, PixelSource], run: Run, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     module = AsymmetryMap(network)
-    with evaluating(module):
+    with eval_mode(module):
         write_map(accelerate(module, run.memory_budget), StackedSource(*sources), path)
 
 

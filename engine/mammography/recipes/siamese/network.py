@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....errors import GigamorphError
-from ..features import UpTo, evaluating
+from ..features import UpTo, shape_of_maps
 
 _EPS = 1e-8
 
@@ -30,13 +29,10 @@ class Embedding(nn.Module):
     def __init__(self, network: nn.Module, layer: str, dim: int, channels: int, patch: int) -> None:
         super().__init__()
         self.maps = UpTo(network, layer)
-        with evaluating(network), torch.no_grad():
-            found = self.maps(torch.zeros(1, channels, patch, patch))
-        if not isinstance(found, Tensor) or found.ndim != 4:
-            raise GigamorphError(f"layer {layer!r} does not output a map (N, C, h, w); choose another")
-        self.cells = tuple(found.shape[2:])
+        _, width, *cells = shape_of_maps(self.maps, channels, patch)
+        self.cells = tuple(cells)
         """Height and width of a patch's map."""
-        self.project = nn.Linear(found.shape[1], dim)
+        self.project = nn.Linear(width, dim)
 
     def features(self, x: Tensor) -> Tensor:
         """Return (N, channels): the mean of the maps, the input of downstream classifiers."""

@@ -92,11 +92,7 @@ def open_side(
     """Open a breast with its chest wall on the same side as the other one's: on the left according to the file's header
     ("auto"), or as stored for a left breast and mirrored for a right one ("table")."""
     source: PixelSource = open_record(
-        record,
-        normalize=normalize,
-        channels=channels,
-        voi=voi,
-        flip="auto" if mirror == "auto" else False,
+        record, normalize=normalize, channels=channels, voi=voi, flip="auto" if mirror == "auto" else False
     )
     if mirror == "table" and record.laterality == "R":
         source = MirroredSource(source, left_right=True, up_down=False)

@@ -148,61 +148,42 @@ def original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> 
     return to_original(source).boxes(np.stack([x, top, x + side, top + side], 1))
 
 
-class PatchPairs(Sequence[NDArray[Any]]):
-    """All patches of pairs in order, float32 (2, C, h, w) each; a patch is read on access."""
+class Patches:
+    """Patches of files, float32 (..., C, h, w), read on access by an index, a slice or a list.
 
-    def __init__(self, files: Sequence[PatchFile]) -> None:
-        self.files = [file for file in files if len(file.cells)]
-        if not self.files:
-            raise DataError("no patch has enough tissue in both breasts; lower patch or tissue")
-        self.places = [(number, cell) for number, file in enumerate(self.files) for cell in range(len(file.cells))]
-        """Per patch: its file, and its cell."""
+    Args:
+        places: per patch, or pair of patches, the number of its file and the index in its array: a cell, or cell and
+            side (0 left, 1 right).
+    """
 
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.take([index])[0]
-
-    def take(self, indices: Sequence[int]) -> NDArray[np.float32]:
-        """Return some of them, (n, 2, C, h, w), read per file for speed."""
-        wanted = [self.places[index] for index in indices]
-        opened = {number: self.files[number].open() for number, _ in wanted}
-        return self.files[0].normalised(np.stack([opened[number][cell] for number, cell in wanted]))
-
-    @property
-    def patients(self) -> list[str]:
-        """Patient of every patch."""
-        return [file.pair.left.patient_id for file in self.files for _ in file.cells]
-
-
-def stacked(pairs: Sequence[Any] | Tensor, indices: Sequence[int]) -> Tensor:
-    """Return some pairs of patches, (n, 2, C, h, w)."""
-    if isinstance(pairs, PatchPairs):
-        return torch.from_numpy(pairs.take(indices))
-    return torch.stack([torch.as_tensor(pairs[index]) for index in indices])
-
-
-class SinglePatches:
-    """Single patches of both breasts, float32 (n, C, h, w), read on access by a slice or a list."""
-
-    def __init__(self, files: Sequence[PatchFile], places: Sequence[tuple[int, int, int]] | None = None) -> None:
-        self.files = files
-        self.places = (
-            [(f, side, cell) for f, file in enumerate(files) for side in range(2) for cell in range(len(file.cells))]
-            if places is None
-            else list(places)
-        )
-        """Per patch: its file, 0 for left and 1 for right, and its cell."""
+    def __init__(self, files: Sequence[PatchFile], places: Sequence[tuple[int, Any]]) -> None:
+        self.files, self.places = files, list(places)
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, chosen: slice | Sequence[int]) -> Tensor:
-        places = self.places[chosen] if isinstance(chosen, slice) else [self.places[i] for i in chosen]
-        found = [self.files[f].normalised(self.files[f].open()[cell, side]) for f, side, cell in places]
-        return torch.from_numpy(np.stack(found))
+    def __getitem__(self, chosen: Any) -> Tensor:
+        if isinstance(chosen, int):
+            return self[[chosen]][0]
+        places = self.take(chosen).places
+        opened = {number: self.files[number].open() for number, _ in places}
+        return torch.from_numpy(self.files[0].normalised(np.stack([opened[number][place] for number, place in places])))
 
-    def take(self, chosen: Sequence[int]) -> SinglePatches:
+    def take(self, chosen: slice | Sequence[int]) -> Patches:
         """Return a selection without reading it."""
-        return SinglePatches(self.files, [self.places[i] for i in chosen])
+        places = self.places[chosen] if isinstance(chosen, slice) else [self.places[i] for i in chosen]
+        return Patches(self.files, places)
+
+
+def patch_pairs(files: Sequence[PatchFile]) -> Patches:
+    """Return all patches of pairs in order, (n, 2, C, h, w)."""
+    files = [file for file in files if len(file.cells)]
+    if not files:
+        raise DataError("no patch has enough tissue in both breasts; lower patch or tissue")
+    return Patches(files, [(number, cell) for number, file in enumerate(files) for cell in range(len(file.cells))])
+
+
+def single_patches(files: Sequence[PatchFile]) -> Patches:
+    """Return single patches of both breasts, (n, C, h, w): of each pair all left ones, then all right ones."""
+    cells = ((number, range(len(file.cells))) for number, file in enumerate(files))
+    return Patches(files, [(number, (cell, side)) for number, own in cells for side in range(2) for cell in own])

@@ -16,22 +16,21 @@ from torch import Tensor, nn
 
 from ....errors import DataError
 from ....evaluate.cases import Cases
+from ....morph.running import eval_mode
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
-from ....train.stages import Stage
-from ..features import evaluating
 from ..tensors import Inputs, TensorTask, logits_of
 from .config import SiameseConfig
 from .network import Embedding
-from .patches import SinglePatches, mirrored
+from .patches import Patches, mirrored
 
 _C = 0.01  # inverse strength of the penalty; few labels should give a direction, not a perfect fit
 _MIRRORINGS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)
 
 
-def patch_cases(patches: SinglePatches, y: Tensor, scores: NDArray[np.float64]) -> Cases:
+def patch_cases(patches: Patches, y: Tensor, scores: NDArray[np.float64]) -> Cases:
     """Return predictions (log-odds, n) of patches with the truth (0 or 1, n), named by file and corner."""
-    pairs = [(patches.files[f], side, cell) for f, side, cell in patches.places]
+    pairs = [(patches.files[f], side, cell) for f, (cell, side) in patches.places]
     own = [(file.pair.left, file.pair.right)[side] for file, side, _ in pairs]
     corners = [file.boxes[side][cell][:2] for file, side, cell in pairs]
     return Cases(
@@ -72,7 +71,7 @@ def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[
     """
     if len(y.unique()) < 2:
         raise DataError("the labelled patches have only one class; a probe needs patches with and without a finding")
-    with evaluating(embedding):
+    with eval_mode(embedding):
         features = torch.cat([_features(embedding, x, axes) for axes in _MIRRORINGS]).numpy()
         others = _features(embedding, test).numpy()
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=2000))
@@ -85,14 +84,8 @@ def fine_tuned(
     """Return log-odds (n,) of test patches from a copy of the encoder that is fine-tuned on the labelled ones."""
     torch.manual_seed(seed_of(run.seed, 7))
     task = TensorTask(Classifier(embedding), x, y, vary=mirrored)
-    stage = Stage(
-        "fine-tune",
-        config.probe_epochs,
-        config.lr,
-        weight_decay=config.weight_decay,
-        batch_size=min(config.batch_size, 32),
-        schedule="cosine",
-    )
+    few = {"epochs": config.probe_epochs, "batch_size": min(config.batch_size, 32), "accumulate": 1}
+    stage = config.stage("fine-tune", **few, schedule="cosine")
     run_stages(task, [stage], run.undealt())
     logits = logits_of(task.module, test).double().numpy()
     return logits[:, 1] - logits[:, 0]

@@ -17,13 +17,12 @@ from ....models import build_model
 from ....train.checkpoint import save_torch
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
-from ....train.stages import Stage
 from ....train.task import Task
-from ..tensors import ReadAhead
-from ..weights import find_weights, load_pretrained
+from ..tensors import Inputs, ReadAhead
+from ..weights import build_pretrained, find_weights
 from .config import SiameseConfig
 from .network import Embedding, at_least_float32, without_autocast
-from .patches import PatchPairs, cropped, jittered, mirrored
+from .patches import Patches, cropped, jittered, mirrored
 
 _CHECKED_PATCHES = 512  # patches in the check for collapse
 _COLLAPSED = 1e-3  # minimal standard deviation of projections, which is 1 / sqrt(dim) if evenly spread
@@ -51,7 +50,7 @@ class TwoViews(Task):
     """`trainable` of the `Stage`."""
     projected: Projected
 
-    def __init__(self, pairs: Sequence[Any] | Tensor, config: SiameseConfig, device: str) -> None:
+    def __init__(self, pairs: Inputs, config: SiameseConfig, device: str) -> None:
         self.pairs, self.config, self.device = pairs, config, device
         self._ahead = ReadAhead(self._read)
 
@@ -90,7 +89,7 @@ class TwoViews(Task):
         return self._read(indices).to(self.device)
 
     def _read(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([torch.as_tensor(self.pairs[index // 2][index % 2]) for index in indices])
+        return torch.stack([self.pairs[index // 2][index % 2] for index in indices])
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
@@ -111,9 +110,7 @@ class SimCLRTask(TwoViews):
     The loss is `nt_xent` on projections of the encoder's features by a head of two linear layers.
     """
 
-    def __init__(
-        self, embedding: Embedding, pairs: Sequence[Any] | Tensor, config: SiameseConfig, device: str = "cpu"
-    ) -> None:
+    def __init__(self, embedding: Embedding, pairs: Inputs, config: SiameseConfig, device: str = "cpu") -> None:
         super().__init__(pairs, config, device)
         width = embedding.project.in_features
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
@@ -158,9 +155,7 @@ class BYOLTask(TwoViews):
 
     trainable = ("online", "predictor")
 
-    def __init__(
-        self, embedding: Embedding, pairs: Sequence[Any] | Tensor, config: SiameseConfig, device: str = "cpu"
-    ) -> None:
+    def __init__(self, embedding: Embedding, pairs: Inputs, config: SiameseConfig, device: str = "cpu") -> None:
         super().__init__(pairs, config, device)
         self.projected = Projected(embedding.maps, _mlp(embedding.project.in_features, config))
         self.target, self.predictor = copy.deepcopy(self.projected), _mlp(config.dim, config)
@@ -201,10 +196,8 @@ def make_network(config: SiameseConfig, run: Run, number: int, *, weights: bool 
     if weights and config.weights == "timm":
         network = _timm_network(config)
     else:
-        network = build_model(config.model, 2, config.channels)
         path = find_weights(config.weights, config.mean, config.std) if weights else None
-        if path is not None:
-            load_pretrained(network, path)
+        network = build_pretrained(config.model, 2, config.channels, path)
     return Embedding(network, config.layer, config.dim, config.channels, config.patch).to(run.device)
 
 
@@ -225,7 +218,7 @@ def _timm_network(config: SiameseConfig) -> nn.Module:
         ) from error
 
 
-def make_starts(siamese: Embedding, patches: PatchPairs, config: SiameseConfig, run: Run) -> dict[str, Embedding]:
+def make_starts(siamese: Embedding, patches: Patches, config: SiameseConfig, run: Run) -> dict[str, Embedding]:
     """Build the starts of the configuration, in its order.
 
     SimCLR and BYOL begin with the weights of the first Siamese network and store theirs in ``starts/NAME``.
@@ -245,22 +238,14 @@ def make_starts(siamese: Embedding, patches: PatchPairs, config: SiameseConfig, 
     return found
 
 
-def self_supervised(
-    name: str, embedding: Embedding, pairs: Sequence[Any] | Tensor, config: SiameseConfig, run: Run
-) -> Embedding:
+def self_supervised(name: str, embedding: Embedding, pairs: Inputs, config: SiameseConfig, run: Run) -> Embedding:
     """Train an embedding's encoder with "simclr" or "byol" on the patches (n, 2, C, h, w) of pairs, and return it.
 
     Epochs, steps, patches per step, rate and decay are those of the Siamese networks.
     """
     task = _TASKS[name](embedding, pairs, config, run.device)
-    stage = Stage(
-        name,
-        config.epochs,
-        config.lr,
-        trainable=task.trainable,
-        weight_decay=config.weight_decay,
-        batch_size=2 * config.batch_size * config.accumulate,
-    )
+    patches = 2 * config.batch_size * config.accumulate
+    stage = config.stage(name, trainable=task.trainable, batch_size=patches, accumulate=1)
     run_stages(task, [stage], run.undealt())
     task.check_collapse()
     return embedding

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ....errors import GigamorphError
 from ....train.task import Task
-from ..tensors import ReadAhead
+from ..tensors import Inputs, ReadAhead
 from .config import SiameseConfig
 from .mixture import Judge, Mixture
 from .network import Embedding, distance, soft_contrastive
-from .patches import jittered, mirrored, stacked
+from .patches import jittered, mirrored
 
 _BATCH = 128
 _COLLAPSED = 1e-3  # minimal standard deviation of embeddings, which is 1 / sqrt(dim) if evenly spread
@@ -37,7 +37,7 @@ class SiameseTask(Task):
     def __init__(
         self,
         networks: Sequence[Embedding],
-        pairs: Sequence[Any] | Tensor,
+        pairs: Inputs,
         patients: Sequence[str],
         config: SiameseConfig,
         device: str = "cpu",
@@ -48,7 +48,7 @@ class SiameseTask(Task):
         """The labels from which each network learns."""
         self.history: list[list[dict[str, float]]] = []
         """Results of `SiameseTask.begin_epoch` for each epoch and network."""
-        self._ahead = ReadAhead(lambda indices: stacked(self.pairs, indices))
+        self._ahead = ReadAhead(lambda indices: self.pairs[list(indices)])
 
     def examples(self, epoch: int) -> Sequence[int]:
         return range(len(self.pairs))

@@ -17,7 +17,6 @@ from ....evaluate.roc import auc
 from ....train.loop import run_stages
 from ....train.option_checks import check_stages
 from ....train.run import Run
-from ....train.stages import Stage
 from ..recipe import begin, finish, recipe_card
 from ..splits import split_records
 from ..weights import find_weights
@@ -26,7 +25,7 @@ from .full_images import centres, classes_of, holds, label_pairs, localisation, 
 from .mixture import Judge
 from .network import Embedding
 from .pairs import find_pairs
-from .patches import PatchFile, PatchPairs, SinglePatches, write_patches
+from .patches import Patches, PatchFile, patch_pairs, single_patches, write_patches
 from .probe import fine_tuned, patch_cases, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
@@ -54,20 +53,14 @@ def train(table: Path, config: SiameseConfig, run: Run) -> dict[str, Any]:
     if config.weights != "timm":
         find_weights(config.weights, config.mean, config.std, run)
     make_network(config, run, 0, weights=False)  # refuse it before any work
-    stage = Stage(
-        "pairs",
-        config.epochs,
-        config.lr,
-        weight_decay=config.weight_decay,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-    )
+    stage = config.stage("pairs")
     check_stages([stage], run.group.at_once)
     begin(run, "siamese", config, records)
     files = {name: [write_patches(pair, config, run.out / "patches") for pair in own] for name, own in pairs.items()}
-    patches = PatchPairs(files["train"])
+    patches = patch_pairs(files["train"])
+    patients = [patches.files[number].pair.left.patient_id for number, _ in patches.places]
     networks = [make_network(config, run, number) for number in range(2 if config.dual else 1)]
-    task = SiameseTask(networks, patches, patches.patients, config, run.device)
+    task = SiameseTask(networks, patches, patients, config, run.device)
     run_stages(task, [stage], run)
     judges = [Judge.fit(task.distances(network)[0], config) for network in networks]
     _write_labels(run, judges, patches)
@@ -124,7 +117,7 @@ def _image_lines(images: Any) -> list[str]:
     ]
 
 
-def _write_labels(run: Run, judges: Sequence[Judge], patches: PatchPairs) -> None:
+def _write_labels(run: Run, judges: Sequence[Judge], patches: Patches) -> None:
     distances = np.mean([judge.distances for judge in judges], 0)
     labels = np.mean([judge.labels(judge.distances) for judge in judges], 0)
     rows = []
@@ -137,7 +130,7 @@ def _write_labels(run: Run, judges: Sequence[Judge], patches: PatchPairs) -> Non
 
 
 def _downstream(
-    files: dict[str, list[PatchFile]], patches: PatchPairs, network: Embedding, config: SiameseConfig, run: Run
+    files: dict[str, list[PatchFile]], patches: Patches, network: Embedding, config: SiameseConfig, run: Run
 ) -> Any:
     """Return the test AUC of classifying patches with a finding, for fractions of the labelled patches."""
     x, y = _labelled(files["train"])
@@ -171,9 +164,9 @@ def _fraction(y: Tensor, fraction: float, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(found))
 
 
-def _labelled(files: Sequence[PatchFile]) -> tuple[SinglePatches, Tensor]:
+def _labelled(files: Sequence[PatchFile]) -> tuple[Patches, Tensor]:
     """Return single patches of both breasts, and whether each contains the centre of a finding."""
-    patches = SinglePatches(files)
+    patches = single_patches(files)
     sides = [(centres(file.pair.left), centres(file.pair.right)) for file in files]
     found = [[holds(file.boxes[side], own[side]) for side in range(2)] for file, own in zip(files, sides, strict=True)]
-    return patches, torch.tensor([int(found[f][side][cell]) for f, side, cell in patches.places])
+    return patches, torch.tensor([int(found[f][side][cell]) for f, (cell, side) in patches.places])

@@ -17,7 +17,7 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.mammography.recipes import default_text
-from gigamorph.engine.mammography.recipes.classify import Finetuning
+from gigamorph.engine.mammography.recipes.classify import ClassifierTask
 from gigamorph.engine.mammography.recipes.dvme import DvmeConfig, ExtractorConfig, train
 from gigamorph.engine.mammography.recipes.dvme.compare import Linear, draw_subset, folder, measure
 from gigamorph.engine.mammography.recipes.dvme.network import DVMEHead, Extractor, SelfAttention, make_extractor
@@ -221,7 +221,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
     whole = train(table, config, Run(tmp_path / "whole", seed=3))
     trainings = {(r["subset"], r["protocol"], r["extractor"]) for r in whole["rows"]}
     assert len(trainings) == len(whole["rows"]) == 2 + 1 + 1 + 2 + 1
-    loss, calls = (Finetuning.loss, TensorTask.loss), []
+    loss, calls = (ClassifierTask.loss, TensorTask.loss), []
 
     def killed(number):
         def call(self, batch):
@@ -232,7 +232,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
 
         return call
 
-    monkeypatch.setattr(Finetuning, "loss", killed(0))
+    monkeypatch.setattr(ClassifierTask, "loss", killed(0))
     monkeypatch.setattr(TensorTask, "loss", killed(1))
     for resume in (False, True):
         with pytest.raises(RuntimeError, match="killed"):
@@ -245,9 +245,10 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, mo
         first, second = (torch.load(tmp_path / run / file, weights_only=True)["state_dict"] for run in ("whole", "cut"))
         assert all(torch.equal(value, second[name]) for name, value in first.items())
     place = tmp_path / "whole" / folder("finetune_dvme", "all", 0, 0) / "best.ckpt"
-    net, classes, images = open_classifier(place, memory_budget=None, device="cpu")
-    source = images(read_table(table).records)[0]["image"]
-    assert classes == ["0", "1"] and source.shape == (1, 32, 24) and net.eval()(source).isfinite().all()
+    opened = open_classifier(place, memory_budget=None, device="cpu")
+    source = opened.open_images(read_table(table).records)[0]["image"]
+    assert opened.classes == ["0", "1"] and source.shape == (1, 32, 24)
+    assert opened.net.eval()(source).isfinite().all()
     with pytest.raises(DataError, match="does not classify whole images"):
         open_classifier(place.parents[3] / "linear" / "a" / "all_0" / "best.ckpt", memory_budget=None, device="cpu")
 

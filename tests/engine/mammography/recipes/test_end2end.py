@@ -87,17 +87,17 @@ def test_predictions_name_the_images_of_the_table(whole, table):
 def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, tmp_path):
     """Of images of any size, which are brought to the network's; maps go back to the pixels of the file."""
     out, folder = whole[0], table.parent
-    net, classes, images = open_classifier(out / "a" / "best.ckpt", memory_budget=None, device="cpu")
+    opened = open_classifier(out / "a" / "best.ckpt", memory_budget=None, device="cpu")
     record = Record(folder / "3.npy", -1, "p")
-    source = images([record])[0]["image"]
-    assert classes == ["0", "1"] and source.shape == (1, 48, 40)
+    source = opened.open_images([record])[0]["image"]
+    assert opened.classes == ["0", "1"] and source.shape == (1, 48, 40)
     assert source.to_original.points([[0, 0], [40, 48]]).tolist() == [[0, 0], [50, 60]]
     state = torch.load(out / "a" / "best.ckpt", weights_only=True)["state_dict"]
     stock = convert(PatchNet(features(NET, 1), 32), SMALL.models[0])
     stock.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
     [small] = write_resized([record], SMALL, tmp_path / "images")
     want = stock.eval()(whole_images([small], SMALL)[0]["image"].read(0, 48, 0, 40)[None])
-    assert (net.eval()(source) - want).abs().max() < 1e-3  # the recipe keeps resized images in 16 bits
+    assert (opened.net.eval()(source) - want).abs().max() < 1e-3  # the recipe keeps resized images in 16 bits
     for command, files in (("predict", ["--heatmaps"]), ("explain", [])):
         with pytest.raises(SystemExit) as done:
             main(
@@ -135,7 +135,7 @@ def test_from_weights_of_keras(table, tmp_path):
     said = []
     train(table, config, Run(tmp_path / "run", say=said.append))
     assert any("weights: w.h5, SHA-256" in line for line in said)
-    net = open_classifier(tmp_path / "run" / "keras" / "best.ckpt", memory_budget=None, device="cpu")[0]
+    net = open_classifier(tmp_path / "run" / "keras" / "best.ckpt", memory_budget=None, device="cpu").net
     layer = net.get_submodule("features.layer2.0")
     assert layer.bn1.eps == 1e-3 and layer.conv1.stride == (2, 2) and layer.conv2.stride == (1, 1)
     torch.testing.assert_close(
@@ -169,9 +169,9 @@ def test_front_of_morphhr_at_a_higher_resolution(table, tmp_path):
     metrics = train(table, config, Run(tmp_path, seed=2))
     assert 0 <= metrics["a-front"]["auc"] <= 1 and metrics["auc"] == metrics["a"]["auc"]
     assert np.load(tmp_path / "images_2" / "000000.npy").shape == (96, 80)
-    net, _, images = open_classifier(tmp_path / "a-front" / "best.ckpt", memory_budget=None, device="cpu")
-    [item] = images([Record(table.parent / "3.npy", -1, "p")])
-    assert item["image"].shape == (1, 96, 80) and net.eval()(item["image"]).shape == (1, 2)
+    opened = open_classifier(tmp_path / "a-front" / "best.ckpt", memory_budget=None, device="cpu")
+    [item] = opened.open_images([Record(table.parent / "3.npy", -1, "p")])
+    assert item["image"].shape == (1, 96, 80) and opened.net.eval()(item["image"]).shape == (1, 2)
     parent = convert(PatchNet(features(NET, 1), 32), model).double().eval()
     child, _ = _add_front(Grown(parent), model, config, 0)
     x = torch.randn(1, 1, 96, 80, dtype=torch.float64)

@@ -15,7 +15,6 @@ from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.recipes.end2end.config import CLASSES, Config, Sampling
 from gigamorph.engine.mammography.recipes.end2end.images import (
-    ImagePatch,
     Lesion,
     Patch,
     Patches,
@@ -142,7 +141,7 @@ def test_windows_are_black_beyond_the_image():
 def test_patches_of_three_channels_are_one_varied_and_repeated(tmp_path):
     """Each epoch another variation; grey values less each channel's mean."""
     np.save(tmp_path / "image.npy", np.random.default_rng(0).integers(0, 65535, (40, 30), dtype=np.uint16))
-    record, places = Record(tmp_path / "image.npy", 0, "p"), [ImagePatch(0, Patch(5, 3, 2, 0.9))]
+    record, places = Record(tmp_path / "image.npy", 0, "p"), [(0, Patch(5, 3, 2, 0.9))]
     config = Config(sampling=Sampling(16), augment="flip,rotate=25,brightness=0.1,noise=0.05")
     one = Patches([record], places, replace(config, channels=1), augment=True, seed=3)
     three = Patches([record], places, replace(config, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.2)), augment=True, seed=3)

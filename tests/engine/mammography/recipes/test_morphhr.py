@@ -233,11 +233,11 @@ def test_every_network_is_shown_on_the_same_images(whole, table):
     shown = [record for record in records if record.label == 1]
     assert select_examples(records, Target(("no", "yes"))) == [(records.index(record), 1) for record in shown] and shown
     for name, arm in (("finetune", "parent"), ("morph", "morph")):
-        net, _, images = open_classifier(out / arm / "best.ckpt", memory_budget=None, device="cpu")
+        opened = open_classifier(out / arm / "best.ckpt", memory_budget=None, device="cpu")
         assert len(metrics[name]["evidence"]) == len(shown)
         for line, record in zip(metrics[name]["evidence"], shown, strict=True):
             file, told = line.split(": ", 1)
-            found, logits, _ = explain_class(net.eval(), images([record])[0]["image"], 1)
+            found, logits, _ = explain_class(opened.net.eval(), opened.open_images([record])[0]["image"], 1)
             assert told == f"yes: probability {logits.softmax(0)[1]:.3f}, log-odds {found.log_odds:+.2f}"
             assert imagecodecs.imread(str(out / arm / file)).shape == (*np.load(record.path).shape, 3)
             assert f"- {line}" in (out / arm / "model_card.md").read_text()
@@ -252,10 +252,10 @@ def test_labels_are_shown_where_they_are_there():
 
 @pytest.mark.parametrize("arm", ["parent", "direct", "morph"])
 def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, arm):
-    net, classes, images = open_classifier(whole[0] / arm / "best.ckpt", memory_budget=None, device="cpu")
-    [first, *_] = images(read_table(table).records)
+    opened = open_classifier(whole[0] / arm / "best.ckpt", memory_budget=None, device="cpu")
+    [first, *_] = opened.open_images(read_table(table).records)
     source = first["image"]
-    assert classes == ["no", "yes"] and source.shape == ((1, 16, 20) if arm == "parent" else (1, 32, 40))
+    assert opened.classes == ["no", "yes"] and source.shape == ((1, 16, 20) if arm == "parent" else (1, 32, 40))
     state = torch.load(whole[0] / arm / "best.ckpt", weights_only=True)["state_dict"]
     network = create_model("lesionnet", 2, 1)
     if arm == "morph":
@@ -263,7 +263,7 @@ def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, arm):
     network.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
     with torch.no_grad():
         want = network.eval()(source.read(0, source.shape[1], 0, source.shape[2])[None])
-        assert (net.eval()(source) - want).abs().max() < 1e-5
+        assert (opened.net.eval()(source) - want).abs().max() < 1e-5
 
 
 def test_killed_and_resumed_is_bitwise_the_same(whole, table, tmp_path):

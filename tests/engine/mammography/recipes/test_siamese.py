@@ -24,8 +24,8 @@ from gigamorph.engine.mammography.recipes.siamese.network import Embedding
 from gigamorph.engine.mammography.recipes.siamese.pairs import find_pairs
 from gigamorph.engine.mammography.recipes.siamese.patches import (
     PatchFile,
-    PatchPairs,
-    SinglePatches,
+    patch_pairs,
+    single_patches,
     sources_of,
     write_patches,
 )
@@ -126,8 +126,8 @@ def table(tmp_path_factory):
 def test_patches_are_those_of_the_images_and_are_kept(table, tmp_path, monkeypatch):
     pairs = find_pairs(read_table(table, labels=False).records)[:2]
     files = [write_patches(pair, SMALL, tmp_path) for pair in pairs]
-    found = PatchPairs(files)
-    assert len(found) == sum(len(file.cells) for file in files) and len(found.patients) == len(found)
+    found = patch_pairs(files)
+    assert len(found) == sum(len(file.cells) for file in files)
     for index in np.random.default_rng(0).permutation(len(found)):
         number, place = found.places[index]
         top, left = files[number].cells[place]
@@ -168,12 +168,12 @@ def test_single_patches_are_read_when_they_are_asked_for(table, tmp_path, monkey
     assert all(file.open().dtype == np.uint16 for file in files)
     opened, counts = PatchFile.open, []
     monkeypatch.setattr(PatchFile, "open", lambda self: counts.append(1) or opened(self))
-    patches = SinglePatches(files)
+    patches = single_patches(files)
     some = patches.take([len(patches) - 1, 0])
     assert len(patches) == 2 * sum(len(file.cells) for file in files) and len(some) == 2 and not counts
     x = some[:]
     assert x.shape == (2, 3, 32, 32) and torch.equal(x[:, 0], x[:, 2]) and len(counts) == 2
-    assert torch.equal(x[1], torch.from_numpy(PatchPairs(files)[0][0])) and torch.equal(patches[[0]][0], x[1])
+    assert torch.equal(x[1], patch_pairs(files)[0][0]) and torch.equal(patches[[0]][0], x[1])
 
 
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path):

@@ -21,16 +21,18 @@ CONFIG = SiameseConfig(dim=4, warm_up=1, patch=8)
 STAGE = Stage("pairs", 2, 0.01, batch_size=4, accumulate=2)
 
 
-class Noting(list):
+class Noting:
     """Pairs that note by which thread they were read."""
 
     def __init__(self, pairs):
-        super().__init__(pairs)
-        self.read = set()
+        self.pairs, self.read = pairs, set()
+
+    def __len__(self):
+        return len(self.pairs)
 
     def __getitem__(self, index):
         self.read.add(threading.current_thread().name.partition("_")[0])
-        return super().__getitem__(index)
+        return self.pairs[index]
 
 
 def trained(made, folder):

@@ -26,7 +26,7 @@ from gigamorph.engine.mammography.recipes.siamese.full_images import (
 from gigamorph.engine.mammography.recipes.siamese.mixture import Judge, Mixture
 from gigamorph.engine.mammography.recipes.siamese.network import Embedding
 from gigamorph.engine.mammography.recipes.siamese.pairs import Pair, find_pairs
-from gigamorph.engine.mammography.recipes.siamese.patches import PatchPairs, write_patches
+from gigamorph.engine.mammography.recipes.siamese.patches import patch_pairs, write_patches
 from gigamorph.engine.train.run import Run
 
 CONFIG = replace(small_recipes.configs(1)["siamese"], maps=False, patch=16, stride=16)
@@ -53,8 +53,8 @@ def table(tmp_path_factory):
 
 
 def judged(pairs, networks, folder):
-    patches = PatchPairs([write_patches(pair, CONFIG, folder) for pair in pairs])
-    x = torch.stack([torch.as_tensor(patches[i]) for i in range(len(patches))])
+    patches = patch_pairs([write_patches(pair, CONFIG, folder) for pair in pairs])
+    x = patches[:]
     with torch.no_grad():
         found = [F.pairwise_distance(net(x[:, 0]), net(x[:, 1]), eps=0) for net in networks]
     return [Judge.fit(d.double().numpy(), CONFIG) for d in found]
@@ -67,8 +67,8 @@ def test_scores_are_those_of_the_patches_half_a_patch_apart(table, tmp_path):
     judges = judged(pairs, networks, tmp_path / "own")
     found = label_pairs(pairs[:3], networks, judges, CONFIG, Run(tmp_path))
     for pair, row in zip(pairs, found, strict=False):
-        patches = PatchPairs([write_patches(pair, replace(CONFIG, stride=8), tmp_path / "dense")])
-        x = torch.stack([torch.as_tensor(patches[i]) for i in range(len(patches))])
+        patches = patch_pairs([write_patches(pair, replace(CONFIG, stride=8), tmp_path / "dense")])
+        x = patches[:]
         with torch.no_grad():
             d = np.array([(net(x[:, 0]) - net(x[:, 1])).norm(dim=1).double().numpy() for net in networks])
         labels = np.mean([judge.labels(own) for judge, own in zip(judges, d, strict=True)], 0)
