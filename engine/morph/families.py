@@ -34,7 +34,8 @@ PICKS = frozenset(
 CHUNKS = frozenset(["chunk", "unsafe_chunk"])
 
 # Each output element is a function of the elements at the same (broadcast) position.
-ELEMENTWISE = {*(name.strip("_") for name in names.ELEMENTWISE), "log_sigmoid", "rrelu", "fill", "zero"} - {"data"}
+ELEMENTWISE = {*(name.strip("_") for name in names.ELEMENTWISE), "log_sigmoid", "rrelu", "fill", "zero"}
+ELEMENTWISE -= {"data", "rand"}  # `torch.rand` is none, though `__rand__` is
 # Ops of MOVE that move all of their tensors.
 JOINS = frozenset("cat concat concatenate stack hstack vstack view_as reshape_as expand_as".split())
 FACTORIES = frozenset("new_zeros new_ones new_full new_empty new_tensor".split())
