@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +21,7 @@ from ....train.loop import run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ..claims import Effect, Rule, Synthetic
-from ..phantom_patches import CLASSES, phantom_patches, small_body
+from ..phantom_patches import CLASSES, phantom_patches
 from ..tensors import TensorTask, accuracy, logits_of
 from .autoencoder import Stack
 from .config import CaeConfig
@@ -69,7 +68,7 @@ def _maps(run: Run) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     images, labels = phantom_patches(_SOURCE + _TEST // 2, _SIDE, (seed, 1))
     images = (images - images.mean()) / images.std()
     torch.manual_seed(seed_of(seed, 2))
-    body, head = small_body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, len(CLASSES)))
+    body, head = _body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, len(CLASSES)))
     task = TensorTask(nn.Sequential(body, head), images[:_SOURCE], labels[:_SOURCE])
     stage = Stage("backbone", 8, 0.05, optimizer="sgd", weight_decay=1e-4, batch_size=32, schedule="cosine")
     run_stages(task, [stage], run.part("backbone"))
@@ -81,11 +80,21 @@ def _maps(run: Run) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     return logits_of(body, images).numpy(), labels.numpy()
 
 
+def _body() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after, stride in ((1, 8, 2), (8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2), (32, 32, 1)):
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 def _scanner_b(images: Tensor, seed: int) -> Tensor:
     """Another grey curve, a blur of 0.7 pixels, noise of 6 % of the grey range, and the mean and deviation of A."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed_of(seed, 4)))
-    blurred = ndimage.gaussian_filter((images**1.8).numpy(), (0, 0, 0.7, 0.7), mode="constant")
-    images = torch.from_numpy(blurred) + 0.06 * noise
+    steps = torch.arange(-3.0, 4.0)
+    kernel = torch.exp(-0.5 * (steps / 0.7) ** 2)
+    kernel /= kernel.sum()
+    images = F.conv2d(images**1.8, kernel.view(1, 1, 1, -1), padding=(0, 3))
+    images = F.conv2d(images, kernel.view(1, 1, -1, 1), padding=(3, 0)) + 0.06 * noise
     return (images - images.mean()) / images.std()
 
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....evaluate.roc import auc
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
+from ....train.stages import Stage
 from ...phantom import PhantomImage
 from ...phantom.image import Kind
 from ..claims import Effect, Rule, Synthetic
-from ..phantom_patches import small_body
 from .config import SiameseConfig
 from .network import Embedding
 from .probe import fine_tuned, probed
@@ -57,7 +57,8 @@ def rows(run: Run) -> list[dict[str, Any]]:
     for name, config in (("soft", _SETTINGS), ("hard", replace(_SETTINGS, warm_up=_SETTINGS.epochs))):
         networks = [_network((seed, number)) for number in range(2)]
         task = SiameseTask(networks, pairs, [str(i) for i in range(_PAIRS)], config, run.device)
-        run_stages(task, [config.stage("pairs")], run.part(f"pairs_{name}"))
+        stage = Stage("pairs", config.epochs, config.lr, weight_decay=config.weight_decay, batch_size=config.batch_size)
+        run_stages(task, [stage], run.part(f"pairs_{name}"))
         distances = np.mean([task.distances(network)[0] for network in networks], 0)
         row[f"distance_{name}"] = round(auc(truth, distances) or 0.0, 4)
         trained[name] = networks[0]
@@ -134,7 +135,11 @@ def _patches(count: int, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def _network(seed: Sequence[int]) -> Embedding:
     torch.manual_seed(seed_of(*seed))
-    return Embedding(small_body(), "", _SETTINGS.dim, 1, _SIDE)
+    layers: list[nn.Module] = []
+    for before, after in ((1, 8), (8, 16), (16, 32)):
+        layers += [nn.Conv2d(before, after, 3, 2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return Embedding(nn.Sequential(*layers), "", _SETTINGS.dim, 1, _SIDE)
 
 
 SYNTHETIC = Synthetic(
