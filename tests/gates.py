@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_617,
-    ("engine", "kernels", "cli", "benchmarks"): 65_302,
+    ("engine", "kernels"): 57_651,
+    ("engine", "kernels", "cli", "benchmarks"): 65_336,
     ("benchmarks",): 4_199,
 }
 WORDS = {
