@@ -27,7 +27,7 @@ class Tested(NamedTuple):
     """The newest release with which some tests pass."""
 
 
-TESTED = {"torch": Tested("2.11", "2.14", "2.15"), "triton": Tested("3.6", "3.8", "3.8")}
+TESTED = {"torch": Tested("2.11", "2.14", "2.15"), "triton": Tested("3.6", "3.8", "3.9")}
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -112,7 +112,7 @@ def test_packages_newer_than_those_tested_are_named_with_the_self_check():
     assert problem.level == "warning"
     assert problem.what == (
         "torch 2.16.0.dev1+cu130 and triton 3.9.0: newer than the tested versions "
-        "(torch 2.11 to 2.14, triton 3.6 to 3.8; partially tested torch 2.15 and triton 3.8)"
+        "(torch 2.11 to 2.14, triton 3.6 to 3.8; partially tested torch 2.15 and triton 3.9)"
     )
     assert problem.fix.endswith("pip install 'torch==2.14.*' 'triton==3.8.*'")
     assert "verify=True" in problem.fix and "verify" in inspect.signature(accelerate).parameters
