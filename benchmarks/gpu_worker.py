@@ -118,7 +118,7 @@ class Server:
         torch.manual_seed(0)
 
     def work(self, section: str, name: str) -> Row:
-        """Return an item's row, or the names of all items; the status tells whether this process can go on."""
+        """Return an item's row, or the names of all items; the status shows whether this process can continue."""
         import torch
 
         if section == "list":

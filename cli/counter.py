@@ -28,7 +28,7 @@ class View:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def due(self) -> bool:
-        """Whether a line is to be printed: there is no terminal, and the interval since the last one is over."""
+        """Whether to print a line: the output is not a terminal, and the interval since the last line is over."""
         now = time.monotonic()
         if self._console.is_terminal or now - self._shown < self._interval:
             return False

@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_651,
-    ("engine", "kernels", "cli", "benchmarks"): 65_336,
+    ("engine", "kernels"): 57_650,
+    ("engine", "kernels", "cli", "benchmarks"): 65_335,
     ("benchmarks",): 4_199,
 }
 WORDS = {

@@ -3,8 +3,8 @@
     python tests/releases.py                        # the newest release that pip offers: make test-newest
     python tests/releases.py 2.11.0 2.12.1 --quick --json benchmarks/results/releases.json
 
-An environment is made once, in build/releases; a second run uses it again. The table and the JSON file have the numbers
-of tests that passed, failed and were skipped, by release and package.
+An environment is made once, in build/releases; a second run uses it again, and brings "newest" up to date. The table
+and the JSON file have the numbers of tests that passed, failed and were skipped, by release and package.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def environment(release: str, folder: Path, base: str) -> Path:
         base: the Python that makes it.
     """
     python = folder / release / "bin" / "python"
-    if not (folder / release / "installed").exists():
+    if release == "newest" or not (folder / release / "installed").exists():
         wanted = ["--upgrade", "torch"] if release == "newest" else [f"torch=={release}"]
         print(f"{release}: installing", file=sys.stderr, flush=True)
         subprocess.run([base, "-m", "venv", folder / release], check=True)
@@ -52,6 +52,7 @@ def tested(python: Path, options: list[str], workers: str, times: Path) -> dict:
     """Run the tests: the versions, and what `counted` finds."""
     changed = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     versions = subprocess.run([python, "-c", _VERSIONS], check=True, capture_output=True, text=True, cwd=ROOT)
+    times.unlink(missing_ok=True)  # if pytest fails to start, an earlier run must not count
     pytest = [python, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal", "-p", "no:cacheprovider"]
     subprocess.run([*pytest, f"--junitxml={times}", *options], cwd=ROOT, env=changed, check=False)
     return json.loads(versions.stdout) | counted(times)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .tracebacks import is_users
+from .tracebacks import ENGINE, is_users
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-_OURS = tuple(os.path.join(_ROOT, name, "") for name in ("engine", "kernels", "cli"))  # has state of other networks
+# gigamorph's own files have state of other networks.
+_OURS = tuple(os.path.join(os.path.dirname(ENGINE), name, "") for name in ("engine", "kernels", "cli"))
 _ITEMS = 10_000  # containers with more are data, not state
 _BYTES = 1 << 20  # so are larger arrays and tensors that are not held by a module
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 TORCH = os.path.join(os.path.dirname(torch.__file__), "")
-_ENGINE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_OURS = tuple(os.path.join(_ENGINE, name) for name in ("accelerate.py", "dense.py", "tilewise.py", "capture"))
+ENGINE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OURS = tuple(os.path.join(ENGINE, name) for name in ("accelerate.py", "dense.py", "tilewise.py", "capture"))
 _PYTHON = os.path.join(os.path.dirname(os.__file__), "")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')
 

@@ -413,7 +413,7 @@ def test_others_are_refused(function):
 )
 def test_others_that_cannot_be_recorded_are_refused(function, message):
     before = list(calls)
-    # PyTorch 2.11 records it, and then there is no rule.
+    # PyTorch 2.11 records it; then no rule exists.
     with pytest.raises(
         UnsupportedError, match=rf"^test_custom.py:\d+ \({message}|^module '2' \(test_custom.* no exact"
     ):
