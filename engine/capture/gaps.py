@@ -42,11 +42,12 @@ def is_on() -> bool:
 def gaps_closed() -> Iterator[None]:
     """Apply the corrections of this file to recordings of this thread inside the `with` block."""
     _install()
+    for owner, names in map(_found, _OF_CLASSES):
+        for name in names:
+            getattr(owner, name).cache_clear()
     _open.count = getattr(_open, "count", 0) + 1
-    _open.set, _open.kinds = (
-        set[tuple[type, str]](),
-        set[type](),
-    )  # class attributes that are set, and classes that are read
+    _open.set = set[tuple[type, str]]()  # class attributes that are set
+    _open.kinds = set[type]()  # classes that are read
     _open.cached = list[tuple[Callable[[], Any], Any]]()  # calls of functools.lru_cache, and their results
     _open.ordered = list[OrderedDict[Any, Any]]()  # OrderedDicts that the forward reads
     _open.filled = list[Any]()  # functions of functools.lru_cache whose cache was empty before
@@ -61,6 +62,9 @@ def gaps_closed() -> Iterator[None]:
     finally:
         _open.count -= 1
 
+
+# Caches of the special methods that classes have, such as `__len__`; a class may have got or lost some since.
+_OF_CLASSES = ("variables.base._tp_type|_compute_slotdefs", "variables.object_protocol._get_cached_slots")
 
 Around = Callable[..., Any]
 """Called as ``around(method, *args, **kwargs)`` instead of a method of Dynamo."""
@@ -80,7 +84,7 @@ def _corrections() -> Iterator[tuple[str, Around]]:
     )
     for name in classes:
         yield f"variables.{name}.{READS}", _on_error("ObservedAttributeError", _guard_attribute)
-        yield f"variables.{name}.call_obj_hasattr", _after(_guard_hasattr)
+        yield f"variables.{name}.call_obj_hasattr", _after(lambda _found, *given: _guard_attribute(*given))
     yield f"variables.UserDefinedClassVariable.{READS}", _before(lambda one, *_given: _open.kinds.add(one.value))
     if _BEFORE_2_13:
         yield f"variables.UserDefinedClassVariable.{READS}", _before(_guard_literal)
@@ -123,6 +127,8 @@ def _corrections() -> Iterator[tuple[str, Around]]:
     yield "symbolic_convert.get_funcname?", _instead(None)  # it reads whole files (40 MB) for a disabled log
     yield "utils.warn_once?", _instead(None)  # its text is in the refusal, or about Dynamo's options
     yield "variables.TensorVariable._warn_capture_scalar_outputs?", _instead(None)
+    if sys.version_info[:3] == (3, 13, 0):  # it warns at each recording that guards are slower on this Python
+        yield "guards.GuardBuilder._get_generic_dict_manager_example_value?", _instead(None)
 
 
 @functools.cache
@@ -232,10 +238,6 @@ def _guard_attribute(variable: Any, _tx: Any, name: str) -> None:
     else:  # before PyTorch 2.13
         source = dynamo("source").AttrSource(variable.source, name)
         guards.install_guard(source.make_guard(guards.GuardBuilder.HASATTR))
-
-
-def _guard_hasattr(_result: Any, variable: Any, tx: Any, name: str) -> None:
-    _guard_attribute(variable, tx, name)
 
 
 def _guard_item(variable: Any, tx: Any, key: Any) -> None:
@@ -651,9 +653,6 @@ class Unguarded:
         self._cached: list[tuple[Callable[[], Any], Any]] = []
         self._builtins: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any]]] = {}
         self._before: Any = None
-        slots = getattr(dynamo("variables.object_protocol"), "_get_cached_slots", None) if not _BEFORE_2_13 else None
-        if slots is not None:
-            slots.cache_clear()  # it caches special methods of classes, which may have changed
 
     def is_other(self) -> bool:
         """Whether the state has changed since the last call of `note`."""

@@ -153,8 +153,8 @@ PLANTED = {
     "operand": (lambda: _product(turned=True), "left operand in registers"),
     "in flight": (lambda: _product(scaled=True), "register operand in flight"),
     "awaited": (lambda: _product(scaled=True, stages=1), ""),
-    # From 3.8 on Triton moves a part of the constant operand to its registers within the loop.
-    "constant": (lambda: _blocks(64), "" if _TRITON < (3, 8) else "register operand in flight"),
+    # Triton 3.8 moves a part of the constant operand to its registers within the loop.
+    "constant": (lambda: _blocks(64), "register operand in flight" if _TRITON == (3, 8) else ""),
     "few rows": (lambda: _blocks(32), ""),
     "grid": (lambda: _product(grid=(1, 1 << 16)), "grid"),
     "overflow": (lambda: _rows(1 << 16), "may reach 4,29"),

@@ -5,7 +5,7 @@ import copy
 import enum
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,15 +120,39 @@ class Low(Exception):
 
 
 MISSING = object()
+SINCE_2_13 = torch.__version__ >= "2.13"
 
 
 class Asked:
-    """An object that is true until its class gets a length."""
+    """An object whose class gets methods of Python's protocols."""
 
 
-def _without_length() -> None:
-    if "__len__" in vars(Asked):
-        del Asked.__len__  # pyright: ignore[reportAttributeAccessIssue]
+class Sized:
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((1, 2, 3))
+
+    def __radd__(self, other: Any) -> Any:
+        return 2.0
+
+
+def _gets(name: str, kind: type, value: Any) -> Callable[[Any, int], None]:
+    """Give a class a method before the second step, and take it back before the third."""
+    return lambda net, step: setattr(kind, name, lambda *_given: value) if step == 1 else _without_methods()
+
+
+def _without_methods() -> None:
+    for kind, name in (
+        (Asked, "__len__"),
+        (Asked, "__bool__"),
+        (Sized, "__bool__"),
+        (Sized, "__contains__"),
+        (Asked, "__add__"),
+    ):
+        if name in vars(kind):
+            delattr(kind, name)
 
 
 class Node:
@@ -282,7 +306,19 @@ CASES = {
     ),
     "the truth of an object whose class gets a length": Case(
         lambda net, y: y * 2 if net.asked else y,
-        lambda net, step: setattr(Asked, "__len__", lambda asked: 0) if step == 1 else _without_length(),
+        _gets("__len__", Asked, 0),
+    ),
+    "the truth of an object whose class gets a truth": Case(
+        lambda net, y: y * 2 if net.asked else y, _gets("__bool__", Asked, False), exact=SINCE_2_13
+    ),
+    "the truth of a sized object whose class gets a truth": Case(
+        lambda net, y: y * 2 if net.sized else y, _gets("__bool__", Sized, False), exact=SINCE_2_13
+    ),
+    "membership in a class that gets it": Case(
+        lambda net, y: y * 2 if 2 in net.sized else y, _gets("__contains__", Sized, False)
+    ),
+    "a sum with a class that gets it": Case(
+        lambda net, y: y * (net.asked + net.sized), _gets("__add__", Asked, 3.0), exact=SINCE_2_13
     ),
     "the class of a size": Case(lambda net, y: y * 2 if y.shape[2].__class__ is int else y, shown=False),
     "settings with parents": Case(lambda net, y: y * net.node.gain, _of_the_parent),
@@ -313,7 +349,7 @@ class Net(nn.Module):
         self.conv, self.act, self.last_part = nn.Conv2d(1, 2, 3).double(), Act(), last
         self.mark, self.number, self.kept, self.own = Mark.LOW, 0.0, None, None
         self.last, self.table = collections.deque(maxlen=2), {}
-        self.asked = Asked()
+        self.asked, self.sized = Asked(), Sized()
         self.soft, self.order_of = nn.Softsign(), torch.ones(1, dtype=torch.float64)
         self.order = collections.OrderedDict(a=1.0, b=2.0, c=3.0)
 
@@ -343,7 +379,7 @@ def _seen(case: Case, compiled: Callable[[nn.Module], Callable[..., Any]]) -> li
         sys.setrecursionlimit(limit)
         Act.forward, Act.calls, nn.Softsign.forward = PLAIN, 0, SOFT
         globals().pop("len", None)
-        _without_length()
+        _without_methods()
         vars(Net).get("soft") and delattr(Net, "soft")
         torch._dynamo.reset()
     return found

@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "object in a list": (lambda y: [Plain(y)], lambda kept: kept[0].map),
     "list of its own class": (lambda y: OwnList([y]), _first),
 }
-REFUSED = {"set", "namespace"}
+REFUSED = {"set"} if torch.__version__ >= "2.15" else {"set", "namespace"}
 
 
 class Network(nn.Module):
