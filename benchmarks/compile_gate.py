@@ -45,9 +45,9 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers"), str(Path(_
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compile_only import MI300, _Driver, compile_only, read_code  # noqa: E402
-from compile_rows import Row, RowFile, by_kernel, key, summary, table  # noqa: E402
+from compile_rows import CompiledKernel, RowFile, by_kernel, key, summary, table  # noqa: E402
 from compile_verdict import faults  # noqa: E402
-from recorded_step import Call, Launch, calls_of_step, noted  # noqa: E402
+from recorded_step import Launch, RecordedCall, calls_of_step, noted  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from torch import nn  # noqa: E402
@@ -116,7 +116,7 @@ def scenes(quick: bool) -> Iterator[Scene]:
 Case = tuple[str, Callable[[], object]]
 
 
-Recorded = list[tuple[Call, frozenset[str]]]
+Recorded = list[tuple[RecordedCall, frozenset[str]]]
 
 
 def record(scene: Scene, chips: Iterable[int], quick: bool = False) -> dict[int, Recorded]:
@@ -140,7 +140,7 @@ def record(scene: Scene, chips: Iterable[int], quick: bool = False) -> dict[int,
 
 
 @functools.cache  # steps of a network share most of their calls
-def keys_of(call: Call, chip: int, quick: bool) -> frozenset[str]:
+def keys_of(call: RecordedCall, chip: int, quick: bool) -> frozenset[str]:
     """Return the keys of a call's launches; with `quick`, equal if only a loop's input channels differ."""
     launches: list[Launch] = []
     with noted(chip, launches, []):
@@ -154,7 +154,7 @@ def network_channels(network: nn.Module) -> int:
     return next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
-def wanted(recorded: Iterable[tuple[str, Recorded]], seen: set[str]) -> list[tuple[str, Call, set[str]]]:
+def wanted(recorded: Iterable[tuple[str, Recorded]], seen: set[str]) -> list[tuple[str, RecordedCall, set[str]]]:
     """Return the calls with a launch that is not in `seen`: the scene, the call, the keys of its new launches."""
     seen = set(seen)
     found = []
@@ -171,9 +171,9 @@ def _any_depth(specialization: str) -> str:
     return re.sub(r"'CIN': \('constexpr', \d+\)", "'CIN'", specialization)
 
 
-def gate(chip: int, cases: Iterable[Case]) -> list[Row]:
+def gate(chip: int, cases: Iterable[Case]) -> list[CompiledKernel]:
     """Compile the cases for a chip; return one row per kernel, and one per case that does not compile."""
-    rows: dict[int, Row] = {}
+    rows: dict[int, CompiledKernel] = {}
     with compile_only(chip) as launches, override("triton"):
         for case, run in cases:
             launches.clear()
@@ -181,7 +181,7 @@ def gate(chip: int, cases: Iterable[Case]) -> list[Row]:
                 run()
             except Exception as error:  # compiler errors; continue with the other cases
                 lines = str(error).strip().splitlines() or [""]
-                rows[hash(case)] = Row(case, chip, "", faults=(f"{type(error).__name__}: {lines[0]}",))
+                rows[hash(case)] = CompiledKernel(case, chip, "", faults=(f"{type(error).__name__}: {lines[0]}",))
             for launch in launches:
                 wrong = faults(launch, chip)
                 row = rows.get(id(launch.kernel))
@@ -190,7 +190,7 @@ def gate(chip: int, cases: Iterable[Case]) -> list[Row]:
                     row.faults += tuple(fault for fault in wrong if fault not in row.faults)
                     continue
                 code = read_code(launch.kernel)
-                rows[id(launch.kernel)] = Row(
+                rows[id(launch.kernel)] = CompiledKernel(
                     case,
                     chip,
                     launch.name.strip("_"),
@@ -207,7 +207,7 @@ def gate(chip: int, cases: Iterable[Case]) -> list[Row]:
     return list(rows.values())
 
 
-def _compile(chip: int, calls: list[tuple[str, Call, set[str]]]) -> list[Row]:
+def _compile(chip: int, calls: list[tuple[str, RecordedCall, set[str]]]) -> list[CompiledKernel]:
     return gate(chip, [(f"{call.name.partition('::')[2]} of {scene}", call.run) for scene, call, _ in calls])
 
 

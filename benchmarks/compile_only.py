@@ -37,7 +37,7 @@ MI300_SHARED, MI300_REGISTERS, MI300_SIMDS, MI300_WAVES = 65_536, 512, 4, 8
 
 
 @dataclass(frozen=True)
-class Launch:
+class CompiledLaunch:
     """One launch: the compiled kernel, its grid, and the integers that each parameter was given."""
 
     name: str
@@ -86,9 +86,9 @@ def on_chip(chip: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compile_only(chip: int) -> Iterator[list[Launch]]:
+def compile_only(chip: int) -> Iterator[list[CompiledLaunch]]:
     """Launches become compilations for a chip (10 * major + minor, or `MI300`); the list grows by one for each."""
-    launches: list[Launch] = []
+    launches: list[CompiledLaunch] = []
     logs: dict[int, str] = {}
     before, dump = JITFunction.run, knobs.nvidia.dump_ptxas_log
 
@@ -103,7 +103,7 @@ def compile_only(chip: int) -> Iterator[list[Launch]]:
             grid = grid(given)
         integers = {name: _integers(value) for name, value in given.items()}
         seconds = time.perf_counter() - began if fresh else 0.0
-        launches.append(Launch(self.__name__, tuple(grid), integers, kernel, logs[id(kernel)], seconds))
+        launches.append(CompiledLaunch(self.__name__, tuple(grid), integers, kernel, logs[id(kernel)], seconds))
         return kernel
 
     with on_chip(chip):
@@ -194,7 +194,7 @@ _SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans",
 Interval = tuple[int, int]
 
 
-def overflows(launch: Launch) -> list[str]:
+def overflows(launch: CompiledLaunch) -> list[str]:
     """Operations on 32-bit integers whose result may not fit, for the grid and the integers of a launch.
 
     Intervals are carried through the kernel's intermediate code. What is loaded from memory or carried around a loop is

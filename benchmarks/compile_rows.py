@@ -26,7 +26,7 @@ from gigamorph.cli.table import rows_table
 
 
 @dataclass
-class Row:
+class CompiledKernel:
     """One compiled kernel and its faults."""
 
     case: str  # the first call that launches it
@@ -72,12 +72,12 @@ def _code(names: Iterable[str]) -> str:
     return code.hexdigest()[:16]
 
 
-class Compiled(NamedTuple):
+class CompiledCalls(NamedTuple):
     """Some calls that were compiled together: the keys of their new launches, and the rows."""
 
     chip: int
     keys: frozenset[str]
-    rows: list[Row]
+    rows: list[CompiledKernel]
 
     @property
     def code(self) -> str:
@@ -93,26 +93,26 @@ class RowFile:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.compiled: list[Compiled] = []
+        self.compiled: list[CompiledCalls] = []
         for line in path.read_text().splitlines() if path and path.exists() else ():
             try:
                 entry = json.loads(line)
             except ValueError:  # interrupted while it was written
                 continue
-            rows = [Row(**row | {"faults": tuple(row["faults"])}) for row in entry["rows"]]
-            found = Compiled(entry["chip"], frozenset(entry["keys"]), rows)
+            rows = [CompiledKernel(**row | {"faults": tuple(row["faults"])}) for row in entry["rows"]]
+            found = CompiledCalls(entry["chip"], frozenset(entry["keys"]), rows)
             if entry["code"] == found.code:
                 self.compiled.append(found)
 
-    def rows(self, chip: int) -> list[Row]:
+    def rows(self, chip: int) -> list[CompiledKernel]:
         return [row for one in self.compiled if one.chip == chip for row in one.rows]
 
     def keys(self, chip: int) -> set[str]:
         """Return the keys of launches that need not be compiled again."""
         return {key for one in self.compiled if one.chip == chip for key in one.keys}
 
-    def add(self, chip: int, keys: Iterable[str], rows: list[Row]) -> None:
-        self.compiled.append(Compiled(chip, frozenset(keys), rows))
+    def add(self, chip: int, keys: Iterable[str], rows: list[CompiledKernel]) -> None:
+        self.compiled.append(CompiledCalls(chip, frozenset(keys), rows))
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
@@ -127,12 +127,12 @@ class RowFile:
             whole.replace(self.path)
 
 
-def table(rows: list[Row]) -> Table:
+def table(rows: list[CompiledKernel]) -> Table:
     verdicts = [f"[red]{'; '.join(row.faults)}[/red]" if row.faults else "ok" for row in rows]
     return rows_table([asdict(row) | {"faults": verdict} for row, verdict in zip(rows, verdicts, strict=True)])
 
 
-def by_kernel(rows: list[Row]) -> Table:
+def by_kernel(rows: list[CompiledKernel]) -> Table:
     """Return for each kernel and chip the number of compilations, the worst figures, and the number with faults."""
     built = sorted((row for row in rows if row.kernel), key=lambda row: (row.chip, row.kernel))
     result = []
@@ -154,7 +154,7 @@ def by_kernel(rows: list[Row]) -> Table:
     return rows_table(result)
 
 
-def summary(rows: list[Row], seconds: float) -> str:
+def summary(rows: list[CompiledKernel], seconds: float) -> str:
     """Return the worst figures in one line."""
     bad = sum(bool(row.faults) for row in rows)
     built = [row for row in rows if row.kernel]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from compile_only import MI300, Launch, overflows, read_code
+from compile_only import MI300, CompiledLaunch, overflows, read_code
 
 from gigamorph.kernels.tuning import SHARED_LIMIT
 
@@ -76,7 +76,7 @@ def wants_wgmma(ttir: str) -> bool:
     )
 
 
-def faults(launch: Launch, chip: int) -> tuple[str, ...]:
+def faults(launch: CompiledLaunch, chip: int) -> tuple[str, ...]:
     """What is wrong with a launch, in a few words each."""
     code, ttir = read_code(launch.kernel), launch.kernel.asm["ttir"]
     found, limit = [], SHARED_LIMIT[0 if chip == MI300 else chip]

@@ -85,7 +85,7 @@ def build(name: str) -> Any:
     import timm
 
     made = timm.create_model(rest, pretrained=False)
-    return coverage_nets.Part(made, source) if source else made
+    return coverage_nets.TimmFeatures(made, source) if source else made
 
 
 def check(name: str, mode: str) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _wrong(name: str, mode: str, message: str) -> dict[str, Any]:
     return {"network": name, "mode": mode, "class": CLASSES[name], "verdict": "wrong", "message": message}
 
 
-class Child:
+class CoverageProcess:
     """A process that checks networks. It is restarted after a crash, and after some networks, because PyTorch's cache
     of fake ops grows by gigabytes and networks are refused if too little memory is free."""
 
@@ -245,9 +245,9 @@ class Child:
             self.process = None
 
 
-def check_all(tasks: list[tuple[str, str]], jobs: int, results: Results) -> None:
+def check_all(tasks: list[tuple[str, str]], jobs: int, results: VerdictFile) -> None:
     """Append the verdicts on all networks and modes, and print one line for each."""
-    idle = [Child() for _ in range(jobs)]
+    idle = [CoverageProcess() for _ in range(jobs)]
 
     def work(task: tuple[str, str]) -> dict[str, Any]:
         child = idle.pop()
@@ -263,7 +263,7 @@ def check_all(tasks: list[tuple[str, str]], jobs: int, results: Results) -> None
         child.close()
 
 
-class Results:
+class VerdictFile:
     """The verdicts in a file, which is rewritten after each of them."""
 
     def __init__(self, path: Path):
@@ -308,7 +308,7 @@ def main() -> int:
     parser.add_argument("--retry", action="store_true", help="also check networks that are wrong or refused")
     parser.add_argument("--markdown", action="store_true", help="only write docs/coverage.md from the file")
     options = parser.parse_args()
-    results = Results(options.json)
+    results = VerdictFile(options.json)
 
     def wanted(name: str, mode: str) -> bool:
         found = results.rows.get((name, mode))

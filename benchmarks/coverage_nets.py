@@ -16,7 +16,7 @@ def double_conv(inside: int, outside: int, norm: Callable[[int], nn.Module]) -> 
     return nn.Sequential(*layers)
 
 
-class Part(nn.Module):
+class TimmFeatures(nn.Module):
     """The features of a timm model, or their pooled form before the classifier."""
 
     def __init__(self, model: nn.Module, what: str):
@@ -28,7 +28,7 @@ class Part(nn.Module):
         return x if self.what == "features" else self.model.forward_head(x, pre_logits=True)  # pyright: ignore[reportCallIssue]
 
 
-class UNet(nn.Module):
+class ThreeLevelUNet(nn.Module):
     """A U-Net with three levels; `ups` has the upsampling of each: "transposed", "nearest" or "bilinear"."""
 
     def __init__(self, ups: tuple[str, str], width: int = 8, norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
@@ -111,8 +111,8 @@ class FPN(nn.Module):
 
 
 NETWORKS = {
-    "unet_t": lambda: UNet(("transposed", "transposed")),
-    "unet_i": lambda: UNet(("nearest", "bilinear")),
-    "unet_in": lambda: UNet(("transposed", "transposed"), norm=lambda n: nn.InstanceNorm2d(n, affine=True)),
+    "unet_t": lambda: ThreeLevelUNet(("transposed", "transposed")),
+    "unet_i": lambda: ThreeLevelUNet(("nearest", "bilinear")),
+    "unet_in": lambda: ThreeLevelUNet(("transposed", "transposed"), norm=lambda n: nn.InstanceNorm2d(n, affine=True)),
     "fpn": FPN,
 }

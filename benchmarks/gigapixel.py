@@ -28,7 +28,7 @@ from gigamorph.engine.bench import read
 from gigamorph.engine.bench.check import compare
 from gigamorph.engine.bench.machine import provenance
 from gigamorph.engine.bench.meter import measure
-from gigamorph.engine.bench.results import Results, StepRow, Task
+from gigamorph.engine.bench.results import BenchTask, Results, StepRow
 from gigamorph.engine.models.resnet import resnet18
 from gigamorph.engine.tiling.memory import format_bytes, parse_bytes, used_bytes
 from gigamorph.engine.tiling.scan import TileEvent
@@ -106,9 +106,9 @@ def one_step(options: argparse.Namespace, image: Path, tile: int, training: bool
     )
 
 
-def task_of(options: argparse.Namespace, training: bool) -> Task:
+def task_of(options: argparse.Namespace, training: bool) -> BenchTask:
     model = "resnet18" if options.width == 64 else f"resnet18 of width {options.width}"
-    return Task(model, (1, 1, options.side, options.side), training)
+    return BenchTask(model, (1, 1, options.side, options.side), training)
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:

@@ -98,7 +98,7 @@ class Worker:
             self.process = None
 
 
-class Report:
+class ResultsFile:
     """The results so far, written to disk after every item; it starts with the file's content."""
 
     def __init__(self, path: Path, begun: float):
@@ -133,7 +133,7 @@ class Report:
         write_json(self.path, self.data, "results")
 
 
-def run_items(items: list[Item], workers: list[Worker], report: Report, deadline: float, end: float) -> None:
+def run_items(items: list[Item], workers: list[Worker], report: ResultsFile, deadline: float, end: float) -> None:
     """Run items in order; start none after the deadline, and stop running ones at the end."""
     waiting = queue.SimpleQueue()
     for item in items:
@@ -177,7 +177,7 @@ def main() -> None:
 
     begun = time.monotonic()
     end = begun + options.seconds
-    report = Report(options.json, begun)
+    report = ResultsFile(options.json, begun)
     log = options.json.with_suffix(".log")
     log.write_text("")
     workers = [Worker(options.dry, log, options.cache) for _ in range(1 if options.dry else WORKERS)]

@@ -45,7 +45,7 @@ ON_GPU = 8192  # largest side of an image on the GPU for gigamorph
 
 
 @dataclass(frozen=True)
-class Step:
+class GpuStep:
     """One measurement.
 
     Attributes:
@@ -74,7 +74,7 @@ def build(model: str) -> nn.Module:
 def small() -> nn.Module:
     """Return a network for dry runs, with the layers of the others but less depth."""
 
-    class Residual(nn.Sequential):
+    class ResidualConv(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return torch.relu(super().forward(x) + x)
 
@@ -82,11 +82,11 @@ def small() -> nn.Module:
         return [nn.Conv2d(inside, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16)]
 
     stem = [*block(1, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    residual = Residual(*block(16, 1), nn.ReLU(), *block(16, 1))
+    residual = ResidualConv(*block(16, 1), nn.ReLU(), *block(16, 1))
     return nn.Sequential(*stem, residual, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
-def prepare(step: Step, tile: int | None) -> nn.Module:
+def prepare(step: GpuStep, tile: int | None) -> nn.Module:
     """Build the network as this entry runs it."""
     network = build(step.model)
     if step.how.startswith("ours"):
@@ -113,7 +113,7 @@ def prepare(step: Step, tile: int | None) -> nn.Module:
     return network
 
 
-def picture(step: Step, side: int) -> Any:
+def picture(step: GpuStep, side: int) -> Any:
     """Return random pixels: a tensor on the GPU, or a source in host memory."""
     generator = torch.Generator(DEVICE).manual_seed(side)
     if step.how.startswith("ours") and side > ON_GPU:
@@ -127,7 +127,7 @@ def picture(step: Step, side: int) -> Any:
 
 
 @contextlib.contextmanager
-def _mode(step: Step) -> Iterator[None]:
+def _mode(step: GpuStep) -> Iterator[None]:
     kernels = choice.override("stock") if step.how == "ours_stock" else contextlib.nullcontext()
     one_by_one = step.how == "ours_op_by_op"
     replay = mock.patch.object(buffers, "executor", lambda device: None) if one_by_one else contextlib.nullcontext()
@@ -135,7 +135,7 @@ def _mode(step: Step) -> Iterator[None]:
         yield
 
 
-def once(step: Step, network: nn.Module, image: Any) -> Tensor:
+def once(step: GpuStep, network: nn.Module, image: Any) -> Tensor:
     """Run one step; return its loss."""
     network.zero_grad(set_to_none=True)
     with _mode(step):
@@ -156,7 +156,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[str, Any]:
+def measure(step: GpuStep, tile: int, box: float, warm_only: bool = False) -> dict[str, Any]:
     """Measure seconds of up to five steps within `box` seconds, Mpx/s, and the peak of memory.
 
     The first step is not timed; for ours neither is the second, in which whole passes are captured. Above 8192 pixels
@@ -228,15 +228,15 @@ def measure(step: Step, tile: int, box: float, warm_only: bool = False) -> dict[
 STOCK = ("channels_last", "eager", "compile")
 
 
-def steps(dry: bool) -> list[Step]:
+def steps(dry: bool) -> list[GpuStep]:
     """Return every entry, the most important first: entries at the end are dropped if time runs out."""
     if dry:
         hows = ("ours", "ours_stock", "ours_op_by_op", "ours_third", "ours_auto", *STOCK)
         # Each variant once in training; inference has the same.
-        frozen = [Step("small", True, 32, how) for how in hows]
-        frozen += [Step("small", False, 32, how) for how in ("ours", "channels_last", "eager")]
-        live = [Step("small_live", True, 32, how) for how in ("ours", "channels_last")]
-        return [*frozen, *live, Step("resnet18", True, 64, "checkpoint")]
+        frozen = [GpuStep("small", True, 32, how) for how in hows]
+        frozen += [GpuStep("small", False, 32, how) for how in ("ours", "channels_last", "eager")]
+        live = [GpuStep("small_live", True, 32, how) for how in ("ours", "channels_last")]
+        return [*frozen, *live, GpuStep("resnet18", True, 64, "checkpoint")]
     train, infer = True, False
     default = ("ours_auto", *STOCK)
     wanted = [
@@ -262,23 +262,23 @@ def steps(dry: bool) -> list[Step]:
         ("resnet34", train, 65536, ("ours",)),
         ("resnet50", train, 16384, ("ours", "channels_last", "checkpoint")),
     ]
-    listed = [Step(model, training, side, how) for model, training, side, hows in wanted for how in hows]
+    listed = [GpuStep(model, training, side, how) for model, training, side, hows in wanted for how in hows]
     for side in (8192, 16384, 32768, 2048):
         for model in ("resnet18", "convnext_tiny", "vgg16", "resnet50"):
             for training in (train, infer):
-                listed += [Step(model, training, side, how) for how in ("ours", "channels_last", "eager")]
+                listed += [GpuStep(model, training, side, how) for how in ("ours", "channels_last", "eager")]
     return list(dict.fromkeys(listed))
 
 
-def limits(dry: bool) -> list[Step]:
+def limits(dry: bool) -> list[GpuStep]:
     """Return the entries with the largest images: within 8 GiB, on tiles that the plan chooses."""
     if dry:
-        return [Step("small", True, 32, "ours_8GiB")]
+        return [GpuStep("small", True, 32, "ours_8GiB")]
     entries = [("resnet50", 32768), ("resnet18", 65536), ("resnet50", 65536), ("convnext_tiny", 32768)]
-    return [Step(model, training, side, "ours_8GiB") for model, side in entries for training in (True, False)]
+    return [GpuStep(model, training, side, "ours_8GiB") for model, side in entries for training in (True, False)]
 
 
-def warm_ups(dry: bool) -> list[Step]:
+def warm_ups(dry: bool) -> list[GpuStep]:
     """Return the steps to compile beforehand in separate processes: torch.compile's, and those with our kernels."""
     if dry:
         return []
@@ -286,13 +286,13 @@ def warm_ups(dry: bool) -> list[Step]:
     return sorted(found, key=lambda s: not s.training)  # the slowest first
 
 
-def warm_up(step: Step, tile: int) -> dict[str, Any]:
+def warm_up(step: GpuStep, tile: int) -> dict[str, Any]:
     """Compile what a step needs. Our kernels are forced, because times in parallel processes would be meaningless."""
     with choice.override("triton") if step.how.startswith("ours") else contextlib.nullcontext():
         return measure(step, tile, 0.0, warm_only=True)
 
 
-def runs(entries: Sequence[Step], dry: bool, box: float) -> dict[str, Callable[[], dict[str, Any]]]:
+def runs(entries: Sequence[GpuStep], dry: bool, box: float) -> dict[str, Callable[[], dict[str, Any]]]:
     tile = DRY_TILE if dry else TILE
     return {str(step): partial(measure, step, tile, box) for step in entries}
 

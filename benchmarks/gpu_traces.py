@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_steps import Step, once, picture, prepare, synchronize
+from gpu_steps import GpuStep, once, picture, prepare, synchronize
 from torch.profiler import ProfilerActivity, profile
 
 WARM = 3  # steps before the trace: compiled, captured, replayed
@@ -29,11 +29,11 @@ def traces(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
         ("densenet121", True, ("ours_auto",)),
         ("vgg16", True, ("ours_auto",)),
     ]
-    steps = [Step(model, training, 4096, how) for model, training, hows in wanted for how in hows]
+    steps = [GpuStep(model, training, 4096, how) for model, training, hows in wanted for how in hows]
     return {str(step): partial(trace, step) for step in steps}
 
 
-def trace(step: Step) -> dict[str, Any]:
+def trace(step: GpuStep) -> dict[str, Any]:
     """Return kernel names, and [index of the name, grid, registers, start, microseconds] of each in order of start."""
     network = prepare(step, None)
     image = picture(step, step.side)

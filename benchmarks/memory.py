@@ -21,7 +21,7 @@ from typing import Any
 
 from gigamorph import BudgetError
 from gigamorph.engine.bench.machine import provenance
-from gigamorph.engine.bench.results import OUT_OF_MEMORY, Results, StepRow, Task
+from gigamorph.engine.bench.results import OUT_OF_MEMORY, BenchTask, Results, StepRow
 from gigamorph.engine.bench.step import measure_row, planned
 from gigamorph.engine.bench.work import build
 
@@ -31,7 +31,7 @@ STEPS = 3
 GB = 1e9
 
 
-def measure(task: Task, peer: str, settings: dict[str, Any], predicted: int | None) -> StepRow:
+def measure(task: BenchTask, peer: str, settings: dict[str, Any], predicted: int | None) -> StepRow:
     """Measure and print one row."""
     return show(measure_row(StepRow(task, peer, settings=settings, predicted_bytes=predicted), STEPS))
 
@@ -39,7 +39,7 @@ def measure(task: Task, peer: str, settings: dict[str, Any], predicted: int | No
 def square(model: str, sides: list[int]) -> list[StepRow]:
     rows = []
     for side in sides:
-        task = Task(model, (1, 3, side, side))
+        task = BenchTask(model, (1, 3, side, side))
         network = build(task)
         whole = planned(network, task, None, TILE)
         assert whole.stock_bytes is not None
@@ -58,7 +58,7 @@ def square(model: str, sides: list[int]) -> list[StepRow]:
 def growth(model: str, widths: list[int]) -> list[StepRow]:
     rows = []
     for width in widths:
-        task = Task(model, (1, 3, HEIGHT, width))
+        task = BenchTask(model, (1, 3, HEIGHT, width))
         made = planned(build(task), task, None, TILE)
         rows.append(measure(task, f"gigamorph, {HEIGHT} pixels high", {"tile": TILE}, made.peak_bytes))
     return rows

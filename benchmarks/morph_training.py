@@ -98,7 +98,7 @@ def initialise(conv: nn.Conv2d) -> None:
         nn.init.zeros_(conv.bias)
 
 
-class Block(nn.Module):
+class PreActivationBlock(nn.Module):
     """Residual block relu(x + norm(conv(relu(norm(conv(x))))))."""
 
     def __init__(self, width: int) -> None:
@@ -120,7 +120,7 @@ class Net(nn.Module):
         channels = 1
         for out in (width, 2 * width, 4 * width):
             first = nn.Conv2d(channels, out, 3, 2, 1, bias=False)
-            self.stages.append(nn.Sequential(first, nn.BatchNorm2d(out), nn.ReLU(), Block(out)))
+            self.stages.append(nn.Sequential(first, nn.BatchNorm2d(out), nn.ReLU(), PreActivationBlock(out)))
             channels = out
         self.fc = nn.Linear(channels, 10)
         for module in self.modules():

@@ -68,7 +68,7 @@ class Like:
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of one of our ops, with `Like` in place of tensors."""
 
     name: str
@@ -114,15 +114,15 @@ def tensor_work(kernel: str, given: dict[str, Any], grid: tuple[int, ...]) -> tu
     return n * lines * run * filters * depth * taps, done, product.BM * product.BN, turns
 
 
-class _Notes(simulate.Meter):
+class _Notes(simulate.StorageMeter):
     """A meter that also records calls of our ops."""
 
-    calls: list[Call]
+    calls: list[RecordedCall]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "gigamorph":
             frozen = tree_map(lambda a: Like.of(a) if isinstance(a, Tensor) else a, args)
-            self.calls.append(Call(func._schema.name, _hashable(frozen)))
+            self.calls.append(RecordedCall(func._schema.name, _hashable(frozen)))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -137,7 +137,7 @@ def calls_of_step(
     chip: int,
     training: bool = True,
     dtype: torch.dtype | None = None,
-) -> Counter[Call]:
+) -> Counter[RecordedCall]:
     """Return the calls of our ops in a step with their numbers.
 
     Args:
@@ -145,7 +145,7 @@ def calls_of_step(
         chip: 10 * major + minor of the GPU's compute capability.
         dtype: of autocast; None to disable it.
     """
-    found: Counter[Call] = Counter()
+    found: Counter[RecordedCall] = Counter()
     autocast = torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
     with on_chip(chip), mock.patch.object(kernels, "enabled", lambda device: True), autocast:
         staged = lower(capture(model, tuple(shape), torch.float32, "cpu"))
@@ -173,11 +173,11 @@ def _kinds(tiled: TiledStage) -> Counter[tuple[int, int]]:
     return Counter((i, j) for i in rows for j in cols)
 
 
-def _calls_of_tile(tiled: TiledStage, i: int, j: int, training: bool, wanted: set[int]) -> list[Call]:
-    calls: list[Call] = []
+def _calls_of_tile(tiled: TiledStage, i: int, j: int, training: bool, wanted: set[int]) -> list[RecordedCall]:
+    calls: list[RecordedCall] = []
     notes = type("Notes", (_Notes,), {"calls": calls})
     with (
-        mock.patch.object(simulate, "Meter", notes),
+        mock.patch.object(simulate, "StorageMeter", notes),
         mock.patch.object(simulate, "heaviest_tile", lambda tiled: (i, j)),
     ):
         simulate.tile_peak(tiled.stage, tiled, training, wanted)

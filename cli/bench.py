@@ -15,10 +15,10 @@ from ..engine.files import require_writable
 from . import options
 
 if TYPE_CHECKING:
-    from ..engine.bench.results import LimitRow, Results, StepRow, Task
-    from ..engine.bench.step import Options
+    from ..engine.bench.results import BenchTask, LimitRow, Results, StepRow
+    from ..engine.bench.step import StepOptions
 
-    MakeTask = Callable[..., Task]
+    MakeTask = Callable[..., BenchTask]
 
 
 def _parse_json(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -50,11 +50,11 @@ def _task(command: Any) -> Any:
 
     @functools.wraps(command)
     def wrapper(inference: bool, live: bool, precision: str, channels: int, device: str, **given: Any) -> None:
-        def task(model: str, size: tuple[int, int] = (0, 0)) -> Task:
-            from ..engine.bench.results import Task
+        def task(model: str, size: tuple[int, int] = (0, 0)) -> BenchTask:
+            from ..engine.bench.results import BenchTask
 
             image = (1, options.channels_of(model, channels), *size)
-            return Task(model, image, not inference, "live" if live else "frozen", precision, device)
+            return BenchTask(model, image, not inference, "live" if live else "frozen", precision, device)
 
         command(task=task, **given)
 
@@ -77,7 +77,7 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 
 
 def _timed(command: Any) -> Any:
-    """Add the options for models, image sizes and timing; the command gets those of `Options` by their names there."""
+    """Add the options for models, image sizes and timing; the command gets those of `StepOptions` by name."""
     for option in (
         click.option("--box", type=_seconds, default=60.0, help="Time limit of a peer's runs, in seconds."),
         click.option("--rounds", type=click.IntRange(1), default=5, help="Most timed runs per peer."),
@@ -140,9 +140,9 @@ def step(
     Example: gigamorph bench step --model resnet50 --size 2048x2048 --peer stock --peer gigamorph --cap 8GiB
     """
     from ..engine.bench.peers import TRAINING
-    from ..engine.bench.step import Options
+    from ..engine.bench.step import StepOptions
 
-    chosen = Options(_selected_peers(peers, TRAINING), budget=memory_budget, folder=profile, **timing)
+    chosen = StepOptions(_selected_peers(peers, TRAINING), budget=memory_budget, folder=profile, **timing)
     _compare([task(model, size) for model in models for size in sizes], chosen, path)
 
 
@@ -167,14 +167,14 @@ def front(
     Example: gigamorph bench front --model resnet18 --size 512x512 --rounds 2 --json front.json --plot front.png
     """
     from ..engine.bench.front import comparisons, figure_of, ways
-    from ..engine.bench.step import Options, measure
+    from ..engine.bench.step import StepOptions, measure
     from ..engine.report.figure import png
 
     if plot is not None and len(models) * len(sizes) > 1:
         raise click.UsageError("--plot needs one --model and one --size")
     results = _new_results(task(models[0], sizes[0]).device)
     for own in [task(model, size) for model in models for size in sizes]:
-        rows = measure(own, Options(ways(own), **timing), results.ceilings, _show_step, _show_first)
+        rows = measure(own, StepOptions(ways(own), **timing), results.ceilings, _show_step, _show_first)
         results.steps += rows
         _save(results, path)
         for found in comparisons(rows):
@@ -207,12 +207,12 @@ def infer(
     Example: gigamorph bench infer --model resnet18 --size 2048x2048 --json infer.json
     """
     from ..engine.bench.peers import INFERENCE
-    from ..engine.bench.results import Task
-    from ..engine.bench.step import Options
+    from ..engine.bench.results import BenchTask
+    from ..engine.bench.step import StepOptions
 
-    chosen = Options(_selected_peers(peers, INFERENCE), budget=memory_budget, **timing)
+    chosen = StepOptions(_selected_peers(peers, INFERENCE), budget=memory_budget, **timing)
     images = [(model, (1, options.channels_of(model, channels), *size)) for model in models for size in sizes]
-    _compare([Task(model, image, training=False) for model, image in images], chosen, path)
+    _compare([BenchTask(model, image, training=False) for model, image in images], chosen, path)
 
 
 @bench.command()
@@ -319,7 +319,7 @@ def report(results: tuple[Path, ...], out: Path) -> None:
     click.echo(str(write_report(results, out)))
 
 
-def _compare(tasks: list[Task], chosen: Options, path: Path | None) -> None:
+def _compare(tasks: list[BenchTask], chosen: StepOptions, path: Path | None) -> None:
     """Check the exactness of each model, measure its tasks, and print and save the results."""
     from ..engine.bench.step import exactness, measure
 

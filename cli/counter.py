@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 
-class View:
+class ProgressLine:
     """Context manager with a bar on a terminal; elsewhere, lines at intervals keep logs short."""
 
     def __init__(self, console: Console, interval: float, *columns: ProgressColumn) -> None:
@@ -36,7 +36,7 @@ class View:
         return True
 
 
-class Count(View):
+class Count(ProgressLine):
     """Context manager that counts finished work with `add`, up to the total that `start` sets."""
 
     def __init__(self, what: str, total: int = 0, console: Console | None = None, interval: float = 10.0) -> None:

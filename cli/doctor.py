@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 if TYPE_CHECKING:
-    from .health import Machine, Problem
+    from .health import HealthProblem, Machine
 
 
 @click.command()
@@ -47,7 +47,7 @@ def doctor(as_json: bool, report: bool) -> None:
         raise SystemExit(1)
 
 
-def _markdown(machine: Machine, rows: Sequence[tuple[str, str]], found: Sequence[Problem]) -> str:
+def _markdown(machine: Machine, rows: Sequence[tuple[str, str]], found: Sequence[HealthProblem]) -> str:
     """Return the template of a bug report with the facts filled in."""
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [

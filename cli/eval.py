@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..engine.datasets.tables.cells import Rows
     from ..engine.evaluate.cases import Cases
     from ..engine.evaluate.evaluate import Settings
-    from ..engine.evaluate.read import Parts
+    from ..engine.evaluate.read import TableParts
 
 
 def _parse_rates(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
@@ -184,7 +184,7 @@ def eval(
     _require_new(Path(out), overwrite)
     predictions = str(_table_to_measure(Path(predictions), levels))
 
-    def read(path: str) -> Parts:
+    def read(path: str) -> TableParts:
         return read_parts(path, table=table, label=label, score=score, split=split, classes=classes)
 
     def with_source(rows: dict[str, Any], **others: str | None) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _warn_of_repeats(images: Cases) -> None:
 
 def _measure(
     out: str,
-    parts: Parts,
+    parts: TableParts,
     settings: Settings,
     notes: dict[str, Any],
     other: Cases | None,
@@ -313,7 +313,9 @@ def _has_validation_thresholds(found: dict[str, Any]) -> bool:
     )
 
 
-def _fit_calibration(out: str, parts: Parts, found: dict[str, Any], note: dict[str, Any]) -> tuple[bool, list[str]]:
+def _fit_calibration(
+    out: str, parts: TableParts, found: dict[str, Any], note: dict[str, Any]
+) -> tuple[bool, list[str]]:
     """Fit and write a calibration if a known network predicted two classes without calibration; return whether one was
     written, and lines that say why not."""
     from ..engine.evaluate.class_names import positive_number

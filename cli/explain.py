@@ -33,7 +33,7 @@ from . import runner
 )
 @runner.over_images
 def explain(
-    images: tuple[str, ...], out: str, method: Any, name: str | None, formats: tuple[Any, ...], run: runner.Run
+    images: tuple[str, ...], out: str, method: Any, name: str | None, formats: tuple[Any, ...], run: runner.ImageRun
 ) -> None:
     """Map the evidence for a prediction onto every pixel of the stored file.
 
@@ -54,12 +54,12 @@ def explain(
 
     Example: gigamorph explain run/best.ckpt exam1.dcm --format png --format seg --out explained
     """
-    from ..engine.explain import Options
+    from ..engine.explain import ExplainOptions
     from ..engine.explain import explain as explained
 
     if run.options["store"] and not {"seg", "binary-seg"} & set(formats):
         raise click.UsageError("--store needs DICOM SEGs; add --format seg or --format binary-seg")
-    chosen = Options(method=method, label=name, formats=tuple(dict.fromkeys(formats)), **run.options)
+    chosen = ExplainOptions(method=method, label=name, formats=tuple(dict.fromkeys(formats)), **run.options)
     with runner.watching(run.as_json, chosen.device) as watch:
         found = explained(run.opener, images, out, chosen, watch)
     marks = ", marks.csv" if method == "activation" else ""

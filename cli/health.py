@@ -59,7 +59,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Problem:
+class HealthProblem:
     what: str
     fix: str
     level: str = "warning"
@@ -144,7 +144,7 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
     return rows
 
 
-def problems(machine: Machine) -> list[Problem]:
+def problems(machine: Machine) -> list[HealthProblem]:
     """Return the known problems of this machine."""
     return [
         *_torchvision_problems(machine),
@@ -156,7 +156,7 @@ def problems(machine: Machine) -> list[Problem]:
     ]
 
 
-def _torchvision_problems(machine: Machine) -> Iterator[Problem]:
+def _torchvision_problems(machine: Machine) -> Iterator[HealthProblem]:
     torch_version = machine.versions.get("torch", "")
     vision = machine.import_errors.get("torchvision")
     if vision is not None:
@@ -168,13 +168,13 @@ def _torchvision_problems(machine: Machine) -> Iterator[Problem]:
             else f"torchvision cannot be imported: {vision}"
         )
         index = "https://download.pytorch.org/whl/" + ("cpu" if machine.cuda_build is None else "cu" + _digits(machine))
-        yield Problem(
+        yield HealthProblem(
             what + "; gigamorph works because it declares the missing operator, but other programs fail",
             f"pip install --force-reinstall --no-deps torchvision --index-url {index} (or uninstall torchvision)",
         )
 
 
-def _gpu_problems(machine: Machine) -> Iterator[Problem]:
+def _gpu_problems(machine: Machine) -> Iterator[HealthProblem]:
     """Yield GPUs that torch cannot use, and kernels that cannot run on them."""
     if machine.cuda_build is not None and not machine.gpus:
         fix = (
@@ -183,72 +183,72 @@ def _gpu_problems(machine: Machine) -> Iterator[Problem]:
             else "none needed if this machine has no GPU (a CPU build is smaller); otherwise install the NVIDIA "
             "driver, and in a container pass the GPU through (docker run --gpus all)"
         )
-        yield Problem(f"torch is built for CUDA {machine.cuda_build}, but finds no GPU", fix)
+        yield HealthProblem(f"torch is built for CUDA {machine.cuda_build}, but finds no GPU", fix)
     if machine.cuda_build is None and machine.driver is not None:
-        yield Problem(
+        yield HealthProblem(
             f"the NVIDIA GPU ({machine.driver}) is unused: torch {machine.versions.get('torch', '')} is a CPU build",
             "pip install --force-reinstall torch (from PyPI: the CUDA build on Linux)",
         )
     if machine.kernels_lack is not None:
         what, _, fix = machine.kernels_lack.partition("; ")
-        yield Problem(f"kernels cannot be compiled, so PyTorch's own ops run on the GPU: {what}", fix)
+        yield HealthProblem(f"kernels cannot be compiled, so PyTorch's own ops run on the GPU: {what}", fix)
     if machine.failed_kernels:
         first, *others = machine.failed_kernels
         several = f", and {len(others)} more" if others else ""
-        yield Problem(
+        yield HealthProblem(
             f"kernels failed on this GPU, so PyTorch's own ops replace them: {first}{several}",
             "report it with the output of GIGAMORPH_KERNELS=triton gigamorph plan --kernels ...; "
             "they are tried again after an update of torch, triton or gigamorph",
         )
 
 
-def _host_problems(machine: Machine) -> Iterator[Problem]:
+def _host_problems(machine: Machine) -> Iterator[HealthProblem]:
     """Yield problems of threads, of the CPU allocator and of shared memory."""
     if machine.threads < machine.cores and machine.threads == 1:
-        yield Problem(
+        yield HealthProblem(
             f"torch uses 1 thread on {machine.cores} cores", f"unset OMP_NUM_THREADS, or set it to {machine.cores}"
         )
     if machine.threads > machine.cores:
-        yield Problem(
+        yield HealthProblem(
             f"torch uses {machine.threads} threads on {counted(machine.cores, 'usable core')}, which slows every step",
             f"export OMP_NUM_THREADS={machine.cores}",
         )
     if machine.arena_lacks is not None:
         what, _, fix = machine.arena_lacks.partition("; ")
-        yield Problem(
+        yield HealthProblem(
             f"steps on the CPU cannot allocate in an arena and take up to 1.5 times as long under a budget: {what}",
             fix or "apt install g++, or conda install -c conda-forge gxx",
         )
     if machine.shm is not None and machine.shm < 2**30:
-        yield Problem(
+        yield HealthProblem(
             f"/dev/shm has {format_bytes(machine.shm)}; DataLoader workers die with 'bus error' when it is full",
             "docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm",
         )
 
 
-def _package_problems(machine: Machine) -> Iterator[Problem]:
+def _package_problems(machine: Machine) -> Iterator[HealthProblem]:
     """Yield missing or broken packages that commands need."""
     lightning = machine.versions.get("lightning")
     if lightning is None:
-        yield Problem("lightning is not installed; training needs it", "pip install 'lightning>=2.6.6'", "error")
+        yield HealthProblem("lightning is not installed; training needs it", "pip install 'lightning>=2.6.6'", "error")
     elif release(lightning) < _SAFE_LIGHTNING:
-        yield Problem(
+        yield HealthProblem(
             f"lightning {lightning}: before 2.6.6, checkpoints can run hidden code; 2.6.2 and 2.6.3 were malware",
             "pip install 'lightning>=2.6.6'",
             "error",
         )
     elif "lightning" in machine.import_errors and "torchvision" not in machine.import_errors:
         what = f"lightning cannot be imported: {machine.import_errors['lightning']}"
-        yield Problem(what, "pip install --force-reinstall 'lightning>=2.6.6'", "error")
+        yield HealthProblem(what, "pip install --force-reinstall 'lightning>=2.6.6'", "error")
     if "imagecodecs" not in machine.versions or "imagecodecs" in machine.import_errors:
-        yield Problem(
+        yield HealthProblem(
             "imagecodecs is missing or broken; compressed DICOM, TIFF and PNG cannot be read",
             "pip install --force-reinstall imagecodecs",
             "error",
         )
 
 
-def _version_problems(machine: Machine) -> Iterator[Problem]:
+def _version_problems(machine: Machine) -> Iterator[HealthProblem]:
     """Yield packages that are newer than the tested versions; their behaviour may have changed."""
     found = newer(machine.versions)
     if found:
@@ -256,7 +256,7 @@ def _version_problems(machine: Machine) -> Iterator[Problem]:
         partial = " and ".join(f"{name} {tested.in_parts}" for name, tested in found.items())
         named = " and ".join(f"{name} {machine.versions[name]}" for name in found)
         former = " ".join(f"'{name}=={tested.newest}.*'" for name, tested in found.items())
-        yield Problem(
+        yield HealthProblem(
             f"{named}: newer than the tested versions ({full}; partially tested {partial})",
             "none needed while results are correct: accelerate(network, verify=True) compares a network with ordinary "
             "PyTorch, as does gigamorph bench step --model NAME --size 512x512 --peer stock --peer gigamorph; if they "
@@ -264,14 +264,14 @@ def _version_problems(machine: Machine) -> Iterator[Problem]:
         )
 
 
-def _pytorch_problems(machine: Machine) -> Iterator[Problem]:
+def _pytorch_problems(machine: Machine) -> Iterator[HealthProblem]:
     """Yield what the installed PyTorch does not have, and a failed self-test."""
     tested = TESTED["torch"]
     fix = f"install torch {tested.oldest} to {tested.newest}, with which gigamorph is tested, and report this"
     for path, without in machine.missing_names:
-        yield Problem(f"PyTorch {machine.versions.get('torch', '')} has no {path}: {without}", fix)
+        yield HealthProblem(f"PyTorch {machine.versions.get('torch', '')} has no {path}: {without}", fix)
     if machine.difference is not None:
-        yield Problem(f"the self-test fails: {machine.difference}", fix, "error")
+        yield HealthProblem(f"the self-test fails: {machine.difference}", fix, "error")
 
 
 def _digits(machine: Machine) -> str:

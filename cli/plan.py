@@ -169,14 +169,14 @@ def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) 
     """Return the cost of five budgets (shares of stock's memory, or GPUs), and the source of the rates."""
     import torch
 
-    from ..engine.bench.results import Task
+    from ..engine.bench.results import BenchTask
     from ..engine.bench.roofline import count, measure_ceilings
     from ..engine.planning import constants
     from ..engine.planning.preview import plan_each
     from .table import BudgetRow
 
     sixteen = "fp32" if precision == "fp32" else "bf16"
-    work = count(net, Task(model, made.image, made.training, precision=sixteen))
+    work = count(net, BenchTask(model, made.image, made.training, precision=sixteen))
     if kind == "cpu" or torch.cuda.is_available():
         rates = measure_ceilings(kind, seconds=0.5)
         stock = made.stock_bytes or made.peak_bytes

@@ -30,7 +30,12 @@ from . import options, runner
 @options.precision
 @runner.over_images
 def predict(
-    images: tuple[str, ...], out: str, heatmaps: bool, calibration_file: str | None, identifiers: bool, run: runner.Run
+    images: tuple[str, ...],
+    out: str,
+    heatmaps: bool,
+    calibration_file: str | None,
+    identifiers: bool,
+    run: runner.ImageRun,
 ) -> None:
     """Predict with a checkpoint of gigamorph train, which contains model, classes and preprocessing.
 
@@ -67,7 +72,7 @@ def predict(
     from ..engine.evaluate.recalibration import read_calibration
     from ..engine.predict.job import opened_with_white
     from ..engine.predict.masks import MaskOptions, gives_masks, open_segmenter, predict_masks
-    from ..engine.predict.run import Options
+    from ..engine.predict.run import PredictOptions
     from ..engine.predict.run import predict as predicted
 
     masks = gives_masks(run.checkpoint)
@@ -87,6 +92,6 @@ def predict(
             files = f"{Path(out) / 'masks'}, predictions.csv"
         else:
             own = {"heatmaps": heatmaps, "identifiers": identifiers, "calibration": calibration}
-            found = predicted(run.opener, images, out, Options(**own, **run.options), watch)
+            found = predicted(run.opener, images, out, PredictOptions(**own, **run.options), watch)
             files = f"{Path(out) / 'predictions.csv'}, breasts.csv, exams.csv"
     runner.print_end(run, Path(out), found, "predicted", files)

@@ -11,13 +11,13 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 
 from ..engine.tiling.memory import format_bytes, peak_bytes, used_bytes
 from ..engine.train.progress import Progress
-from .counter import View
+from .counter import ProgressLine
 
 _REFRESH_INTERVAL = 0.1
 """Seconds between updates of the bar; its values take time to measure."""
 
 
-class ProgressView(View):
+class ProgressView(ProgressLine):
     """Context manager that displays the progress reports of the engine.
 
     On a terminal: one bar per stage with megapixels per second, memory in use and time left. Otherwise: a line every
@@ -66,7 +66,7 @@ class ProgressView(View):
         return ", ".join(parts if self._console.is_terminal else parts[1:])
 
 
-class StageView(logging.Handler, View):
+class StageView(logging.Handler, ProgressLine):
     """Context manager that shows the latest info message of a logger as the current stage, on standard error.
 
     On a terminal: one line with the stage, memory in use and time. Otherwise: at most one line every ``interval``
@@ -76,7 +76,7 @@ class StageView(logging.Handler, View):
     def __init__(self, logger: str, console: Console | None = None, interval: float = 10.0) -> None:
         logging.Handler.__init__(self, logging.INFO)
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        View.__init__(self, console or Console(stderr=True), interval, *columns)
+        ProgressLine.__init__(self, console or Console(stderr=True), interval, *columns)
         self._log = logging.getLogger(logger)
         self._level = self._log.level
         self._task = self._bar.add_task("")

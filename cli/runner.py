@@ -107,7 +107,7 @@ _MODEL_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class Run:
+class ImageRun:
     """Arguments of a run over images with a model.
 
     Attributes:
@@ -153,7 +153,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
         chosen |= {"model": digest_of(checkpoint), "checkpoint": Path(checkpoint).name}
         opener = functools.partial(open_classifier, checkpoint, memory_budget=memory_budget, flips=chosen["flips"])
         opener = functools.partial(opened_with_white, opener, chosen["white"])
-        command(run=Run(opener, chosen, as_json, checkpoint, memory_budget), **given)
+        command(run=ImageRun(opener, chosen, as_json, checkpoint, memory_budget), **given)
 
     for option in reversed(_MODEL_OPTIONS):
         wrapper = option(wrapper)
@@ -192,7 +192,7 @@ def _warn_of_grey(warn: Callable[[str], object], network: Any, records: Sequence
         warn(text)
 
 
-def print_end(run: Run, out: Path, found: Summary, done: str, files: str) -> None:
+def print_end(run: ImageRun, out: Path, found: Summary, done: str, files: str) -> None:
     """Print the result of a run: lines of text, or the event ``end``, the last JSON line.
 
     Args:

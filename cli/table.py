@@ -15,7 +15,7 @@ from ..engine.planning.plan import Plan
 from ..engine.tiling.memory import format_bytes
 
 if TYPE_CHECKING:
-    from ..kernels.choice import Choice
+    from ..kernels.choice import CachedChoice
 
 _BAR_WIDTH = 32
 _MAX_WIDTH = 1000
@@ -136,7 +136,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def show_choices(choices: Sequence[Choice], console: Console | None = None) -> None:
+def show_choices(choices: Sequence[CachedChoice], console: Console | None = None) -> None:
     """Print the chosen kernels with the measured times, largest gain first."""
     console = console or Console(highlight=False)
     names = ("op", "channels and settings", ">pixels", ">stock ms", ">ours ms", ">ours / stock", "runs")

@@ -295,7 +295,7 @@ def _train(
     from ..engine.datasets.tables.cells import write_csv
     from ..engine.files import write_atomically
     from ..engine.parallel.process_group import ProcessGroup
-    from ..engine.train.fit import Watch, fit
+    from ..engine.train.fit import FitWatch, fit
     from ..engine.train.folds import write_validation
     from ..engine.train.inputs import training_data
     from ..engine.train.mask_target import write_overlaps
@@ -310,7 +310,7 @@ def _train(
     warn = echo.warn if group.leads else lambda text: None
     check_choices(chosen, config.data.channels, config.log, config.callbacks, group.at_once)
     images = training_data(table, **config.data_arguments(), fold=fold, chosen=read, warn=warn)
-    watch = Watch(warn=echo.warn, loggers=config.log, callbacks=config.callbacks)
+    watch = FitWatch(warn=echo.warn, loggers=config.log, callbacks=config.callbacks)
     if not group.leads:
         fit(images, chosen, out, resume=resume, watch=watch)
         return

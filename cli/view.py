@@ -70,10 +70,10 @@ def view(
     Example: gigamorph view predictions --table table.csv --evidence run/best.ckpt
     """
     from ..engine.evaluate.read import note_of, table_in
-    from ..engine.mammography.view.evidence import Evidence
+    from ..engine.mammography.view.evidence import MapServer
     from ..engine.mammography.view.exams import read_exams
     from ..engine.mammography.view.server import PageServer
-    from ..engine.mammography.view.site import Site
+    from ..engine.mammography.view.site import ViewerFiles
     from ..engine.models.folder import digest_of
 
     if out is not None and not static:
@@ -87,10 +87,10 @@ def view(
     maps = None
     if evidence is not None:
         how: dict[str, Any] = {"memory_budget": memory_budget, "device": device, "flips": flips}
-        maps = Evidence(evidence, white=grey.get("white"), **how)
+        maps = MapServer(evidence, white=grey.get("white"), **how)
         grey = {**maps.grey, **grey}
     exams = read_exams(source, table=table, split=split, grey=grey)[:most]
-    site = Site(exams, maps, identifiers=identifiers)
+    site = ViewerFiles(exams, maps, identifiers=identifiers)
     counts = f"{counted(len(exams), 'exam')}, {counted(len(site.views), 'image')}"
     if static:
         folder = Path(out) if out else (Path(source) if Path(source).is_dir() else Path(source).parent) / "view"

@@ -16,8 +16,8 @@ from .capture.recording import capture, load_recorder, refuse_unready
 from .errors import GigamorphError
 from .execution.class_activation import Evidence, Score, column_of, evidence_of_call
 from .execution.image_sizes import outputs_of_sizes
-from .execution.programs import Settings, check_alike
-from .execution.runner import Call, Opened, Runner
+from .execution.programs import PlanSettings, check_alike
+from .execution.runner import Call, ProgramKnown, Runner
 from .images.batches import PixelBatch, as_batch, as_batches, is_batch
 from .images.pixels import PixelSource
 from .module.arguments import check_choice, check_network, check_storage, image_shape, refuse_wrapped, tile_sides
@@ -109,8 +109,8 @@ class Accelerated(Delegate):
         return arrange(program, settings.request(torch.is_grad_enabled()), shard=settings.shard(program))[1]
 
     @property
-    def _settings(self) -> Settings:
-        return Settings(self.memory_budget, self.tile, self.halos, self.fallback, self.split)
+    def _settings(self) -> PlanSettings:
+        return PlanSettings(self.memory_budget, self.tile, self.halos, self.fallback, self.split)
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -181,7 +181,7 @@ class Accelerated(Delegate):
                 + remedy
             )
 
-    def open(self, x: Tensor | PixelBatch, function: Any = None) -> Opened:
+    def open(self, x: Tensor | PixelBatch, function: Any = None) -> ProgramKnown:
         """Record the program of the network's call on an image batch, without running it.
 
         Args:

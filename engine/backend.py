@@ -10,7 +10,7 @@ from torch import fx
 from .capture.gaps import refuse_generators
 from .capture.graph import Graph
 from .errors import GigamorphError, UnsupportedError
-from .execution.programs import Settings
+from .execution.programs import PlanSettings
 from .execution.runner import Runner
 from .module.arguments import check_storage, tile_sides
 from .tiling.memory import parse_bytes
@@ -49,7 +49,7 @@ def gigamorph(
     budget, halos, fallback = given.get("memory_budget"), given.get("halos", "auto"), given.get("fallback")
     fallback = check_storage(halos, fallback)
     limit = None if budget is None else parse_bytes(budget)
-    settings = Settings(limit, tile_sides(given.get("tile")), halos, fallback, None)
+    settings = PlanSettings(limit, tile_sides(given.get("tile")), halos, fallback, None)
     refuse_generators()
     graph = Graph.of(module)
     if graph.piece and settings.fallback is None:

@@ -20,7 +20,7 @@ from .execution.forward import Forward
 from .execution.image_batch import ImageTensor
 from .execution.run import run
 from .images.batches import PixelBatch, as_batch
-from .images.labels import Criterion, Labels, with_loss
+from .images.labels import Criterion, LabelSource, with_loss
 from .images.pixels import PixelSource
 from .module.preconditions import with_preconditions
 from .tiling.map_files import sink
@@ -56,7 +56,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -
     """
     batch = as_batch(x)
     leaves, structure = tree_flatten(labels)
-    given = [Labels(leaf) for leaf in leaves]
+    given = [LabelSource(leaf) for leaf in leaves]
     call = net.call(batch)
     device = net._device()
     tensors = list[Tensor]()

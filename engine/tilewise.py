@@ -22,7 +22,7 @@ from .images.batches import PixelBatch, as_batch
 from .images.pixels import PixelSource
 from .lowering.ops.tiles import (
     Background,
-    Settings,
+    ModuleSettings,
     Tiles,
     embed,
     embed_tiles,
@@ -101,7 +101,7 @@ class Tilewise(nn.Module):
 
     def _tiles(self) -> Tiles:
         """The tiles with the module's current settings."""
-        given = self.module, Settings.of(self.module), self.size, self.stride, self.batch_size, self.background
+        given = self.module, ModuleSettings.of(self.module), self.size, self.stride, self.batch_size, self.background
         return Tiles(*given, again=self._tiles)
 
     def _check_mask(self, tiles: Tiles, image: Tensor | PixelBatch, mask: Any) -> Tensor | None:

@@ -258,7 +258,7 @@ def _may_measure(like: Tensor | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Choice:
+class CachedChoice:
     """One cached choice, for display.
 
     Attributes:
@@ -276,14 +276,14 @@ class Choice:
     ratio: float
 
 
-def table() -> list[Choice]:
+def table() -> list[CachedChoice]:
     """All choices measured on the current GPU with these versions, by op, key and work; empty without a GPU."""
     choices = []
     for row in sorted(_rows(), key=lambda row: (row.label, row.work)):
         ms = {name: statistics.median(samples) for name, samples in row.ms.items()}
         if len(ms) > 1:
             ratio = min(t for name, t in ms.items() if name != "stock") / ms["stock"]
-            choices.append(Choice(row.op, row.label.partition(" ")[2], row.work, fastest(row.ms), ms, ratio))
+            choices.append(CachedChoice(row.op, row.label.partition(" ")[2], row.work, fastest(row.ms), ms, ratio))
     return choices
 
 

@@ -25,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .depthwise_kernels import Block, Filter, Sizes, depthwise_kernel, depthwise_wgrad_kernel
+from .depthwise_kernels import DepthwiseBlock, Filter, Sizes, depthwise_kernel, depthwise_wgrad_kernel
 from .dtypes import accumulator
 from .stream import as_map, dense, vector
 from .tiles import FILTER_ROWS, TAPS, depthwise_tile, depthwise_wgrad_splits, depthwise_wgrad_tile, equal_part
@@ -106,7 +106,7 @@ def _launch(
         GATE=gate_act,
         MASK=mask_act,
         F=Filter(r, s, *steps.down, *dilation),
-        B=Block(held, 1, rows, tile.pixels, tile.channels, vector(*maps), accumulator(x.dtype)),
+        B=DepthwiseBlock(held, 1, rows, tile.pixels, tile.channels, vector(*maps), accumulator(x.dtype)),
         num_warps=tile.num_warps,
     )
 
@@ -212,7 +212,7 @@ def wgrad(
         geometry.left,
         GATE=gate_act,
         F=Filter(r, s, *geometry.stride, *geometry.dilation),
-        B=Block(rows, columns, tile.rows, tile.pixels, tile.channels, vector(x, dy, gate), acc),
+        B=DepthwiseBlock(rows, columns, tile.rows, tile.pixels, tile.channels, vector(x, dy, gate), acc),
         num_warps=tile.num_warps,
     )
     total = part.sum(0)

@@ -38,7 +38,7 @@ class Filter(NamedTuple):
     DIL_W: int
 
 
-class Block(NamedTuple):
+class DepthwiseBlock(NamedTuple):
     """Compile-time constants: filter rows and columns held at once; rows, pixels, channels of a tile; of a vector."""
 
     RB: int

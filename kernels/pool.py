@@ -35,7 +35,7 @@ from .windows import ConvGeometry, empty_map, map_like, nhwc
 NO_TAP = tl.constexpr(255)
 
 
-class Sizes(NamedTuple):
+class PoolSizes(NamedTuple):
     """Rows and columns of x and of y, channels, and blocks of channels; passed one by one, like a `Share`."""
 
     H: int
@@ -76,7 +76,7 @@ def _at(m, n, i, j, c, VEC: tl.constexpr):
     return m.ptr + map_offsets(m, n, i, j, VEC)[:, None] + c[None, :]
 
 
-@jit_kernel([*Sizes._fields, "top", "left"])
+@jit_kernel([*PoolSizes._fields, "top", "left"])
 def _max_pool2d_kernel(
     x,  # map [N, C, H, W]
     y,  # map [N, C, OH, OW] or None
@@ -130,7 +130,7 @@ def _max_pool2d_kernel(
         tl.store(_at(taps, n, i, j, c, POOL.VEC), tap.to(tl.uint8), mask=keep)
 
 
-@jit_kernel([*Sizes._fields, "top", "left"])
+@jit_kernel([*PoolSizes._fields, "top", "left"])
 def _max_pool2d_grad_kernel(
     dy,  # map [N, C, OH, OW]
     taps,  # map [N, C, OH, OW] of bytes
@@ -180,13 +180,13 @@ def _max_pool2d_grad_kernel(
 
 def _shared(
     x: Tensor, y: Tensor, cover: Sequence[int], kernel: Sequence[int], maps: Sequence[Tensor | None]
-) -> tuple[int, Sizes, Pool]:
+) -> tuple[int, PoolSizes, Pool]:
     """Programs, sizes and tile for tiles that cover `cover` rows and columns of each image."""
     n, c, h, w = x.shape
     rows, cols, channels = pool_tile(*cover, c, x.element_size())
     blocks = triton.cdiv(c, channels)
     programs = n * triton.cdiv(cover[0], rows) * triton.cdiv(cover[1], cols) * blocks
-    sizes = Sizes(h, w, y.shape[2], y.shape[3], c, blocks)
+    sizes = PoolSizes(h, w, y.shape[2], y.shape[3], c, blocks)
     return programs, sizes, Pool(*kernel, rows, cols, channels, vector(*maps), accumulator(x.dtype))
 
 

@@ -22,7 +22,7 @@ from .triton_private import jit_kernel
 NO_SPOT = tl.constexpr(stem_reference.NO_SPOT)
 
 
-class Pixels(NamedTuple):
+class ImageStrides(NamedTuple):
     """The image [N, C, H, W]: address, and strides of image, channel, row and pixel."""
 
     ptr: Tensor
@@ -247,12 +247,12 @@ def _stem_backward_kernel(
     tl.store(s_ptr + to, tl.sum(sums, 0), mask=(k < K) & (pid % parts == 0))
 
 
-def _arguments(stem: Stem, tile: StemTile) -> tuple[Pixels, Extents, Form]:
+def _arguments(stem: Stem, tile: StemTile) -> tuple[ImageStrides, Extents, Form]:
     """The common arguments of both kernels."""
     x, geometry, kind = stem.x, stem.geometry, stem.weight.dtype
     top, _, left, _ = stem.pool_padding
     return (
-        Pixels(x, *x.stride()),
+        ImageStrides(x, *x.stride()),
         Extents(
             *x.shape[2:], *stem.conv_size, *stem.shape[2:], geometry.top, geometry.left, *geometry.stride, top, left
         ),

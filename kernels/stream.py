@@ -55,7 +55,7 @@ class Share(NamedTuple):
 SHARE = list(Share._fields)
 
 
-class Tile(NamedTuple):
+class TileShape(NamedTuple):
     """Compile-time constants: pixels, channels of a tile; whether pixels are equally spaced; channels of a vector."""
 
     BM: int
@@ -187,7 +187,7 @@ class Stream:
             rows, columns, flat, vec = x.shape[2], x.shape[3], is_flat(*maps), vector(*maps)
         self.grid = config.programs(pixels), -(-width // config.block_c)
         self.share = Share(pixels, rows, columns, width, channels, config.steps)
-        self.tile = Tile(config.block_m, config.block_c, flat, vec, accumulator(x.dtype))
+        self.tile = TileShape(config.block_m, config.block_c, flat, vec, accumulator(x.dtype))
         self.num_warps, self.length = config.num_warps, config.share
 
     def launch(self, kernel: Any, *vectors: Any, **options: Any) -> None:

@@ -101,7 +101,7 @@ def box_rows(pixels: int, lines: int, filters: int) -> int:
 
 
 @dataclass(frozen=True)
-class Pixels:
+class OutputSize:
     """Output size of a product: images of `lines` lines of `run` pixels, and filters."""
 
     images: int
@@ -116,7 +116,7 @@ class Pixels:
         return self.images * boxes * triton.cdiv(self.filters, block_n)
 
 
-def fill_chip(made: Pixels, block_m: int, block_n: int) -> tuple[int, int]:
+def fill_chip(made: OutputSize, block_m: int, block_n: int) -> tuple[int, int]:
     """The tile of a product, halved while all tiles still run at once, as for the last maps of a small image.
 
     The time of a tile is that of loading its (m + n) operands per channel from L2, or of its m x n products. Both are
@@ -198,7 +198,7 @@ def matmul_config(
     if half and 64 < channels_out < 256 and -channels_out % 128 >= 64:  # three blocks of 64 instead of four
         block_n = 64
     block_m = power_of_two(lines * run if block_n >= 64 else run, 64, 128)
-    made = Pixels(images, lines, run, channels_out)
+    made = OutputSize(images, lines, run, channels_out)
     if block_n == 256 and ragged(made.tiles(block_m, block_n)):
         block_n = 128
     block_m, block_n = fill_chip(made, block_m, block_n)

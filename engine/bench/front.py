@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..report.figure import panel
 from .peers import PEERS
-from .results import OK, StepRow, Task
+from .results import OK, BenchTask, StepRow
 
 SHARES = (0.8, 0.5, 0.33, 0.2)
 """gigamorph's budgets, as shares of eager stock's peak."""
@@ -28,7 +28,7 @@ _STOCK = (
 _OURS_COLOUR, _STOCK_COLOUR = "#1f618d", "#c0392b"
 
 
-def ways(task: Task) -> tuple[str, ...]:
+def ways(task: BenchTask) -> tuple[str, ...]:
     """The rows of a front, in the order in which they are first run: stock first, since budgets are shares of its peak.
 
     Args:

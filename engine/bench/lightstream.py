@@ -21,7 +21,7 @@ from ..models.compat import make_torchvision_importable
 from ..planning.simulate import stock_peak
 from ..torch_private import BatchNorm
 from .ordinary import Prepared, autocast, first_tensor, loss_of
-from .results import Task
+from .results import BenchTask
 
 # Pixels by which tiles overlap in the backward, both sides together, from lightstream's own statistics. The best tile
 # processes the fewest pixels in the backward.
@@ -45,7 +45,7 @@ def trunk_names(network: nn.Module) -> list[str]:
     return names[: last + 1]
 
 
-def tiles_to_try(network: nn.Module, task: Task, budget: int) -> list[int]:
+def tiles_to_try(network: nn.Module, task: BenchTask, budget: int) -> list[int]:
     """Return the best tile within the budget; if none has useful pixels, larger candidates in ascending order."""
     sides, fitting = _tiles(network, task, budget)
     overlap = _overlap(task)
@@ -58,7 +58,7 @@ def tiles_to_try(network: nn.Module, task: Task, budget: int) -> list[int]:
     return [side for side in tries if side >= overlap + _STEP] or sides[-1:]
 
 
-def tile_within(network: nn.Module, task: Task, budget: int) -> int:
+def tile_within(network: nn.Module, task: BenchTask, budget: int) -> int:
     """Return the best tile within the budget.
 
     Raises:
@@ -75,7 +75,7 @@ def tile_within(network: nn.Module, task: Task, budget: int) -> int:
     return best
 
 
-def _tiles(network: nn.Module, task: Task, budget: int) -> tuple[list[int], list[int]]:
+def _tiles(network: nn.Module, task: BenchTask, budget: int) -> tuple[list[int], list[int]]:
     """Return all sides that tile the image without remainder (other results are wrong), and those within the budget.
 
     A tile's memory is that of a stock PyTorch step on an image of its size, plus the parameters.
@@ -97,12 +97,12 @@ def _tiles(network: nn.Module, task: Task, budget: int) -> tuple[list[int], list
     return sides, [side for side in sides if parameters + high + pixel * (side**2 - _HIGH**2) <= budget]
 
 
-def _overlap(task: Task) -> int:
+def _overlap(task: BenchTask) -> int:
     """Return the overlap of tiles; 0 if it is unknown or zero."""
     return OVERLAPS.get(task.model, 0) if task.training else 0
 
 
-def _best(sides: list[int], task: Task) -> int | None:
+def _best(sides: list[int], task: BenchTask) -> int | None:
     """Return the tile that processes the fewest pixels; None if it exceeds the limit on work."""
     size, overlap = task.image[2:], _overlap(task)
     useful = [side for side in sides if side >= overlap + _STEP or side >= max(size)]
@@ -126,7 +126,7 @@ def norm_parameters(network: nn.Module) -> list[str]:
     ]
 
 
-def streaming_step(network: nn.Module, task: Task, tile: int) -> Prepared:
+def streaming_step(network: nn.Module, task: BenchTask, tile: int) -> Prepared:
     """Build a lightstream step with square tiles of a side.
 
     Raises:

@@ -16,8 +16,8 @@ from torch import nn
 from ..errors import BudgetError, ForwardError, UnsupportedError
 from .peers import PEERS
 from .process import measure_in_new_process
-from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, LimitRow, Task, Try
-from .step import Options, planned, settings
+from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, BenchTask, LimitRow, Try
+from .step import StepOptions, planned, settings
 from .work import build
 
 _GRID = 32  # pixels between candidate sides
@@ -44,7 +44,7 @@ class Search:
     longest: float = 120.0
 
 
-def find(task: Task, peer: str, search: Search, say: Callable[[Try], None] = lambda found: None) -> LimitRow:
+def find(task: BenchTask, peer: str, search: Search, say: Callable[[Try], None] = lambda found: None) -> LimitRow:
     """Find the largest side that fits for one peer. The image size of `task` is ignored."""
     row = LimitRow(task, peer, search.cap)
     why = PEERS[peer].missing(task)
@@ -65,7 +65,7 @@ def find(task: Task, peer: str, search: Search, say: Callable[[Try], None] = lam
     return row
 
 
-def predicted_side(network: nn.Module, task: Task, peer: str, search: Search) -> int | None:
+def predicted_side(network: nn.Module, task: BenchTask, peer: str, search: Search) -> int | None:
     """Return the largest side on the grid that fits according to `plan`; None for peers without a plan."""
     if peer not in ("stock", "gigamorph"):
         return None
@@ -124,7 +124,7 @@ def _bisect(row: LimitRow, network: nn.Module, search: Search, say: Callable[[Tr
 
 def _try(row: LimitRow, network: nn.Module, side: int, search: Search) -> Try:
     task = _with_side(row.task, side)
-    options = Options(cap=search.cap, budget=int(search.share * search.cap), longest=search.longest)
+    options = StepOptions(cap=search.cap, budget=int(search.share * search.cap), longest=search.longest)
     for chosen in settings(row.peer, task, network, options):
         row.settings = {**chosen, "halos": _halos(task)} if row.peer == "gigamorph" else chosen
         answer = measure_in_new_process(
@@ -139,7 +139,7 @@ def _try(row: LimitRow, network: nn.Module, side: int, search: Search) -> Try:
     return Try(side, status, peak, min(answer["seconds"]))
 
 
-def _halos(task: Task) -> str:
+def _halos(task: BenchTask) -> str:
     return "device" if task.device == "cpu" else "auto"
 
 
@@ -147,5 +147,5 @@ def _round_to_grid(side: float) -> int:
     return round(side / _GRID) * _GRID
 
 
-def _with_side(task: Task, side: int) -> Task:
+def _with_side(task: BenchTask, side: int) -> BenchTask:
     return replace(task, image=(*task.image[:2], side, side))

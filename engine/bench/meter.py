@@ -26,7 +26,7 @@ def time_call(call: Callable[[], Any], device: str = "cpu") -> tuple[float, floa
 
 
 @dataclass
-class Cost:
+class CallCost:
     """Time and memory of some calls. Bytes are those of `used_bytes`.
 
     Attributes:
@@ -57,10 +57,10 @@ def measure(
     warm: int = 0,
     curve: bool = False,
     nvml: NvmlPeak | None = None,
-) -> Cost:
+) -> CallCost:
     """Call repeatedly, the first `warm` times untimed."""
     nvml = nvml or NvmlPeak(device)
-    cost = Cost(used_bytes(device))
+    cost = CallCost(used_bytes(device))
     reset_peak(device)
     started = time.perf_counter()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import tree_leaves
-from .results import Task
+from .results import BenchTask
 
 Step = Callable[[Tensor], Tensor]
 Prepared = tuple[nn.Module, Step]  # module that runs the forward, step
@@ -20,12 +20,12 @@ def loss_of(output: Tensor) -> Tensor:
     return (output if output.dtype == torch.float64 else output.float()).square().mean()
 
 
-def autocast(task: Task) -> torch.autocast:
+def autocast(task: BenchTask) -> torch.autocast:
     """Return the autocast context of a task."""
     return torch.autocast(task.device, dtype=torch.bfloat16, enabled=task.precision == "bf16")
 
 
-def ordinary(net: nn.Module, task: Task) -> Prepared:
+def ordinary(net: nn.Module, task: BenchTask) -> Prepared:
     """Build a step of one forward and one backward."""
 
     def train(image: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from ..accelerate import accelerate
 from ..torch_private import functorch_config
 from .ordinary import Prepared, ordinary
-from .results import Task
+from .results import BenchTask
 from .runtimes import NEEDS, missing, onnxruntime_step, openvino_step
 from .ways import checkpointed, fold_norms
 
@@ -42,21 +42,21 @@ class Peer:
 
     name: str
     label: str
-    prepare: Callable[[nn.Module, Task, Settings], Prepared]
-    missing: Callable[[Task], str | None] = lambda task: None
+    prepare: Callable[[nn.Module, BenchTask, Settings], Prepared]
+    missing: Callable[[BenchTask], str | None] = lambda task: None
     channels_last: bool = False
     compiles: bool = False
 
 
-def _bf16(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+def _bf16(network: nn.Module, task: BenchTask, settings: Settings) -> Prepared:
     return ordinary(network, replace(task, precision="bf16"))
 
 
-def _no_bf16(task: Task) -> str | None:
+def _no_bf16(task: BenchTask) -> str | None:
     return None if task.precision == "fp32" else f"the task is in {task.precision}"
 
 
-def _no_compiler(task: Task) -> str | None:
+def _no_compiler(task: BenchTask) -> str | None:
     if task.device == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         return None
     return "torch.compile needs a C++ compiler on the CPU; install g++"
@@ -64,7 +64,7 @@ def _no_compiler(task: Task) -> str | None:
 
 def _way(
     network: nn.Module,
-    task: Task,
+    task: BenchTask,
     settings: Settings,
     *,
     folds: bool = False,
@@ -87,21 +87,21 @@ def _way(
     return ordinary(runs, task)
 
 
-def _not_frozen(task: Task) -> str | None:
+def _not_frozen(task: BenchTask) -> str | None:
     return None if task.batch_norm == "frozen" else "norms in training mode cannot be folded"
 
 
-def _no_gradients(task: Task) -> str | None:
+def _no_gradients(task: BenchTask) -> str | None:
     return None if task.training else "it changes the backward only"
 
 
-def _lightstream(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+def _lightstream(network: nn.Module, task: BenchTask, settings: Settings) -> Prepared:
     from .lightstream import streaming_step
 
     return streaming_step(network, task, settings["tile"])
 
 
-def _no_lightstream(task: Task) -> str | None:
+def _no_lightstream(task: BenchTask) -> str | None:
     if importlib.util.find_spec("lightstream") is None:
         return "lightstream is not installed; pip install lightstream==1.0.7"
     if task.batch_norm == "live":
@@ -109,7 +109,7 @@ def _no_lightstream(task: Task) -> str | None:
     return None
 
 
-def _gigamorph(network: nn.Module, task: Task, settings: Settings) -> Prepared:
+def _gigamorph(network: nn.Module, task: BenchTask, settings: Settings) -> Prepared:
     return ordinary(accelerate(network, **settings), task)
 
 

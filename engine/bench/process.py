@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, Task
+from .results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, BenchTask
 
 Answer = dict[str, Any]
 _RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -116,7 +116,7 @@ class Child(Process):
     def __init__(self, longest: float = 600.0, lean: bool = False):
         super().__init__(f"{__package__}.work", longest, lean)
 
-    def start(self, task: Task, peer: str, settings: dict[str, Any], cap: int | None) -> Answer:
+    def start(self, task: BenchTask, peer: str, settings: dict[str, Any], cap: int | None) -> Answer:
         """Prepare a peer's network."""
         return self.ask("start", task=dataclasses.asdict(task), peer=peer, settings=settings, cap=cap)
 
@@ -126,7 +126,7 @@ class Child(Process):
 
 
 def measure_in_new_process(
-    task: Task,
+    task: BenchTask,
     peer: str,
     settings: dict[str, Any],
     steps: int,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .results import FAILED, FORMAT, OK, OUT_OF_MEMORY, ROWS, WRONG, Check, KernelRow, Results, StepRow, Task, Try
+from .results import FAILED, FORMAT, OK, OUT_OF_MEMORY, ROWS, WRONG, BenchTask, Check, KernelRow, Results, StepRow, Try
 
 _PEERS = {
     "ours": "gigamorph",
@@ -61,7 +61,7 @@ def _row(kind: type, row: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
     row = {name: value for name, value in row.items() if name in known}
     if "task" in row:
-        row["task"] = _row(Task, row["task"])
+        row["task"] = _row(BenchTask, row["task"])
     if "image" in row:
         row["image"] = tuple(row["image"])
     if row.get("check"):
@@ -93,7 +93,7 @@ def _from_gpu(data: dict[str, Any]) -> Results:
 def _step(name: str, row: dict[str, Any], others: dict[str, dict[str, Any]]) -> StepRow:
     model, mode, side, how = name.split(" ")
     norms = "live" if model.endswith(LIVE) else "frozen"
-    task = Task(model.removesuffix(LIVE), (1, 1, int(side), int(side)), mode == "train", norms, "bf16", "cuda")
+    task = BenchTask(model.removesuffix(LIVE), (1, 1, int(side), int(side)), mode == "train", norms, "bf16", "cuda")
     made = StepRow(task, _PEERS.get(how, how))
     if "error" in row:
         made.status = OUT_OF_MEMORY if row["error"] == OUT_OF_MEMORY else FAILED

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from ..errors import GigamorphError
 from ..files import write_atomically
 from ..report.figure import png
-from ..report.page import Table, render, write_page
+from ..report.page import TextTable, render, write_page
 from ..tiling.memory import format_bytes
 from . import plots
 from .read import read
@@ -29,11 +29,11 @@ from .results import (
     OK,
     OUT_OF_MEMORY,
     WRONG,
+    BenchTask,
     KernelRow,
     LimitRow,
     Results,
     StepRow,
-    Task,
 )
 
 Cells = dict[str, str]
@@ -50,7 +50,7 @@ class Section:
     """A heading, a few sentences, figures by file name without ``.png``, and a table."""
 
     title: str
-    table: Table
+    table: TextTable
     lines: list[str] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
 class _Group:
     """Rows of one machine that differ only in size and peer; `number` distinguishes machines in file names."""
 
-    task: Task
+    task: BenchTask
     machine: str
     number: int
 
@@ -150,7 +150,7 @@ def _steps(runs: Sequence[Results]) -> list[Section]:
         one = [row for number, row in numbered if number == fullest]
         references = {(row.task, row.check.against) for row in rows if row.check is not None}
         cells = [_step_cells(number, row, (row.task, row.peer) in references) for number, row in numbered]
-        section = Section(group.title, Table.of(cells, _OURS, grouped=True))
+        section = Section(group.title, TextTable.of(cells, _OURS, grouped=True))
         section.lines = _headline(one, [row for row in exact if row.task.model == group.task.model])
         several = len({(row.task.image, row.peer) for row in rows}) > 1
         if several and any(row.peak_bytes for row in rows):
@@ -185,7 +185,7 @@ def _exactness(runs: Sequence[Results]) -> list[Section]:
         if row.check
     ]
     title = "Exactness: float64, relative difference from stock PyTorch"
-    return [Section(title, Table.of(cells, _OURS))] if cells else []
+    return [Section(title, TextTable.of(cells, _OURS))] if cells else []
 
 
 def _headline(rows: Sequence[StepRow], exact: Sequence[StepRow]) -> list[str]:
@@ -254,7 +254,7 @@ def _step_cells(number: int, row: StepRow, reference: bool) -> Cells:
     }
 
 
-def _size(task: Task) -> str:
+def _size(task: BenchTask) -> str:
     return f"{task.image[2]} × {task.image[3]}"
 
 
@@ -273,7 +273,7 @@ def _limits(runs: Sequence[Results]) -> list[Section]:
     sections = []
     for (group, cap), numbered in groups.items():
         title = f"Largest image in {format_bytes(cap)}"
-        section = Section(f"{title}. {group.title}", Table.of([_limit_cells(*one) for one in numbered], _OURS))
+        section = Section(f"{title}. {group.title}", TextTable.of([_limit_cells(*one) for one in numbered], _OURS))
         if any(row.side for _, row in numbered):
             figure = plots.limits_figure([row for _, row in numbered], f"{title}: {group.what}\n{group.how}")
             section.figures[f"limits_{group.name}_{cap / 2**20:.0f}mib"] = figure
@@ -316,7 +316,7 @@ def _kernels(runs: Sequence[Results]) -> list[Section]:
             }
         )
     lines = ["The roofline bound is the larger of arithmetic / rate and traffic / bandwidth."]
-    return [Section("Kernels", Table.of(cells), lines)] if cells else []
+    return [Section("Kernels", TextTable.of(cells), lines)] if cells else []
 
 
 def _floor(row: KernelRow, ceilings: dict[str, float]) -> float | None:
@@ -339,7 +339,7 @@ def _morphs(runs: Sequence[Results]) -> list[Section]:
         for number, row in _with_run_numbers(runs, lambda run: run.morphs)
     ]
     title = "Growing a trained network against training from scratch"
-    return [Section(title, Table.of(cells, grouped=True))] if cells else []
+    return [Section(title, TextTable.of(cells, grouped=True))] if cells else []
 
 
 def _declared(runs: Sequence[Results]) -> list[Section]:
@@ -355,7 +355,7 @@ def _declared(runs: Sequence[Results]) -> list[Section]:
         for number, row in _with_run_numbers(runs, lambda run: run.declared)
     ]
     lines = ["Each row runs if the machine allows it."]
-    return [Section("The declared list", Table.of(cells), lines)] if cells else []
+    return [Section("The declared list", TextTable.of(cells), lines)] if cells else []
 
 
 def _runs(runs: Sequence[Results]) -> Section:
@@ -375,7 +375,7 @@ def _runs(runs: Sequence[Results]) -> Section:
                 "date": str(made.get("date", ""))[:10],
             }
         )
-    return Section("Runs: machine and versions of each number", Table.of(cells))
+    return Section("Runs: machine and versions of each number", TextTable.of(cells))
 
 
 def _ceiling(name: str, value: float) -> str:

@@ -21,7 +21,7 @@ EQUAL_MEMORY = "lightstream, gigamorph's memory"  # a second row of lightstream,
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchTask:
     """One step for all peers.
 
     Attributes:
@@ -95,7 +95,7 @@ class StepRow:
         roofline_seconds: of one step in stock PyTorch: the sum over its ops of max(flops / rate, bytes / bandwidth).
     """
 
-    task: Task
+    task: BenchTask
     peer: str
     status: str = OK
     reason: str | None = None
@@ -172,7 +172,7 @@ class LimitRow:
         tries: in order.
     """
 
-    task: Task
+    task: BenchTask
     peer: str
     cap_bytes: int
     status: str = OK

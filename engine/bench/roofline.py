@@ -22,7 +22,7 @@ from ..models.classifier import taking_images
 from ..torch_private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from .meter import time_call
 from .ordinary import autocast, first_tensor, loss_of
-from .results import Task
+from .results import BenchTask
 
 
 def measure_ceilings(device: str, seconds: float = 1.5) -> dict[str, float]:
@@ -68,7 +68,7 @@ def _min_seconds(run: Callable[[], Any], device: str, seconds: float) -> float:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """Ops of a stock PyTorch step: (flops, bytes, number of such ops)."""
 
     ops: tuple[tuple[float, float, int], ...]
@@ -103,7 +103,7 @@ class _Count(TorchDispatchMode):
         return result
 
 
-def count(network: nn.Module, task: Task) -> Work:
+def count(network: nn.Module, task: BenchTask) -> StepWork:
     """Count the ops of a stock PyTorch step on fake tensors, without computation.
 
     Raises:
@@ -122,4 +122,4 @@ def count(network: nn.Module, task: Task) -> Work:
                 output = first_tensor(torch.func.functional_call(network, twins, (image,)))
             if task.training:
                 torch.autograd.grad(loss_of(output), leaves, allow_unused=True)
-    return Work(tuple((flops, size, times) for (flops, size), times in counter.ops.items()))
+    return StepWork(tuple((flops, size, times) for (flops, size), times in counter.ops.items()))

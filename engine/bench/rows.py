@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..tiling.memory import available_bytes
-from .results import FAILED, NOT_RUN, OK, DeclaredRow, StepRow, Task
-from .step import Options, measure
+from .results import FAILED, NOT_RUN, OK, BenchTask, DeclaredRow, StepRow
+from .step import StepOptions, measure
 
 GIB = 2**30
 _ALL = ("stock", "compile", "checkpoint", "gigamorph")
@@ -38,19 +38,19 @@ class Declared:
     text: str
     aim: str
     peers: tuple[str, ...]
-    tasks: tuple[Task, ...]
+    tasks: tuple[BenchTask, ...]
     caps: tuple[float | None, ...] = (None,)
     gpu: int = 0
     host: int = 4
     tile: int | None = None
 
 
-def _gpu(model: str, *image: int, norm: str = "live", training: bool = True) -> tuple[Task, ...]:
-    return (Task(model, image, training, norm, "bf16", "cuda"),)  # pyright: ignore[reportArgumentType]
+def _gpu(model: str, *image: int, norm: str = "live", training: bool = True) -> tuple[BenchTask, ...]:
+    return (BenchTask(model, image, training, norm, "bf16", "cuda"),)  # pyright: ignore[reportArgumentType]
 
 
-def _cpu(model: str, *image: int, norm: str = "frozen") -> tuple[Task, ...]:
-    return (Task(model, image, True, norm, "fp64", "cpu"),)  # pyright: ignore[reportArgumentType]
+def _cpu(model: str, *image: int, norm: str = "frozen") -> tuple[BenchTask, ...]:
+    return (BenchTask(model, image, True, norm, "fp64", "cpu"),)  # pyright: ignore[reportArgumentType]
 
 
 ROWS = (
@@ -166,7 +166,7 @@ ROWS = (
         "start-up: seconds to the first step",
         "1 s more than the step",
         _BOTH,
-        (Task("resnet18", (1, 3, 512, 512)),),
+        (BenchTask("resnet18", (1, 3, 512, 512)),),
     ),
     Declared(
         15,
@@ -180,7 +180,7 @@ ROWS = (
 
 
 @dataclass
-class Outcome:
+class RowOutcome:
     """Outcome of a row, and the steps that were measured for it."""
 
     row: DeclaredRow
@@ -200,16 +200,16 @@ def missing(declared: Declared) -> str | None:
 
 def run(
     ceilings: dict[str, float], numbers: tuple[int, ...] = (), say: Callable[[StepRow], None] = lambda row: None
-) -> Iterator[Outcome]:
+) -> Iterator[RowOutcome]:
     """Run each row, or only those with the given numbers."""
     for declared in ROWS:
         if numbers and declared.number not in numbers:
             continue
         row = DeclaredRow(declared.number, declared.text, declared.aim, NOT_RUN, missing(declared))
-        outcome = Outcome(row)
+        outcome = RowOutcome(row)
         if row.reason is None:
             for task, cap in itertools.product(declared.tasks, declared.caps):
-                options = Options(declared.peers, 3, 20.0, tile=declared.tile)
+                options = StepOptions(declared.peers, 3, 20.0, tile=declared.tile)
                 if cap is not None:
                     options = replace(options, cap=int(cap * GIB), budget=0.9 * cap * GIB)
                 outcome.steps += measure(task, options, ceilings, say)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .ordinary import Prepared
-from .results import Task
+from .results import BenchTask
 
 NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
-def missing(runtime: str, task: Task) -> str | None:
+def missing(runtime: str, task: BenchTask) -> str | None:
     """Return why a runtime cannot run a task, or None."""
     if task.training:
         return "it does not train"
@@ -28,7 +28,7 @@ def missing(runtime: str, task: Task) -> str | None:
     return f"{', '.join(absent)} not installed; pip install 'gigamorph[peers]'" if absent else None
 
 
-def onnxruntime_step(network: nn.Module, task: Task, settings: dict[str, Any]) -> Prepared:
+def onnxruntime_step(network: nn.Module, task: BenchTask, settings: dict[str, Any]) -> Prepared:
     """Build a step with ONNX Runtime's CPU provider."""
     import onnxruntime
 
@@ -46,7 +46,7 @@ def onnxruntime_step(network: nn.Module, task: Task, settings: dict[str, Any]) -
     return network, infer
 
 
-def openvino_step(network: nn.Module, task: Task, settings: dict[str, Any]) -> Prepared:
+def openvino_step(network: nn.Module, task: BenchTask, settings: dict[str, Any]) -> Prepared:
     """Build a step with OpenVINO's CPU plugin in float32; by default it uses bf16 if the processor can."""
     import openvino  # pyright: ignore[reportMissingImports]  (extra [peers])
 
@@ -65,7 +65,7 @@ def openvino_step(network: nn.Module, task: Task, settings: dict[str, Any]) -> P
     return network, infer
 
 
-def export(network: nn.Module, task: Task, folder: Path) -> Path:
+def export(network: nn.Module, task: BenchTask, folder: Path) -> Path:
     """Export a network to ONNX for the image size of a task, including the weights."""
     path = folder / "network.onnx"
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # it prints its progress

@@ -22,7 +22,7 @@ from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .ordinary import autocast
 from .peers import PEERS, TRAINING, Settings
 from .process import Child, measure_in_new_process
-from .results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, StepRow, Task
+from .results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, BenchTask, StepRow
 from .work import build
 
 Say = Callable[[StepRow], None]
@@ -31,7 +31,7 @@ _TILE_SHARE = 0.75  # of stock's bytes; with less, lightstream's work multiplies
 
 
 @dataclass(frozen=True)
-class Options:
+class StepOptions:
     """Options of a comparison.
 
     Attributes:
@@ -58,8 +58,8 @@ class Options:
 
 
 def measure(
-    task: Task,
-    options: Options,
+    task: BenchTask,
+    options: StepOptions,
     ceilings: dict[str, float],
     say: Say = lambda row: None,
     say_first: Say = lambda row: None,
@@ -118,7 +118,7 @@ def measure_row(row: StepRow, steps: int) -> StepRow:
     return row
 
 
-def _budget(row: StepRow, rows: list[StepRow], network: nn.Module, options: Options) -> float | None:
+def _budget(row: StepRow, rows: list[StepRow], network: nn.Module, options: StepOptions) -> float | None:
     """Return the budget of a row in bytes; of a front, a share of stock's peak or the least possible."""
     if row.base_peer != "gigamorph" or row.peer == "gigamorph":
         return options.budget
@@ -140,9 +140,9 @@ def _equal_cap(rows: list[StepRow]) -> int | None:
     return ours.peak_bytes if ours is not None and ours.status in (OK, WRONG) and "lightstream" in run else None
 
 
-def exactness(task: Task) -> list[StepRow]:
+def exactness(task: BenchTask) -> list[StepRow]:
     """Compare stock and gigamorph in float64 on a small image in small tiles, to show the exactness of a step."""
-    options = Options(("stock", "gigamorph"), rounds=1, box=0, tile=_EXACT_TILE)
+    options = StepOptions(("stock", "gigamorph"), rounds=1, box=0, tile=_EXACT_TILE)
     small = replace(task, image=(1, task.image[1], *_EXACT_IMAGE), precision="fp64", device="cpu")
     try:
         return measure(small, options, {})
@@ -150,7 +150,7 @@ def exactness(task: Task) -> list[StepRow]:
         return measure(replace(small, image=task.image), options, {})
 
 
-def _first_step(row: StepRow, network: nn.Module, options: Options, stack: contextlib.ExitStack) -> Child | None:
+def _first_step(row: StepRow, network: nn.Module, options: StepOptions, stack: contextlib.ExitStack) -> Child | None:
     """Start a process and run its first step; return None, with the row's status set, on failure."""
     why = PEERS[row.base_peer].missing(row.task)
     if why is not None:
@@ -181,7 +181,7 @@ def _first_step(row: StepRow, network: nn.Module, options: Options, stack: conte
     return None
 
 
-def settings(peer: str, task: Task, network: nn.Module, options: Options) -> list[Settings]:
+def settings(peer: str, task: BenchTask, network: nn.Module, options: StepOptions) -> list[Settings]:
     """Return candidate settings of a peer; the first that works is used."""
     budget = options.budget
     if peer == EQUAL_MEMORY:
@@ -202,7 +202,9 @@ def settings(peer: str, task: Task, network: nn.Module, options: Options) -> lis
 
 
 @functools.lru_cache(maxsize=4)
-def planned(network: nn.Module, task: Task, budget: int | None, tile: int | None = None, halos: str = "auto") -> Plan:
+def planned(
+    network: nn.Module, task: BenchTask, budget: int | None, tile: int | None = None, halos: str = "auto"
+) -> Plan:
     """Return the plan of a task; see `plan`."""
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     with autocast(task):
@@ -251,7 +253,7 @@ def _compare(row: StepRow, network: nn.Module, path: Path, against: str, referen
         row.status, row.reason = WRONG, wrong
 
 
-def _run_alternately(cells: list[tuple[StepRow, Child]], options: Options) -> None:
+def _run_alternately(cells: list[tuple[StepRow, Child]], options: StepOptions) -> None:
     """Run timed steps alternately, until each peer's rounds or box are used up."""
     warm = 1 if any(row.task.device == "cuda" for row, _ in cells) else 0  # memory was freed after the last round
     for _ in range(options.rounds):

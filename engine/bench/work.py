@@ -20,7 +20,7 @@ from ..torch_private import BatchNorm
 from .meter import NvmlPeak, measure
 from .ordinary import loss_of
 from .peers import PEERS, Settings
-from .results import Task
+from .results import BenchTask
 
 _THREAD_ADDRESS_SPACE = 2**30  # bytes of address space for stacks and heaps of new threads, almost all unused
 _OUTPUTS = 1000  # of a classifier, as in ImageNet
@@ -28,7 +28,7 @@ _MASK_CLASSES = 2  # of a network for masks, where a thousand maps are unrealist
 _WARM_UP_SIDE = 64  # side of the image that makes libraries load
 
 
-def build(task: Task) -> nn.Module:
+def build(task: BenchTask) -> nn.Module:
     """Build the network of a task, with the same weights in every process."""
     torch.manual_seed(0)
     outputs = _MASK_CLASSES if task.model.partition("?")[0] == "unet" else _OUTPUTS
@@ -48,14 +48,14 @@ def _spread_statistics(network: nn.Module) -> None:
             module.running_var.uniform_(0.5, 1.5)
 
 
-def picture(task: Task, channels_last: bool) -> Tensor:
+def picture(task: BenchTask, channels_last: bool) -> Tensor:
     """Return random pixels, the same in every process."""
     dtype = torch.float64 if task.precision == "fp64" else torch.float32
     image = torch.rand(task.image, generator=torch.Generator().manual_seed(1)).to(task.device, dtype)
     return image.contiguous(memory_format=torch.channels_last) if channels_last else image
 
 
-class Work:
+class PeerWork:
     """One peer's steps in this process.
 
     Args:
@@ -63,7 +63,7 @@ class Work:
             limited to about twice as much, to protect the machine; a step above the cap is detected by its peak.
     """
 
-    def __init__(self, task: Task, peer: str, settings: Settings, cap: int | None):
+    def __init__(self, task: BenchTask, peer: str, settings: Settings, cap: int | None):
         self.task, chosen = task, PEERS[peer]
         self.label = chosen.label
         self.nvml = NvmlPeak(task.device)
@@ -136,15 +136,15 @@ class Server:
     """Methods that `Child` calls."""
 
     def __init__(self) -> None:
-        self._work: Work | None = None
+        self._work: PeerWork | None = None
 
     @property
-    def work(self) -> Work:
+    def work(self) -> PeerWork:
         assert self._work is not None
         return self._work
 
     def start(self, task: dict[str, Any], peer: str, settings: Settings, cap: int | None) -> dict[str, Any]:
-        self._work = Work(Task(**{**task, "image": tuple(task["image"])}), peer, settings, cap)
+        self._work = PeerWork(BenchTask(**{**task, "image": tuple(task["image"])}), peer, settings, cap)
         return {"prepare_seconds": self._work.prepare_seconds}
 
     def run(self, steps: int, warm: int) -> dict[str, Any]:

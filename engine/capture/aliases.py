@@ -21,7 +21,7 @@ from ..torch_private import memory_of
 
 
 @dataclass(slots=True)
-class Step:
+class ViewCall:
     """A call that made a view of `parent`: `func(*args, **kwargs)[index]`."""
 
     func: Callable[..., Any]
@@ -47,7 +47,7 @@ class Alias:
 
     tensor: Tensor
     memory: Memory
-    chain: tuple[Step, ...] = ()
+    chain: tuple[ViewCall, ...] = ()
     version: int = 0
 
     @property
@@ -68,7 +68,7 @@ class Aliases:
     of: dict[int, Alias] = field(default_factory=dict)
     memories: dict[int, Memory] = field(default_factory=dict)
 
-    def add(self, tensor: Tensor, step: Step | None) -> None:
+    def add(self, tensor: Tensor, step: ViewCall | None) -> None:
         """Add a new tensor; `step` made it, if it is a view."""
         key = memory_of(tensor)
         memory = self.memories.get(key)
@@ -107,7 +107,7 @@ _PIECES = frozenset(
 )
 
 
-def inverse(step: Step, where: str) -> tuple[Callable[..., Any], str, Callable[[Any, Any], tuple[Any, ...]]]:
+def inverse(step: ViewCall, where: str) -> tuple[Callable[..., Any], str, Callable[[Any, Any], tuple[Any, ...]]]:
     """The call that replaces the view's part of the parent by a new value: function, name, and its arguments.
 
     Raises:
@@ -138,13 +138,13 @@ def inverse(step: Step, where: str) -> tuple[Callable[..., Any], str, Callable[[
     )
 
 
-def is_same(step: Step) -> bool:
+def is_same(step: ViewCall) -> bool:
     """Whether a view is its whole parent, in the same shape."""
     child = step.outputs[step.index]
     return step.name in _SAME and child.shape == step.parent.shape
 
 
-def _piece(step: Step) -> tuple[Any, ...]:
+def _piece(step: ViewCall) -> tuple[Any, ...]:
     """The index of a view that is a piece of its parent along one dimension."""
     parent, child = step.parent, step.outputs[step.index]
     names = {"unbind": 1, "select": 1, "narrow": 1}

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedError
 from ..torch_private import memory_of, without_dispatch_modes
-from .aliases import Step
+from .aliases import ViewCall
 from .call_trees import bind, refs, tree_leaves, tree_map
 from .gradient_fixes import CORRECTED
 from .higher_order import checkpointed
@@ -358,7 +358,7 @@ class Recorder(TorchFunctionMode):
             step = None
             if parent is not None:
                 index = next(n for n, t in enumerate(made) if t is tensor)
-                step = Step(plain, name, args, kwargs, parent, tuple(made), index)
+                step = ViewCall(plain, name, args, kwargs, parent, tuple(made), index)
             if silent and wants and floating:
                 number = self.values.emit(Tensor.detach, "detach", (number,), tensor, False)
             self.values.know(tensor, number, step)

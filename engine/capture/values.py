@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..torch_private import FakeTensorMode, memory_of
-from .aliases import Alias, Aliases, Step, inverse, is_same
+from .aliases import Alias, Aliases, ViewCall, inverse, is_same
 from .call_trees import Ref, refs, tree_map
 from .program import Given, Op, Program, Value, location, order
 from .refusals import SPARSE
@@ -72,7 +72,7 @@ class Values:
         self.know(tensor, number, None)
         return number
 
-    def know(self, tensor: Tensor, number: int, step: Step | None) -> None:
+    def know(self, tensor: Tensor, number: int, step: ViewCall | None) -> None:
         """Register the value number of a fake tensor; `step` made it, if it is a view."""
         self.numbers[id(tensor)] = number
         self.alive.append(tensor)
@@ -136,7 +136,7 @@ class Values:
         number = self.present(known)
         if known.requires_grad and not tensor.requires_grad:
             number = self.emit(Tensor.detach, "detach", (number,), tensor, False)
-        self.know(tensor, number, Step(Tensor.detach, "detach", (known,), {}, known, (tensor,), 0))
+        self.know(tensor, number, ViewCall(Tensor.detach, "detach", (known,), {}, known, (tensor,), 0))
         return tensor
 
     def present(self, tensor: Tensor) -> int:

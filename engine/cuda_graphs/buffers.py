@@ -114,7 +114,7 @@ CHUNK_BYTES = 32 * 2**20
 _ALIGNMENT = 512  # that of PyTorch's own allocations
 
 
-class Arena:
+class SharedBuffers:
     """Memory that several `GraphBuffers` share, each from the beginning; only one of them is in use at a time."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class GraphBuffers:
         arena: the memory of the tensors if they are needed only during the work.
     """
 
-    def __init__(self, arena: Arena | None = None) -> None:
+    def __init__(self, arena: SharedBuffers | None = None) -> None:
         self.inputs: dict[Name, Tensor] = {}
         self.outputs: dict[Name, Tensor] = {}
         self._arena, self._end = arena, (0, 0)

@@ -14,7 +14,7 @@ from ..tiling.halos import Rect
 from ..tiling.scan import Scan
 from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos
-from .buffers import Arena, Executor, GraphBuffers, Name, captured
+from .buffers import Executor, GraphBuffers, Name, SharedBuffers, captured
 from .signature import Outline
 
 MOST_KINDS = 64  # kinds of tiles that are recorded; there are many if strides do not divide the tile
@@ -38,7 +38,7 @@ def switches() -> Hashable:
     )
 
 
-class Recording(GraphBuffers):
+class TileRecording(GraphBuffers):
     """The work of the tiles of one kind in one pass.
 
     Args:
@@ -47,7 +47,7 @@ class Recording(GraphBuffers):
         arena: the memory of the graph buffers.
     """
 
-    def __init__(self, outline: Outline, work: Callable[[Recording], None], arena: Arena):
+    def __init__(self, outline: Outline, work: Callable[[TileRecording], None], arena: SharedBuffers):
         super().__init__(arena)
         self.outline, self.i, self.j = outline, outline.i, outline.j
         self.run = partial(work, self)
@@ -78,7 +78,7 @@ class Recording(GraphBuffers):
         return self.inputs["window", source, self.outline.relative("source", source, rect)]
 
 
-class Bench:
+class RecordingPool:
     """The recordings under one set of settings, and the graph buffers that they share.
 
     Attributes:
@@ -86,20 +86,20 @@ class Bench:
         sums: gradients of the vectors, summed over the tiles of pass 2.
     """
 
-    def __init__(self, tiled: TiledStage, scan: Scan, arena: Arena):
+    def __init__(self, tiled: TiledStage, scan: Scan, arena: SharedBuffers):
         self.tiled, self.arena = tiled, arena
         # Not `scan`: that would keep its image alive.
         self.scan = Scan(tiled, {}, scan.device, scan.dtype, scan.autocast, whole=scan.whole)
-        self.recordings: dict[Hashable, Recording] = {}
+        self.recordings: dict[Hashable, TileRecording] = {}
         self.step = GraphBuffers()
         self.sums: dict[int, Tensor] = {}
 
-    def recording(self, i: int, j: int, key: Hashable, work: Callable[[Recording], None]) -> Recording:
+    def recording(self, i: int, j: int, key: Hashable, work: Callable[[TileRecording], None]) -> TileRecording:
         """The recording of a key, which is created for tile (i, j) if necessary."""
         if key not in self.recordings:
             while len(self.recordings) >= MOST_RECORDINGS:
                 del self.recordings[next(iter(self.recordings))]  # the oldest
-            self.recordings[key] = Recording(Outline(self.tiled, i, j, self.scan.taken), work, self.arena)
+            self.recordings[key] = TileRecording(Outline(self.tiled, i, j, self.scan.taken), work, self.arena)
         return self.recordings[key]
 
     def vectors(self) -> dict[int, Tensor]:

@@ -25,8 +25,8 @@ from ..tiling.record import PassState
 from ..tiling.reduce import Consumers
 from ..tiling.scan import Scan
 from ..tiling.stage import TiledStage
-from .buffers import Arena, Executor
-from .recording import MOST_KINDS, Bench, settings
+from .buffers import Executor, SharedBuffers
+from .recording import MOST_KINDS, RecordingPool, settings
 from .signature import Outline, Signature, axis_signature, translates
 from .tile_passes import Kind, ReplayedBackward, ReplayedForward
 
@@ -34,9 +34,9 @@ from .tile_passes import Kind, ReplayedBackward, ReplayedForward
 class Replays:
     """The recordings of one stage, which implement `Replay` for its scans. Stages of a network share an arena."""
 
-    def __init__(self, tiled: TiledStage, executor: Executor, arena: Arena):
+    def __init__(self, tiled: TiledStage, executor: Executor, arena: SharedBuffers):
         self.tiled, self.executor, self.arena = tiled, executor, arena
-        self.benches: dict[Hashable, Bench] = {}
+        self.benches: dict[Hashable, RecordingPool] = {}
         self.rows, self.cols = (_first_alike(tiled, axis) for axis in (0, 1))
         counts = kinds(self.rows, self.cols)
         self.recorded = {kind for kind, _ in counts.most_common(MOST_KINDS)}
@@ -46,13 +46,13 @@ class Replays:
         kind = (self.rows[i], self.cols[j])
         return kind if kind in self.recorded else None  # pyright: ignore[reportReturnType]
 
-    def _bench(self, scan: Scan, vectors: Mapping[int, Tensor]) -> Bench | None:
+    def _bench(self, scan: Scan, vectors: Mapping[int, Tensor]) -> RecordingPool | None:
         if not self.recorded or any(vector.device.type != scan.device.type for vector in vectors.values()):
             return None  # the value of a host tensor would be captured as a constant
         key = settings(scan)
         if key not in self.benches:
             self.benches.clear()  # frees the recordings of other settings, which are as large as the new ones
-            self.benches[key] = Bench(self.tiled, scan, self.arena)
+            self.benches[key] = RecordingPool(self.tiled, scan, self.arena)
         return self.benches[key]
 
     def forward(self, scan: Scan, vectors: Mapping[int, Tensor]) -> ReplayedForward | None:

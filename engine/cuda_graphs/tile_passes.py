@@ -17,14 +17,14 @@ from ..tiling.stage import TiledStage
 from ..tiling.tile import Halos, Returned, Tile
 from ..torch_private import foreach_zero
 from .buffers import Executor, Name
-from .recording import Bench, Parts, Recording
+from .recording import Parts, RecordingPool, TileRecording
 from .signature import Outline
 
 Kind = tuple[int, int]  # the first row and column of tiles of their signatures
 Kinds = Callable[[int, int], Kind | None]  # the kind of a tile; None if it is not replayed
 
 
-def _entering(recording: Recording, i: int, j: int, read: Read, halos: Halos) -> dict[Name, Tensor]:
+def _entering(recording: TileRecording, i: int, j: int, read: Read, halos: Halos) -> dict[Name, Tensor]:
     """The source windows and halos that tile (i, j) reads."""
     outline, tiled = recording.outline, recording.outline.tiled
     windows = {
@@ -48,7 +48,7 @@ def _parts(
 class ReplayedForward:
     """Replays tiles in pass 1 of one step."""
 
-    def __init__(self, bench: Bench, kinds: Kinds, executor: Executor, vectors: Mapping[int, Tensor]):
+    def __init__(self, bench: RecordingPool, kinds: Kinds, executor: Executor, vectors: Mapping[int, Tensor]):
         self.bench, self.kinds, self.executor = bench, kinds, executor
         bench.step.load({("vector", v): vector.detach() for v, vector in vectors.items()})
 
@@ -61,7 +61,7 @@ class ReplayedForward:
         self._take(recording, i, j, gathered)
         return True
 
-    def _take(self, recording: Recording, i: int, j: int, gathered: Gathered) -> None:
+    def _take(self, recording: TileRecording, i: int, j: int, gathered: Gathered) -> None:
         """Copy the outputs of a tile from the graph buffers."""
         tiled, outline = self.bench.tiled, recording.outline
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -82,7 +82,7 @@ class ReplayedForward:
             gathered.accumulators[number].merge(i, j, tuple(share), tiled.block(value, i, j), width)
 
 
-def _compute(bench: Bench, recording: Recording) -> None:
+def _compute(bench: RecordingPool, recording: TileRecording) -> None:
     """The work of a tile in pass 1."""
     tiled, stage = bench.tiled, bench.tiled.stage
     accumulators = [new_accumulator(r, stage) for r in stage.reductions]
@@ -110,7 +110,7 @@ class ReplayedBackward:
 
     def __init__(
         self,
-        bench: Bench,
+        bench: RecordingPool,
         kinds: Kinds,
         executor: Executor,
         kept: PassState,
@@ -180,12 +180,12 @@ class ReplayedBackward:
 
 
 def _differentiate(
-    bench: Bench,
+    bench: RecordingPool,
     form: list[tuple[int, int, tuple[bool, ...], bool]],
     leaves: list[int],
     sources: set[int],
     needs: set[int],
-    recording: Recording,
+    recording: TileRecording,
 ) -> None:
     """The work of a tile in pass 2."""
     scan, outline, vectors = bench.scan, recording.outline, bench.vectors()
@@ -203,7 +203,7 @@ def _differentiate(
 
 
 def _buffered_consumers(
-    bench: Bench, form: list[tuple[int, int, tuple[bool, ...], bool]], recording: Recording
+    bench: RecordingPool, form: list[tuple[int, int, tuple[bool, ...], bool]], recording: TileRecording
 ) -> Consumers:
     """The consumers of a step, with graph buffers instead of their tensors."""
     stage, step = bench.tiled.stage, bench.step.inputs

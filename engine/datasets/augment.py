@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from ..images.affine import Affine, Map
+from ..images.affine import Affine, CoordinateMap
 from ..images.pixels import PixelSource
 from .counter_random import key_of, uniform
 from .elastic import Elastic
@@ -123,7 +123,7 @@ def augmented(source: PixelSource, augment: Augment, *, seed: int, epoch: int, i
     if any(mirrored):
         source = MirroredSource(source, left_right=mirrored[0], up_down=mirrored[1])
     move, steps = _move(augment, draw, source.shape)
-    back: Map = move.inverse()
+    back: CoordinateMap = move.inverse()
     if augment.elastic:
         grid = augment.elastic_grid or 10 * augment.elastic
         back @= Elastic((draw.key(0), draw.key(1)), augment.elastic, grid)

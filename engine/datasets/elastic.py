@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..images.affine import Coordinates, Map
+from ..images.affine import CoordinateMap, Coordinates
 from .counter_random import uniform
 
 _Four = tuple[np.ndarray, ...]
@@ -25,7 +25,7 @@ _ORIGIN = 2**30  # makes counters of negative grid points positive
 
 
 @dataclass(frozen=True)
-class Elastic(Map):
+class Elastic(CoordinateMap):
     """A deformation of points; sizes are in pixels.
 
     Args:
@@ -55,7 +55,7 @@ class Elastic(Map):
             move_x, move_y = (self._scattered(key, i, j, weights_y, weights_x) for key in self.keys)
         return move_x, move_y
 
-    def inverse(self) -> Map:
+    def inverse(self) -> CoordinateMap:
         return _Inverse(self)
 
     def _region(self, key: np.uint64, i: np.ndarray, j: np.ndarray, weights_y: _Four, weights_x: _Four) -> np.ndarray:
@@ -82,7 +82,7 @@ class Elastic(Map):
 
 
 @dataclass(frozen=True)
-class _Inverse(Map):
+class _Inverse(CoordinateMap):
     """The inverse of a deformation."""
 
     forward: Elastic

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from ..images.affine import Map
+from ..images.affine import CoordinateMap
 from ..images.open import open_pixels
 from ..images.pixels import ImageSource, PixelSource
 from ..images.stored import StoredPixels
@@ -267,7 +267,7 @@ class SampledMask:
         back: from this mask's coordinates to those of the other mask.
     """
 
-    def __init__(self, mask: Mask, back: Map) -> None:
+    def __init__(self, mask: Mask, back: CoordinateMap) -> None:
         self._mask, self._back, self.shape = mask, back, mask.shape
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images.affine import Map
+from ..images.affine import CoordinateMap
 from ..images.parallel import available_cpus
 from ..images.pixels import DerivedSource, PixelSource, check_region
 
@@ -35,9 +35,9 @@ class SampledSource(DerivedSource):
         what: the name of the step, for display and records.
     """
 
-    back: Map
+    back: CoordinateMap
 
-    def __init__(self, source: PixelSource, back: Map, what: str) -> None:
+    def __init__(self, source: PixelSource, back: CoordinateMap, what: str) -> None:
         super().__init__(source)
         self.back, self.added = back, (what,)
 

@@ -23,7 +23,7 @@ from ..datasets.views import DownsampledSource
 from ..errors import DataError
 from ..images.pixels import PixelSource
 from ..report.figure import class_colour, open_axes, outline_colour, png
-from ..report.page import Table
+from ..report.page import TextTable
 from .dice import DICE, SHARE, classes_of_masks, dice_of, patients_of
 from .join import ImageRecords
 from .report import format_value, write_results
@@ -82,7 +82,7 @@ def _means(values: Array) -> Array:
     return np.where(there.any(1), np.nansum(values, 1) / np.maximum(there.sum(1), 1), np.nan)
 
 
-def _overview(found: dict[str, Any]) -> Table:
+def _overview(found: dict[str, Any]) -> TextTable:
     rows = []
     for name in found["outputs"]:
         low, middle, high = found["quartiles"][name] or (None, None, None)
@@ -93,10 +93,10 @@ def _overview(found: dict[str, Any]) -> Table:
         each = format_value(found["per_patient"]["dice"])
         rows.append(["mean of the classes", "", format_value(found["dice"]), each, ""])
     head = ["class", "images", "mean of the images", "mean of the patients", "quartiles of the images"]
-    return Table(head, rows)
+    return TextTable(head, rows)
 
 
-def _worst(rows: Rows, names: Sequence[str], values: Array, order: Sequence[int]) -> Table:
+def _worst(rows: Rows, names: Sequence[str], values: Array, order: Sequence[int]) -> TextTable:
     listed = []
     for n in order[:LISTED]:
         row = rows.rows[n]
@@ -106,7 +106,7 @@ def _worst(rows: Rows, names: Sequence[str], values: Array, order: Sequence[int]
         }
         shares = {f"% of the image, {name}": _percent(row.get(SHARE + name, "")) for name in names}
         listed.append({**who, **cells, **shares})
-    return Table.of(listed)
+    return TextTable.of(listed)
 
 
 def _percent(cell: str) -> str:

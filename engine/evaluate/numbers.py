@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 
 from ..errors import DataError
 from ..report.figure import open_axes, png
-from ..report.page import Table
+from ..report.page import TextTable
 from ..versions import versions
 from .bootstrap import Resamples, listed
 from .cases import Cases, counted_patients
@@ -150,13 +150,13 @@ def write_numbers_report(out: str | Path, images: Cases, found: dict[str, Any]) 
     return write_results(out, found, "numbers.html", pictures, levels=levels)
 
 
-def _measures(outputs: dict[str, dict[str, Any]]) -> Table:
+def _measures(outputs: dict[str, dict[str, Any]]) -> TextTable:
     """A table with a row per measure and a column per number."""
     rows: list[Sequence[object]] = [["rows", *(one["rows"] for one in outputs.values())]]
     rows += [[name, *(format_value(one[key]) for one in outputs.values())] for key, name in NAMES.items()]
     ranks = (one["spearman"] for one in outputs.values())
     rows.append(["Spearman's rho", *("not defined" if one is None else f"{one:.3f}" for one in ranks)])
-    return Table(["", *outputs], rows)
+    return TextTable(["", *outputs], rows)
 
 
 def _figure(cases: Cases, column: int, name: str, measured: dict[str, Any]) -> Figure:

@@ -35,7 +35,7 @@ _NAMES: dict[Level, str] = {"image": "image_path", "breast": "breast", "exam": "
 
 
 @dataclass(frozen=True)
-class Parts:
+class TableParts:
     """The rows of a table by purpose.
 
     Attributes:
@@ -64,7 +64,7 @@ def read_parts(
     score: str | None = None,
     split: str | None = None,
     classes: Sequence[str] | None = None,
-) -> Parts:
+) -> TableParts:
     """The images (or breasts or exams) of a csv with truth and scores, including those without a label.
 
     Scores are the columns log_odds_NAME, else p_NAME (rounded in older files, with ties), else score_NAME, which only
@@ -99,7 +99,7 @@ def read_parts(
         cases = _stated(cases, tuple(classes), path)
     own = [bool(n) for n in np.isin(used, measured)]
     chosen = cases.where(np.isin(used, validation)) if validation else None
-    return Parts(cases.where(own), chosen, counts, tuple(_warnings(rows, cases)))
+    return TableParts(cases.where(own), chosen, counts, tuple(_warnings(rows, cases)))
 
 
 def _stated(cases: Cases, classes: tuple[str, ...], path: Path) -> Cases:
@@ -337,7 +337,7 @@ def _add_own_names(rows: Rows) -> None:
 
 
 def read_rows_of(path: Path, split: str | None, *, only_with: str) -> tuple[Rows, dict[str, dict[str, int]]] | None:
-    """The measured rows and the counts of `Parts`; None without a column that begins with ``only_with``."""
+    """The measured rows and the counts of `TableParts`; None without a column that begins with ``only_with``."""
     rows = _read(path)
     if not any(name.startswith(only_with) for name in rows.header):
         return None
@@ -352,7 +352,7 @@ def _keep_rows(rows: Rows, numbers: Sequence[int]) -> None:
 
 
 def _choose_split(rows: Rows, split: str | None) -> tuple[list[int], dict[str, dict[str, int]]]:
-    """The indices of measured rows, and the counts of `Parts`.
+    """The indices of measured rows, and the counts of `TableParts`.
 
     Raises:
         DataError: if there are no rows, a patient is in two splits, or one of several splits must be chosen.

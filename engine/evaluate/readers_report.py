@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..report.page import Table
+from ..report.page import TextTable
 from .readers import Analysis, Estimate, ReaderStudy
 from .report import format_p, write_results
 
@@ -39,8 +39,10 @@ def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str
         counts=f"{len(readers)} readers, {study.cases} cases, {study.positives} positive",
         covariance={"delong": "DeLong's", "jackknife": "the jackknife's"}[study.covariance],
         analyses=[(words, _table(analysis)) for words, analysis in _analyses(study)],
-        areas=Table(["reader", *study.areas], rows),
-        components=Table(["", "value"], [[name, f"{value:.8f}"] for name, value in asdict(study.components).items()]),
+        areas=TextTable(["reader", *study.areas], rows),
+        components=TextTable(
+            ["", "value"], [[name, f"{value:.8f}"] for name, value in asdict(study.components).items()]
+        ),
     )
 
 
@@ -59,7 +61,7 @@ def _analyses(study: ReaderStudy) -> list[tuple[str, Analysis]]:
     return [(words, analysis) for words, analysis in found if analysis is not None]
 
 
-def _table(analysis: Analysis) -> Table:
+def _table(analysis: Analysis) -> TextTable:
     rows = [[name, *_row(one)] for name, one in (*analysis.modalities.items(), *analysis.differences.items())]
     for reader, differences in analysis.readers.items():
         rows += [[f"reader {reader}: {name}", *_row(one)] for name, one in differences.items()]
@@ -67,7 +69,7 @@ def _table(analysis: Analysis) -> Table:
         test = analysis.test
         df = f"{test.df}" if test.denominator_df is None else f"{test.df} and {test.denominator_df:.2f}"
         rows.append(["all modalities alike", f"statistic {test.statistic:.3f}", "", df, format_p(test.p)])
-    return Table(["", "AUC (95 % interval)", "standard error", "degrees of freedom", "p"], rows)
+    return TextTable(["", "AUC (95 % interval)", "standard error", "degrees of freedom", "p"], rows)
 
 
 def _row(one: Estimate) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..files import write_atomically
 from ..report.figure import png
-from ..report.page import Table, write_page
+from ..report.page import TextTable, write_page
 from . import plots
 from .cases import Cases
 from .evaluate import at_levels
@@ -164,7 +164,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _overview(found: dict[str, Any]) -> Table:
+def _overview(found: dict[str, Any]) -> TextTable:
     rows = []
     for level, one in found["levels"].items():
         for name, output in one["outputs"].items():
@@ -180,10 +180,10 @@ def _overview(found: dict[str, Any]) -> Table:
             mean = format_value(one["mean_auc"])
             rows.append([f"{level}, mean{note}", one["rows"], _patient_count(one), "", mean, "", ""])
     header = ["level, output", "rows", "patients", "positive", "AUC", "DeLong's interval", "average precision"]
-    return Table(header, rows)
+    return TextTable(header, rows)
 
 
-def _compared(found: dict[str, Any]) -> Table:
+def _compared(found: dict[str, Any]) -> TextTable:
     rows = []
     for level, one in found["levels"].items():
         if "unpaired" in one.get("comparison", {}):
@@ -196,7 +196,7 @@ def _compared(found: dict[str, Any]) -> Table:
             test = [_interval(pair["bootstrap"]), _interval(pair["interval"]), format_p(pair["p"])]
             rows.append([f"{level}, {name}{_shared(level, one)}", *areas, *test])
     header = ["level, output", "AUC", "other", "difference", "over patients", "DeLong's interval", "p (DeLong)"]
-    return Table(header, rows)
+    return TextTable(header, rows)
 
 
 def _level(level: str, one: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def _level(level: str, one: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _output(output: dict[str, Any]) -> Table:
+def _output(output: dict[str, Any]) -> TextTable:
     rows = []
     for key, fixed, measured in (
         ("sensitivity_at_specificity", "specificity", "sensitivity"),
@@ -242,7 +242,7 @@ def _output(output: dict[str, Any]) -> Table:
         for key in ("slope", "intercept", "in_the_large"):
             words = {"slope": "calibration slope", "intercept": "calibration intercept"}.get(key, "shift of log-odds")
             rows.append([words, line.get("why", "") if line[key] is None else f"{line[key]:.3f}", ""])
-    return Table(["", "value (95 % interval over patients)", "threshold"], rows)
+    return TextTable(["", "value (95 % interval over patients)", "threshold"], rows)
 
 
 def _threshold(point: dict[str, Any]) -> str:
@@ -267,11 +267,11 @@ def _notes(one: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _confusion(one: dict[str, Any]) -> Table:
+def _confusion(one: dict[str, Any]) -> TextTable:
     names = list(one["outputs"])
     if len(names) == 1:
         names = [f"not {names[0]}", names[0]]
-    return Table(["", *names], [[name, *counts] for name, counts in zip(names, one["confusion"], strict=True)])
+    return TextTable(["", *names], [[name, *counts] for name, counts in zip(names, one["confusion"], strict=True)])
 
 
 def _subgroups(level: str, by: str, name: str, part: dict[str, Any]) -> dict[str, Any]:
@@ -283,15 +283,17 @@ def _subgroups(level: str, by: str, name: str, part: dict[str, Any]) -> dict[str
     return {
         "name": name,
         "by": by,
-        "table": Table([by, "rows", "patients", "positive", "AUC", "sensitivity", "specificity"], rows),
+        "table": TextTable([by, "rows", "patients", "positive", "AUC", "sensitivity", "specificity"], rows),
         "threshold": "" if part["threshold"] is None and part["log_odds"] is None else _threshold(part),
         "picture": _subgroup_picture(level, by, name),
     }
 
 
-def _froc(found: dict[str, Any]) -> Table:
+def _froc(found: dict[str, Any]) -> TextTable:
     rows = [[f"{row['false_marks_per_image']:g}", format_value(row)] for row in found["sensitivity"]]
-    return Table(["false marks per image", "lesions found"], [*rows, ["mean", format_value(found["mean_sensitivity"])]])
+    return TextTable(
+        ["false marks per image", "lesions found"], [*rows, ["mean", format_value(found["mean_sensitivity"])]]
+    )
 
 
 def _pairs(one: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -13,7 +13,7 @@ from ..errors import GigamorphError
 from ..lowering.geometry import Cells
 from ..lowering.ops import Axes, Reduction
 from ..lowering.receptive_field import ReceptiveField, receptive_fields
-from ..lowering.stages import Stage
+from ..lowering.stages import ProgramStage
 from ..tiling.forward import ForwardPass
 from ..tiling.scan import Observer
 from ..torch_private import tree_leaves
@@ -89,7 +89,7 @@ def find_evidence(forward: Forward, score: Score) -> Evidence:
         GigamorphError: if the network has no global pooling.
     """
     staged = forward.prepared.staged
-    pooling = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and step.reductions]
+    pooling = [n for n, step in enumerate(staged.steps) if isinstance(step, ProgramStage) and step.reductions]
     if not pooling:
         raise GigamorphError(
             "the network pools nothing over the image, so it has no class activation map; use gradients: "

@@ -22,7 +22,7 @@ from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole_passes import WholePasses
 from ..lowering.folding import Fold, fold_together
 from ..lowering.ops import VectorOp
-from ..lowering.stages import Stage, StagedProgram
+from ..lowering.stages import ProgramStage, StagedProgram
 from ..planning import constants
 from ..tiling.arena import arena
 from ..tiling.arena_limit import ArenaLimit
@@ -127,7 +127,7 @@ class Forward:
         """Run one step; `again` is true for a recomputation."""
         staged = self.prepared.staged
         step = staged.steps[number]
-        if isinstance(step, Stage):
+        if isinstance(step, ProgramStage):
             self.stage(number, again and any(number == part.stop - 1 for part in staged.segments))
         else:
             with self.saved.saving(step.inputs):
@@ -159,7 +159,7 @@ class Forward:
         nodes = (OwnNode.apply(t) if v in own and t.requires_grad else t for v, t in zip(values, tensors, strict=True))
         self.env.update(zip(values, nodes, strict=True))  # pyright: ignore[reportArgumentType]
 
-    def _parameters(self, stage: Stage) -> list[nn.Parameter]:
+    def _parameters(self, stage: ProgramStage) -> list[nn.Parameter]:
         """The parameters on which a stage depends: among its vectors, and those that its vectors are folded from."""
         reached = frozenset[int]().union(*stage.reach.values())
         folded = (v for op in stage.prelude if not reached.isdisjoint(op.outputs) for v in op.inputs)
@@ -177,7 +177,7 @@ class Forward:
         """The scan of a stage, its source tensors by value number, and its vectors."""
         prepared, plan = self.prepared, self.prepared.plan
         stage = prepared.staged.steps[number]
-        assert isinstance(stage, Stage)
+        assert isinstance(stage, ProgramStage)
         sources: dict[int, Pixels] = {}
         tensors: dict[int, Tensor] = {}
         for value in stage.sources:
@@ -213,7 +213,7 @@ class Forward:
         vectors = [self.env[v] if v in reached else self.env[v].detach() for v in stage.vectors]
         return scan, {v: t if v in reached else t.detach() for v, t in tensors.items()}, vectors
 
-    def _prelude(self, stage: Stage, whole: bool) -> None:
+    def _prelude(self, stage: ProgramStage, whole: bool) -> None:
         """Compute the vectors that the stage's rewrites need; on a GPU all norms are folded in one launch."""
         folds = [op for op in stage.prelude if isinstance(op.run, Fold)] if kernels.enabled(self.device) else []
         self.env.update(fold_together(folds, self.env))

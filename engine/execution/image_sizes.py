@@ -15,7 +15,7 @@ from ..errors import GigamorphError
 from ..images.batches import PixelBatch
 from ..lowering.ops import VectorOp
 from ..torch_private import tree_map
-from .programs import Inputs
+from .programs import GraphInputs
 from .run import run
 
 
@@ -48,7 +48,7 @@ def _outputs_together(net: Any, batches: Sequence[Tensor | PixelBatch]) -> Any:
         )
     others, runner = [net.open(x, _concatenable) for x in batches[1:]], net._runner
 
-    def compute(graphs: Sequence[Graph], inputs: Sequence[Inputs]) -> list[Any]:
+    def compute(graphs: Sequence[Graph], inputs: Sequence[GraphInputs]) -> list[Any]:
         graphs, inputs = [*graphs, *(o.graph for o in others)], [*inputs, *(o.inputs for o in others)]
         prepared = runner.programs.prepare(graphs, inputs, runner.settings)
         for one in prepared:

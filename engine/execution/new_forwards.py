@@ -15,11 +15,11 @@ from ..tiling.scan import Pixels, TileEvent
 from .forward import Forward
 from .image_batch import ImageTensor
 from .prepared import Prepared
-from .programs import Inputs
+from .programs import GraphInputs
 
 
 def begin(
-    inputs: Sequence[Inputs],
+    inputs: Sequence[GraphInputs],
     prepared: Sequence[Prepared],
     page_pool: PagePool,
     on_tile: Callable[[TileEvent], None] | None,

@@ -15,7 +15,7 @@ from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.step_checks import is_one_step
 from ..cuda_graphs.whole_passes import MEMORY_SHARE, WholePasses, can_be_captured
 from ..lowering.ops import VectorOp
-from ..lowering.stages import Stage, StagedProgram
+from ..lowering.stages import ProgramStage, StagedProgram
 from ..planning.call_memory import backward_bytes
 from ..planning.estimate import bytes_in_files
 from ..planning.graph_memory import keeps_graphs
@@ -99,7 +99,7 @@ class Prepared:
     replays: dict[int, Replays] = field(default_factory=dict)
     whole: dict[int, WholePasses] = field(default_factory=dict)
     steps: list[whole_step.WholeStep] = field(default_factory=list)
-    arena: buffers.Arena = field(default_factory=buffers.Arena)
+    arena: buffers.SharedBuffers = field(default_factory=buffers.SharedBuffers)
     shard: SpatialShard | None = None
 
     @cached_property
@@ -142,8 +142,8 @@ class Prepared:
         program = self.staged.program
         updated = {after for _, after in program.updates}
 
-        def statistics(step: Op | VectorOp | Stage) -> bool:
-            if isinstance(step, Stage) or not updated.issuperset(step.outputs):
+        def statistics(step: Op | VectorOp | ProgramStage) -> bool:
+            if isinstance(step, ProgramStage) or not updated.issuperset(step.outputs):
                 return False
             return isinstance(step, VectorOp) or not any(program.values[v].takes_grad for v in step.outputs)
 
@@ -174,7 +174,7 @@ class Prepared:
     @cached_property
     def stage_number(self) -> dict[int, int]:
         """The index of a stage by the index of its step."""
-        places = (number for number, step in enumerate(self.staged.steps) if isinstance(step, Stage))
+        places = (number for number, step in enumerate(self.staged.steps) if isinstance(step, ProgramStage))
         return {number: index for index, number in enumerate(places)}
 
     @property
@@ -237,14 +237,14 @@ class Prepared:
         return self.replays.get(index) if executor is not None else None
 
 
-def makes(step: Op | VectorOp | Stage) -> list[int]:
-    if isinstance(step, Stage):
+def makes(step: Op | VectorOp | ProgramStage) -> list[int]:
+    if isinstance(step, ProgramStage):
         return [*step.results, *(v for op in step.prelude for v in op.outputs)]
     return list(step.outputs)
 
 
-def reads(step: Op | VectorOp | Stage) -> set[int]:
-    if isinstance(step, Stage):
+def reads(step: Op | VectorOp | ProgramStage) -> set[int]:
+    if isinstance(step, ProgramStage):
         made = {v for op in step.prelude for v in op.outputs}
         return {*step.sources, *step.vectors, *(v for op in step.prelude for v in op.inputs)} - made
     return set(step.inputs)
@@ -255,7 +255,7 @@ def _last_uses(staged: StagedProgram) -> dict[int, list[int]]:
     last: dict[int, int] = {}
     for number, step in enumerate(staged.steps):
         last.update(dict.fromkeys(reads(step), number))
-        last.update((v, number) for op in (step.prelude if isinstance(step, Stage) else ()) for v in op.outputs)
+        last.update((v, number) for op in (step.prelude if isinstance(step, ProgramStage) else ()) for v in op.outputs)
     kept = {*staged.program.results(), *staged.program.state()}
     kept -= {v for stage in staged.stages for op in stage.prelude for v in op.outputs}  # named as folded parameters
     uses: dict[int, list[int]] = {}

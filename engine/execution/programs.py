@@ -33,7 +33,7 @@ _REMEMBERED = 16  # cached programs per graph, for image sizes and budgets
 
 
 @dataclass(frozen=True)
-class Settings:
+class PlanSettings:
     """The constraints of plans, and the processes that share an image; see `accelerate`."""
 
     memory_budget: int | None
@@ -62,7 +62,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class GraphInputs:
     """The inputs of a graph in one call.
 
     Attributes:
@@ -104,7 +104,9 @@ class Programs:
     def __iter__(self) -> Iterator[Prepared]:
         return (one for known in self.kept.values() for together in known.values() for one in together)
 
-    def prepare(self, graphs: Sequence[Graph], given: Sequence[Inputs], settings: Settings) -> tuple[Prepared, ...]:
+    def prepare(
+        self, graphs: Sequence[Graph], given: Sequence[GraphInputs], settings: PlanSettings
+    ) -> tuple[Prepared, ...]:
         """The programs of graphs for image batches: a single one, or several that run the steps together."""
         known = self.kept.setdefault(graphs[0], OrderedDict())
         images = [one.image for one in given]
@@ -143,7 +145,7 @@ class Programs:
                 other.free_captures()
 
 
-def check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> None:
+def check_alike(network: nn.Module, image: ImageBatch, settings: PlanSettings) -> None:
     """Raise an error if the processes that share an image differ, because they would deadlock or compute wrong results.
 
     The first value of each weight and statistic is compared, which detects another seed or checkpoint.
@@ -165,7 +167,7 @@ def check_alike(network: nn.Module, image: ImageBatch, settings: Settings) -> No
     )
 
 
-def _key(images: Sequence[ImageBatch], settings: Settings) -> ProgramKey:
+def _key(images: Sequence[ImageBatch], settings: PlanSettings) -> ProgramKey:
     first = images[0]
     return ProgramKey(
         shapes=tuple(one.shape for one in images),
@@ -183,7 +185,7 @@ def _key(images: Sequence[ImageBatch], settings: Settings) -> ProgramKey:
     )
 
 
-def _planned(programs: Sequence[Program], key: ProgramKey, settings: Settings) -> tuple[Prepared, ...]:
+def _planned(programs: Sequence[Program], key: ProgramKey, settings: PlanSettings) -> tuple[Prepared, ...]:
     """Plan recorded programs, with the tiling of each stage."""
     counted = settings.memory_budget is not None or buffers.executor(key.device) is not None
     shard = None if len(programs) > 1 else settings.shard(programs[0])

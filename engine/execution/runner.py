@@ -27,7 +27,7 @@ from .image_batch import ImageBatch, ImageTensor
 from .image_sizes import check_rows
 from .new_forwards import begin
 from .prepared import Prepared
-from .programs import Inputs, Programs, Settings
+from .programs import GraphInputs, PlanSettings, Programs
 from .run import compute
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Call:
     batch: ImageBatch
     further: list[Tensor]
     finish: Callable[[Forward], Sequence[Any]] = compute
-    complete: Callable[[Sequence[Graph], Sequence[Inputs]], Sequence[Any]] | None = None
+    complete: Callable[[Sequence[Graph], Sequence[GraphInputs]], Sequence[Any]] | None = None
     together: MemoryLimit | None = None
     like: Program | None = None
     pieces: bool = False
@@ -84,7 +84,7 @@ class Call:
         return bool(self.regions) or self.batch.image is None or self.batch.image.device != self.batch.device
 
 
-class Opened(Exception):
+class ProgramKnown(Exception):
     """Aborts a call as soon as its program is known.
 
     Attributes:
@@ -92,7 +92,7 @@ class Opened(Exception):
         prepared: its prepared program.
     """
 
-    def __init__(self, graph: Graph, inputs: Inputs, prepared: Prepared):
+    def __init__(self, graph: Graph, inputs: GraphInputs, prepared: Prepared):
         super().__init__("the program is known")
         self.graph, self.inputs, self.prepared = graph, inputs, prepared
 
@@ -109,7 +109,7 @@ class Runner:
         on_tile: called after each tile.
     """
 
-    def __init__(self, settings: Settings, on_tile: Callable[[TileEvent], None] | None = None):
+    def __init__(self, settings: PlanSettings, on_tile: Callable[[TileEvent], None] | None = None):
         self.settings, self.on_tile = settings, on_tile
         self.programs = Programs()
         self.page_pool = PagePool()
@@ -137,16 +137,16 @@ class Runner:
         finally:
             self._call = before
 
-    def open(self, function: FunctionType, call: Call, *args: Any) -> Opened:
+    def open(self, function: FunctionType, call: Call, *args: Any) -> ProgramKnown:
         """The graph and the program of a call, without running it."""
 
-        def found(graphs: Sequence[Graph], inputs: Sequence[Inputs]) -> list[Any]:
-            raise Opened(graphs[0], inputs[0], self.programs.prepare(graphs, inputs, self.settings)[0])
+        def found(graphs: Sequence[Graph], inputs: Sequence[GraphInputs]) -> list[Any]:
+            raise ProgramKnown(graphs[0], inputs[0], self.programs.prepare(graphs, inputs, self.settings)[0])
 
         call.complete = found
         try:
             self.compute(function, call, *args)
-        except Opened as opened:
+        except ProgramKnown as opened:
             return opened
         raise UnsupportedError("the forward computes nothing from its image; use the image in it")
 
@@ -164,7 +164,7 @@ class Runner:
         roles = {} if call is None else self._roles(call, flat)
         if call is None or (call.pieces and "image" not in roles.values()):
             return self._serve_alone(graph, flat)
-        inputs = Inputs(flat, roles, call.batch)
+        inputs = GraphInputs(flat, roles, call.batch)
         if call.complete is not None:
             return call.complete([graph], [inputs])
         prepared = self.programs.prepare([graph], [inputs], self.settings)
@@ -174,7 +174,7 @@ class Runner:
         call.together = forward.memory_limit
         return call.finish(forward)
 
-    def begin(self, call: Call, inputs: Sequence[Inputs], prepared: Sequence[Prepared]) -> list[Forward]:
+    def begin(self, call: Call, inputs: Sequence[GraphInputs], prepared: Sequence[Prepared]) -> list[Forward]:
         """Create a forward for each image batch from the current parameters and buffers."""
         if prepared[0].staged.program.updates:
             refuse_checkpoint()
@@ -201,7 +201,7 @@ class Runner:
         image_grad = torch.is_grad_enabled() and image.requires_grad
         training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat)
         batch = ImageBatch(ImageTensor(image), image, image.dtype, image.device, training, image_grad, (image,))
-        inputs = Inputs(flat, roles, batch)
+        inputs = GraphInputs(flat, roles, batch)
         prepared = self.programs.prepare([graph], [inputs], self.settings)
         (forward,) = self.begin(Call((), {}, {}, {}, batch, []), [inputs], prepared)
         return compute(forward)

@@ -15,7 +15,7 @@ from ..errors import GigamorphError
 from ..lowering.folding import Folded, Scaled
 from ..lowering.geometry import Access
 from ..lowering.ops import Local
-from ..lowering.stages import Stage
+from ..lowering.stages import ProgramStage
 from ..module import locks
 from ..module.first_order import first_order, note_memory
 from ..tiling.arena import in_arena
@@ -189,7 +189,7 @@ def _with_strides_of(vector: Tensor, grad: Tensor) -> Tensor:
     return grad.as_strided(vector.shape, vector.stride())
 
 
-def _refuse_visits(stage: Stage, value: int, vector: Tensor) -> None:
+def _refuse_visits(stage: ProgramStage, value: int, vector: Tensor) -> None:
     """Raise an error if a missing gradient would have effects that stock PyTorch does not have.
 
     Autograd also runs the nodes behind an input whose gradient is None. Most nodes pass None on. But hooks of
@@ -238,7 +238,7 @@ def unreached(what: str) -> GigamorphError:
 
 def _sum_over_shards(
     shard: SpatialShard,
-    stage: Stage,
+    stage: ProgramStage,
     wanted: dict[int, Tensor],
     sums: dict[int, Tensor],
     source_grads: dict[int, Tensor],

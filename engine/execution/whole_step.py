@@ -34,7 +34,7 @@ from .image_batch import as_uploaded
 from .stage_function import OwnNode, is_watched, unreached
 
 
-class Step(Protocol):
+class CapturedForward(Protocol):
     """The interface of a forward (`forward.py`) that a captured step uses."""
 
     env: dict[int, Tensor]
@@ -74,7 +74,7 @@ class WholeStep:
         self._key: Hashable = None
         self._work: _Captured | None = None
 
-    def serves(self, forward: Step) -> bool:
+    def serves(self, forward: CapturedForward) -> bool:
         """Whether a forward can be replayed: nothing observes its steps, and its tensors remain at their addresses."""
         state = _state(forward)
         image_grad = forward.image is not None and forward.image.requires_grad
@@ -87,7 +87,7 @@ class WholeStep:
         looks = saved is not None or torch.is_anomaly_enabled() or forward.observers
         return not (moves or hooked or looks)
 
-    def result(self, forward: Step, compute: Compute) -> tuple[Any] | None:
+    def result(self, forward: CapturedForward, compute: Compute) -> tuple[Any] | None:
         """The outputs of the network, in a tuple; None if the step cannot be replayed."""
         if self._work is not None and self._work.failed:
             self.failed, self._work = True, None
@@ -101,7 +101,7 @@ class WholeStep:
             self._work = _Captured(forward, state, compute, self.executor.apart())
         return self._work.result(forward, state)
 
-    def see(self, forward: Step) -> None:
+    def see(self, forward: CapturedForward) -> None:
         """Check after an op-by-op step whether results share memory with state or each other; copies would not."""
         if self._work is None and not self.failed:
             program = forward.prepared.staged.program
@@ -129,13 +129,13 @@ def _overlap(tensors: Sequence[Tensor]) -> bool:
     return False
 
 
-def _key(forward: Step, state: Mapping[int, Tensor]) -> Hashable:
+def _key(forward: CapturedForward, state: Mapping[int, Tensor]) -> Hashable:
     """The key of a captured step: settings, and the addresses of its tensors."""
     places = tuple((v, t.data_ptr(), t.requires_grad) for v, t in state.items())
     return places, torch.is_grad_enabled(), forward.dtype, Autocast.current(forward.device), switches()
 
 
-def _state(forward: Step) -> dict[int, Tensor]:
+def _state(forward: CapturedForward) -> dict[int, Tensor]:
     """Parameters, buffers and constants by value number, without the copies made for written tensors."""
     made = forward.prepared.folded
     return {v: forward.targets.get(v, t) for v, t in forward.env.items() if v not in made}
@@ -175,7 +175,7 @@ class _Pair:
 class _Captured:
     """A captured step on fixed addresses, with a pair for each form of backward."""
 
-    def __init__(self, forward: Step, state: Mapping[int, Tensor], compute: Compute, executor: Executor):
+    def __init__(self, forward: CapturedForward, state: Mapping[int, Tensor], compute: Compute, executor: Executor):
         self.compute, self.executor, self.failed = compute, executor, False
         self.program, self.buffers = forward.prepared.staged.program, GraphBuffers()
         self.autocast = Autocast.current(forward.device)
@@ -193,7 +193,7 @@ class _Captured:
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def result(self, forward: Step, state: Mapping[int, Tensor]) -> tuple[Any] | None:
+    def result(self, forward: CapturedForward, state: Mapping[int, Tensor]) -> tuple[Any] | None:
         """The outputs of a forward in a tuple; None if an earlier forward waits for its backward."""
         latest = None if self.latest is None else self.latest()
         if latest is not None and not latest.over:
@@ -215,7 +215,7 @@ class _Captured:
         forward.passed.update((v, forward.targets[b]) for b, v in self.program.updates if b in forward.targets)
         return (forward.output(),)
 
-    def _load(self, forward: Step) -> None:
+    def _load(self, forward: CapturedForward) -> None:
         _, _, height, width = forward.pixels.shape
         source = as_uploaded(forward.pixels, forward.device)
         pixels = source.read(0, height, 0, width).to(forward.device, non_blocking=True)

@@ -28,7 +28,7 @@ from ..images.writers import write_tiff
 from ..models.outputs import outputs_of
 from ..predict.decoders import Opened
 from ..predict.delivery import Document
-from ..predict.index import Index
+from ..predict.index import RunDatabase
 from ..predict.job import PredictJob, Result, Unit, texts
 from ..predict.options import RunOptions, Scores, Summary, Watch
 from ..predict.predictor import Classifier, NetworkUnit, Opener, Wanted, check_numbers, naming
@@ -119,7 +119,7 @@ highest first; other columns are those of `gigamorph.engine.predict.predictor.RE
 
 
 @dataclass(frozen=True)
-class Options(RunOptions):
+class ExplainOptions(RunOptions):
     """Options of a run of explanations; see also `RunOptions`.
 
     Attributes:
@@ -137,7 +137,7 @@ def explain(
     opener: Opener,
     sources: Sequence[str | Path | Record],
     out: str | Path,
-    options: Options,
+    options: ExplainOptions,
     watch: Watch | None = None,
 ) -> Summary:
     """Write maps of images, on the pixels of the stored files, and ``marks.csv`` into ``out``.
@@ -166,11 +166,11 @@ class _Explain(PredictJob):
     kind, made, schema, named = "explain", "explanations", EXPLAINED, "name"
     files = ("marks.csv", "exams.csv", *(f"{{name}}{end}" for end in (".png", ".tif", ".map.tif", *_SEG_ENDS)))
 
-    _options: Options
+    _options: ExplainOptions
     _network: Classifier
     _wanted: Wanted
 
-    def __init__(self, opener: Opener, options: Options) -> None:
+    def __init__(self, opener: Opener, options: ExplainOptions) -> None:
         super().__init__(opener, options)
         self.product = "marks.csv" if options.method == "activation" else ""
 
@@ -189,7 +189,7 @@ class _Explain(PredictJob):
         if label is not None and label not in self.classes:
             raise DataError(f"{options.checkpoint}: unknown class {label!r}; it has {', '.join(self.classes)}")
 
-    def look(self, index: Index, watch: Watch) -> None:
+    def look(self, index: RunDatabase, watch: Watch) -> None:
         watch.looked(self._network, [row.record for row in index.sample(4) if not row.url])
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
@@ -198,7 +198,7 @@ class _Explain(PredictJob):
     def compute(self) -> Callable[[Any], Unit]:
         return functools.partial(ExplanationUnit, options=self._options, wanted=self._wanted)
 
-    def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
+    def documents(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """The written DICOM SEGs."""
         for row, result in index.joined(results):
             for one in self._options.formats:
@@ -206,7 +206,7 @@ class _Explain(PredictJob):
                     path = out / f"{result['name']}{SEGMENTATIONS[one]}"
                     yield Document(f"{result['key']}\0{path.name}", row.name, lambda uid, path=path: _read(path))
 
-    def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
+    def tables(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Scores:
         assert self.classes is not None
         classes, label = self.classes, self._options.label
         frame = ["frame"] if "frame" in index.reading else []  # marks are in pixels of the stored file
@@ -247,7 +247,7 @@ class _Explain(PredictJob):
 class ExplanationUnit(NetworkUnit):
     """The unit of explanation."""
 
-    def __init__(self, network: Classifier, options: Options, wanted: Wanted) -> None:
+    def __init__(self, network: Classifier, options: ExplainOptions, wanted: Wanted) -> None:
         super().__init__(network, wanted)
         self._options = options
 
@@ -282,7 +282,7 @@ class ExplanationUnit(NetworkUnit):
         }
 
 
-def _view(row: Row, result: Result, index: Index, classes: Sequence[str]) -> View:
+def _view(row: Row, result: Result, index: RunDatabase, classes: Sequence[str]) -> View:
     marks = [Mark(**mark) for mark in result["marks"]]
     patient = row.record.patient_id if row.record.patient_known else ""
     predicted = prediction_of(row, result, index, None, identifiers=False)

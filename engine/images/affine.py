@@ -1,7 +1,7 @@
 """Invertible coordinate maps: the origin of each pixel of a transformed image.
 
 Mirroring, cropping and scaling are affine; an elastic deformation (`engine/datasets/elastic.py`) is a map too, and a
-composition of maps is a map (`Chain`).
+composition of maps is a map (`ComposedMap`).
 
 Coordinates are continuous, x to the right and y down, in pixels; the pixel in row i and column j covers
 [j, j + 1) x [i, i + 1). So a box around whole pixels has integer sides after mirroring, and after averaging by whole
@@ -21,7 +21,7 @@ from ..errors import DataError
 Coordinates = tuple[np.ndarray, np.ndarray]
 
 
-class Map:
+class CoordinateMap:
     """A continuous, invertible map from the points of one image to those of another."""
 
     def at(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
@@ -32,13 +32,13 @@ class Map:
         """
         raise NotImplementedError
 
-    def inverse(self) -> Map:
+    def inverse(self) -> CoordinateMap:
         """The inverse map."""
         raise NotImplementedError
 
-    def __matmul__(self, first: Map) -> Map:
+    def __matmul__(self, first: CoordinateMap) -> CoordinateMap:
         """The composition: `first`, then this map."""
-        return Chain((self, first))
+        return ComposedMap((self, first))
 
     def points(self, xy: Any) -> np.ndarray:
         """The mapped points (x, y), float64 (..., 2), of points (..., 2)."""
@@ -100,7 +100,7 @@ class Map:
 
 
 @dataclass(frozen=True)
-class Affine(Map):
+class Affine(CoordinateMap):
     """(x, y) -> (xx x + xy y + x0, yx x + yy y + y0)."""
 
     xx: float = 1.0
@@ -133,8 +133,8 @@ class Affine(Map):
     @overload
     def __matmul__(self, first: Affine) -> Affine: ...
     @overload
-    def __matmul__(self, first: Map) -> Map: ...
-    def __matmul__(self, first: Map) -> Map:
+    def __matmul__(self, first: CoordinateMap) -> CoordinateMap: ...
+    def __matmul__(self, first: CoordinateMap) -> CoordinateMap:
         """The composition: `first`, then this map."""
         if not isinstance(first, Affine):
             return super().__matmul__(first)
@@ -165,15 +165,15 @@ class Affine(Map):
 
 
 @dataclass(frozen=True)
-class Chain(Map):
+class ComposedMap(CoordinateMap):
     """A composition of maps; the last one is applied first, as in a product of matrices."""
 
-    maps: tuple[Map, ...]
+    maps: tuple[CoordinateMap, ...]
 
     def at(self, x: np.ndarray, y: np.ndarray) -> Coordinates:
         for own in reversed(self.maps):
             x, y = own.at(x, y)
         return x, y
 
-    def inverse(self) -> Chain:
-        return Chain(tuple(own.inverse() for own in reversed(self.maps)))
+    def inverse(self) -> ComposedMap:
+        return ComposedMap(tuple(own.inverse() for own in reversed(self.maps)))

@@ -19,7 +19,7 @@ Criterion = Callable[[Any, Any], Any]
 
 
 @dataclass
-class Labels:
+class LabelSource:
     """Labels as a source of a stage: a tensor, or a source that is read by region."""
 
     values: Any

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .affine import Affine, Map
+from .affine import Affine, CoordinateMap
 from .levels import White, brighter_half, find_white, highest, require_side, require_white, sample_rows
 from .stored import StoredPixels, integer_dtype, is_wide
 
@@ -299,7 +299,7 @@ def _flipped(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     return values.flip(axes)
 
 
-def to_original(source: PixelSource) -> Map:
+def to_original(source: PixelSource) -> CoordinateMap:
     """The map from a source's coordinates to those of its file; the identity for sources without one."""
     return getattr(source, "to_original", Affine())
 
@@ -329,7 +329,7 @@ class DerivedSource:
         added: the steps that are applied to the source, in order, for display and records.
     """
 
-    back: Map | None = None
+    back: CoordinateMap | None = None
     added: tuple[str, ...] = ()
 
     def __init__(self, source: PixelSource, height: int | None = None, width: int | None = None) -> None:
@@ -339,7 +339,7 @@ class DerivedSource:
         self.shape = (channels, height or size[0], width or size[1])
 
     @property
-    def to_original(self) -> Map:
+    def to_original(self) -> CoordinateMap:
         """The map from this image's coordinates to those of the file."""
         found = to_original(self.source)
         return found if self.back is None else found @ self.back

@@ -20,7 +20,7 @@ from .folding import Fold
 from .geometry import Access, Window
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments
-from .stages import Stage, only_readers
+from .stages import ProgramStage, only_readers
 
 ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu"}
 
@@ -61,7 +61,7 @@ class ConvChain:
         bias = None if bias is None else bias.value
         return cls(x, weight, bias, None, *steps, channels_last=conv.op.name == "linear", members=[conv])
 
-    def reads(self, stage: Stage) -> dict[int, tuple[Access, Access]]:
+    def reads(self, stage: ProgramStage) -> dict[int, tuple[Access, Access]]:
         """The accesses of an op that computes the chain."""
         found = dict(self.members[0].reads)
         if self.residual is not None:
@@ -69,7 +69,7 @@ class ConvChain:
         return found
 
 
-def _depths(stage: Stage) -> dict[int, int]:
+def _depths(stage: ProgramStage) -> dict[int, int]:
     """Number of ops on the longest path from the image to each map."""
     depths = dict.fromkeys(stage.sources, 0)
     for local in stage.locals:
@@ -78,7 +78,7 @@ def _depths(stage: Stage) -> dict[int, int]:
     return depths
 
 
-def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[str]) -> list[ConvChain]:
+def find_chains(stage: ProgramStage, dtypes: Container[torch.dtype], acts: Container[str]) -> list[ConvChain]:
     """The convolutions of a stage with the sums and activations after them; layer scales are folded immediately.
 
     Args:
@@ -130,13 +130,13 @@ def find_chains(stage: Stage, dtypes: Container[torch.dtype], acts: Container[st
     return found_chains
 
 
-def _is_pixel_linear(stage: Stage, local: Local) -> bool:
+def _is_pixel_linear(stage: ProgramStage, local: Local) -> bool:
     return local.op.name == "linear" and all(
         len(stage.maps.shape(v)) == 4 and stage.maps.axes[v] == (1, 2) for v in (*local.reads, *local.op.outputs)
     )
 
 
-def channel_scale(stage: Stage, local: Local, value: int, channels_last: bool) -> int | None:
+def channel_scale(stage: ProgramStage, local: Local, value: int, channels_last: bool) -> int | None:
     """The vector that multiplies the channels of `value` (a layer scale); None for other ops."""
     operands = [arg.value for arg in local.op.args if isinstance(arg, Ref)]
     if local.op.name.strip("_") not in ("mul", "imul", "rmul") or len(operands) != 2 or value not in operands:
@@ -195,7 +195,7 @@ def scaled(weight: Tensor, factors: Tensor) -> Tensor:
     return weight * (factors.reshape(-1, *[1] * (weight.dim() - 1)) if factors.dim() == 1 else factors)
 
 
-def _fold_scale(stage: Stage, spec: ConvChain, scale: int) -> None:
+def _fold_scale(stage: ProgramStage, spec: ConvChain, scale: int) -> None:
     """Multiply weight and bias by a layer scale, once per step and by ordinary autograd."""
     values, run = stage.program.values, LayerScale(spec.weight, spec.bias, scale)
     given = [v for v in (spec.weight, spec.bias) if v is not None]
@@ -205,7 +205,7 @@ def _fold_scale(stage: Stage, spec: ConvChain, scale: int) -> None:
     spec.weight, spec.bias = made[0], None if spec.bias is None else made[1]
 
 
-def leave_unscaled(stage: Stage, chain: ConvChain) -> None:
+def leave_unscaled(stage: ProgramStage, chain: ConvChain) -> None:
     """Set the chain's weight to the network's own, with the factors of norms, layer scales and gates separate.
 
     Packing multiplies the weights one by one, so the scaled weights are never all in memory.
@@ -228,7 +228,7 @@ def leave_unscaled(stage: Stage, chain: ConvChain) -> None:
         chain.weight, chain.factors = run.weight, (factors, *chain.factors)
 
 
-def other_summand(stage: Stage, local: Local, value: int) -> int | None:
+def other_summand(stage: ProgramStage, local: Local, value: int) -> int | None:
     """The map of the same shape and dtype that an op adds to `value`; None for other ops."""
     op, values = local.op, stage.program.values
     operands = [arg.value for arg in op.args if isinstance(arg, Ref)]
@@ -255,7 +255,7 @@ def fused_op(chain: ConvChain, name: str) -> Op:
     return replace(first.op, name=name, args=(), kwargs={}, inputs=tuple(inputs), outputs=last.op.outputs)
 
 
-def fold_gates(stage: Stage) -> None:
+def fold_gates(stage: ProgramStage) -> None:
     """Multiply factors for the channels of a map, as in squeeze-and-excite, into the convolution that reads them:
 
         conv(x * s, w) = conv(x, w * s),   s a factor for each input channel
@@ -277,7 +277,7 @@ def fold_gates(stage: Stage) -> None:
     stage.locals = [local for local in stage.locals if id(local) not in dropped]
 
 
-def _fold_gate(stage: Stage, conv: Local, value: int, scale: int) -> bool:
+def _fold_gate(stage: ProgramStage, conv: Local, value: int, scale: int) -> bool:
     values = stage.program.values
     own = arguments(conv.op, "input weight bias stride padding dilation groups", dilation=1, groups=1)
     weight = own["weight"].value

@@ -25,7 +25,7 @@ from ..capture.program import Ref, Value
 from ..torch_private import foreach_copy
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments, batch_norm_arguments
-from .stages import Stage, only_readers
+from .stages import ProgramStage, only_readers
 
 _AT_A_TIME = 1 << 20  # bytes of a weight whose gradient is computed at a time
 
@@ -105,7 +105,7 @@ class Scaled(torch.autograd.Function):
         return list(node.next_functions)
 
 
-def fold_batch_norm(stage: Stage) -> None:
+def fold_batch_norm(stage: ProgramStage) -> None:
     """Fold every frozen BatchNorm that is the only reader of a convolution into that convolution."""
     readers = only_readers(stage)
     makers = {local.op.outputs[0]: local for local in stage.locals if local.op.name == "conv2d"}
@@ -122,7 +122,7 @@ def fold_batch_norm(stage: Stage) -> None:
     stage.locals = [local for local in stage.locals if id(local) not in dropped]
 
 
-def _fold(stage: Stage, conv: Local, norm: Local, given: dict[str, Any]) -> None:
+def _fold(stage: ProgramStage, conv: Local, norm: Local, given: dict[str, Any]) -> None:
     values = stage.program.values
     own = arguments(conv.op, "input weight bias stride padding dilation groups")
     weight, mean, var = own["weight"].value, given["running_mean"].value, given["running_var"].value
@@ -153,8 +153,8 @@ def fold_together(folds: Sequence[VectorOp], env: Env) -> dict[int, Tensor]:
     for _, group in groupby(sorted(folds, key=form), key=lambda op: form(op)[:-1]):
         ops = list(group)
         runs: list[Any] = [op.run for op in ops]
-        columns = [[getattr(run, name) for run in runs] for name in Parts._fields]
-        parts = Parts(*(tuple(env[v] for v in column) if None not in column else () for column in columns))
+        columns = [[getattr(run, name) for run in runs] for name in ConvTensors._fields]
+        parts = ConvTensors(*(tuple(env[v] for v in column) if None not in column else () for column in columns))
         flat = [t for column in parts for t in column]
         made = Folded.apply(len(ops), [bool(column) for column in parts], runs[0].eps, *flat)
         for op, weight, bias in zip(ops, made[: len(ops)], made[len(ops) :], strict=True):  # pyright: ignore
@@ -162,7 +162,7 @@ def fold_together(folds: Sequence[VectorOp], env: Env) -> dict[int, Tensor]:
     return found
 
 
-class Parts(NamedTuple):
+class ConvTensors(NamedTuple):
     """Tensors of several convolutions by role, one per convolution; an empty tuple for an absent role."""
 
     weight: tuple[Tensor, ...]
@@ -173,7 +173,7 @@ class Parts(NamedTuple):
     beta: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], count: int, present: Sequence[bool]) -> Parts:
+    def of(cls, tensors: Sequence[Tensor], count: int, present: Sequence[bool]) -> ConvTensors:
         left = list(tensors)
         return cls(*(tuple(left.pop(0) for _ in range(count)) if part else () for part in present))
 
@@ -187,7 +187,7 @@ class Folded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, present: list[bool], eps: float, *tensors: Tensor):
-        parts = Parts.of(tensors, count, present)
+        parts = ConvTensors.of(tensors, count, present)
         _, scale, distance = _factors(parts, eps)
         offset = distance * scale
         if parts.beta:
@@ -200,7 +200,7 @@ class Folded(torch.autograd.Function):
             rows = rows.contiguous(memory_format=torch.channels_last)  # the memory order of maps
             weights += rows.split(sizes[members])
         biases = offset.to(parts.weight[0].dtype).split(sizes)
-        wants = Parts.of(ctx.needs_input_grad[3:], count, present)
+        wants = ConvTensors.of(ctx.needs_input_grad[3:], count, present)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.form = count, present, eps
@@ -212,7 +212,7 @@ class Folded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None):
         count, present, eps = ctx.form
-        parts, wants = (Parts.of(t, count, present) for t in (ctx.saved_tensors, ctx.needs_input_grad[3:]))
+        parts, wants = (ConvTensors.of(t, count, present) for t in (ctx.saved_tensors, ctx.needs_input_grad[3:]))
         reached = [any(grad is not None for grad in grads[n::count]) for n in range(count)]
         rstd, scale, distance = _factors(parts, eps)
         found: dict[str, Sequence[Tensor]] = {"weight": []}
@@ -235,7 +235,7 @@ class Folded(torch.autograd.Function):
             found["mean"] = _like(parts.mean, -dbias * scale)
             found["var"] = _like(parts.var, slope * gamma * rstd**3 * -0.5)
         results: list[Tensor | None] = []
-        for name, column in zip(Parts._fields, wants, strict=True):
+        for name, column in zip(ConvTensors._fields, wants, strict=True):
             results += [found[name][n] if want and reached[n] else None for n, want in enumerate(column)]
         return None, None, None, *results
 
@@ -246,7 +246,7 @@ class Folded(torch.autograd.Function):
         return [node.next_functions[part * count + output % count] for part in range(sum(present))]
 
 
-def _factors(parts: Parts, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _factors(parts: ConvTensors, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """For all channels: 1 / sqrt(var + eps), that times gamma, and the bias minus the mean."""
     wide = torch.promote_types(parts.weight[0].dtype, torch.float32)
     rstd = torch.rsqrt(_flat(parts.var, wide) + eps)

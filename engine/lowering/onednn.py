@@ -29,7 +29,7 @@ from ..torch_private import convolution_pointwise, reorder_convolution_weight
 from .conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, leave_unscaled, scaled
 from .ops import Block, Env, Local
 from .ops.window import split_padding
-from .stages import Packing, Stage
+from .stages import Packing, ProgramStage
 
 # Activations that oneDNN computes as PyTorch does. Its ReLUs turn NaN into 0, and its GELU turns infinity into NaN:
 # these run after it, in place, while the block is in the cache.
@@ -60,7 +60,7 @@ def allowed() -> bool:
     return enabled and precision in ("none", "ieee") and current_mode() != "stock"
 
 
-def gains_by_winograd(stage: Stage, chain: ConvChain) -> bool:
+def gains_by_winograd(stage: ProgramStage, chain: ConvChain) -> bool:
     """Whether Winograd's filtering is available and faster for a convolution."""
     plain = chain.stride == chain.dilation == (1, 1) and chain.groups == 1 and not chain.channels_last
     weight, output = stage.program.values[chain.weight], chain.members[0].op.outputs[0]
@@ -68,7 +68,7 @@ def gains_by_winograd(stage: Stage, chain: ConvChain) -> bool:
     return plain and winograd.pays(tuple(weight.shape), pixels) and winograd.missing() is None
 
 
-def fuse_on_cpu(stage: Stage) -> None:
+def fuse_on_cpu(stage: ProgramStage) -> None:
     """Replace float32 convolutions and the sums and activations after them by oneDNN ops, if available."""
     if not runs():
         return
@@ -165,7 +165,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (h * w * c, 1, w * c, c)) if c == 1 else x
 
 
-def _replace(stage: Stage, chain: ConvChain) -> None:
+def _replace(stage: ProgramStage, chain: ConvChain) -> None:
     first, weight = chain.members[0], stage.program.values[chain.weight]
     gains = gains_by_winograd(stage, chain)
     packing = None

@@ -21,7 +21,7 @@ from statistics import fmean
 import numpy as np
 
 from .geometry import Access, Chain, Mirror, TransposedWindow, Window
-from .stages import Stage, StagedProgram
+from .stages import ProgramStage, StagedProgram
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def receptive_fields(staged: StagedProgram) -> dict[int, Fields]:
     size = maps.size(program.image)
     found = {v: (pixel, pixel) for v in (program.image, *program.inputs) if maps.size(v) == size}
     for step in staged.steps:
-        if isinstance(step, Stage):
+        if isinstance(step, ProgramStage):
             for local in step.locals:
                 paths = [_through(found[v], access) for v, access in local.reads.items() if v in found]
                 known = [fields for fields in paths if fields is not None]

@@ -26,7 +26,7 @@ from .folding import fold_batch_norm
 from .onednn import fuse_on_cpu
 from .ops import Block, Env
 from .ops.base import Run
-from .stages import Stage, StagedProgram, only_readers, vector_inputs
+from .stages import ProgramStage, StagedProgram, only_readers, vector_inputs
 from .winograd import winograd_in_training
 
 _MAKES_A_NEW_TENSOR = frozenset(
@@ -59,7 +59,7 @@ def prepare(staged: StagedProgram, training: bool, image_grad: bool = False) -> 
         stage.vectors = vector_inputs(stage)
 
 
-def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
+def unvalued_runs(stage: ProgramStage, with_halo: set[int]) -> dict[int, Run]:
     """Functions without values for the second pass over ops whose stored output no op of the stage reads.
 
     Args:
@@ -77,7 +77,7 @@ def unvalued_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
     return {value: run for value, run in runs.items() if run is not None and value not in read}
 
 
-def in_place_runs(stage: Stage, with_halo: set[int]) -> dict[int, Run]:
+def in_place_runs(stage: ProgramStage, with_halo: set[int]) -> dict[int, Run]:
     """In-place functions for ReLU and residual sums with an input that nothing else and no later tile reads.
 
     Args:

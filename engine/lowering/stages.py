@@ -6,10 +6,10 @@ image that it waits for: the image and the parameters have level 0, a result red
     level 0      level 1            level 1            level 2        level 2
     image  ->  stage: conv  ->  statistics of it  ->  stage: norm, ... -> pooled  ->  classifier
 
-One pass over the tiles computes everything of one level (`Stage`). The *sources* of a stage are the image and maps that
-an earlier stage has stored. A map that a later stage reads is stored or (as `split` decides) computed again from its
-sources. Ordinary PyTorch computes the vectors between stages, so autograd joins the stages: each is one function of its
-sources and vectors. A network whose only reduction is the last pooling is a single stage.
+One pass over the tiles computes everything of one level (`ProgramStage`). The *sources* of a stage are the image and
+maps that an earlier stage has stored. A map that a later stage reads is stored or (as `split` decides) computed again
+from its sources. Ordinary PyTorch computes the vectors between stages, so autograd joins the stages: each is one
+function of its sources and vectors. A network whose only reduction is the last pooling is a single stage.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _CAST_BY_AUTOCAST = frozenset({"conv2d", "fused_conv2d", "fused_stem", "linear"}
 
 
 @dataclass
-class Stage:
+class ProgramStage:
     """One stage: local ops from its sources to reductions and stored maps, all in program order.
 
     Attributes:
@@ -155,22 +155,22 @@ class StagedProgram:
 
     program: Program
     maps: Maps
-    steps: list[Op | VectorOp | Stage]
+    steps: list[Op | VectorOp | ProgramStage]
     segments: list[range] = field(default_factory=list)
     place: str = "device"
 
     @property
-    def stages(self) -> list[Stage]:
-        return [step for step in self.steps if isinstance(step, Stage)]
+    def stages(self) -> list[ProgramStage]:
+        return [step for step in self.steps if isinstance(step, ProgramStage)]
 
     def stage_maps(self) -> dict[int, int]:
         """The stored maps that only stages read, and the number of these stages."""
         readers = dict.fromkeys((v for stage in self.stages for v in stage.stored), 0)
         for step in self.steps:
-            for v in step.sources if isinstance(step, Stage) else ():
+            for v in step.sources if isinstance(step, ProgramStage) else ():
                 if v in readers:
                     readers[v] += 1
-        others = [v for step in self.steps if not isinstance(step, Stage) for v in step.inputs]
+        others = [v for step in self.steps if not isinstance(step, ProgramStage) for v in step.inputs]
         for v in (*others, *self.program.results()):
             readers.pop(v, None)
         return readers
@@ -185,7 +185,7 @@ class StagedProgram:
                 found.update(v for v in outputs if values[v].takes_grad)
 
         for step in self.steps:
-            if not isinstance(step, Stage):
+            if not isinstance(step, ProgramStage):
                 follow(step.inputs, step.outputs)
                 continue
             for part in (*step.prelude, *(local.op for local in step.locals)):
@@ -199,7 +199,7 @@ class StagedProgram:
         return self.trainable() | ({self.program.image} if image_grad else set())
 
 
-def readers_of(stage: Stage) -> dict[int, list[Local]]:
+def readers_of(stage: ProgramStage) -> dict[int, list[Local]]:
     """The local ops that read each map."""
     readers: dict[int, list[Local]] = {}
     for local in stage.locals:
@@ -208,19 +208,19 @@ def readers_of(stage: Stage) -> dict[int, list[Local]]:
     return readers
 
 
-def private_maps(stage: Stage) -> set[int]:
+def private_maps(stage: ProgramStage) -> set[int]:
     """Maps that only local ops read."""
     public = {r.value for r in stage.reductions} | set(stage.stored)
     return {v for local in stage.locals for v in local.op.outputs} - public
 
 
-def only_readers(stage: Stage) -> dict[int, Local]:
+def only_readers(stage: ProgramStage) -> dict[int, Local]:
     """The reader of each map that a single local op, and nothing else, reads."""
     private = private_maps(stage)
     return {v: found[0] for v, found in readers_of(stage).items() if len(found) == 1 and v in private}
 
 
-def vector_inputs(stage: Stage) -> list[int]:
+def vector_inputs(stage: ProgramStage) -> list[int]:
     """The vectors that local ops read."""
     found: dict[int, None] = {}
     for local in stage.locals:
@@ -332,7 +332,7 @@ def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: 
     stored_maps = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
     reductions = [node for node in nodes if isinstance(node, Reduction)]
     last = max([level[v] for v in level], default=0)
-    steps: list[Op | VectorOp | Stage] = []
+    steps: list[Op | VectorOp | ProgramStage] = []
     late, deferred = _only_for_state(maps, nodes), _deferred_levels(maps, nodes, level)
     between: dict[int, list[Op | VectorOp]] = {}  # by level
     for node in nodes:
@@ -410,7 +410,7 @@ def _stage(
     reductions: list[Reduction],
     written: list[int],
     available: set[int],
-) -> Stage:
+) -> ProgramStage:
     """The stage with the local ops that reductions and stored maps need, back to available maps."""
     wanted = [*(r.value for r in reductions), *written]
     needed: dict[int, Local] = {}  # by position in the program
@@ -424,7 +424,7 @@ def _stage(
             needed[place] = local
             wanted.extend(local.reads)
     own = [needed[place] for place in sorted(needed)]  # other stages may contain them as well
-    stage = Stage(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
+    stage = ProgramStage(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
     stage.vectors = vector_inputs(stage)
     return stage
 

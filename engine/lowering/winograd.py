@@ -21,12 +21,12 @@ from .onednn import allowed, for_winograd, gains_by_winograd
 from .ops import Block, Env, Local
 from .ops.base import Run
 from .ops.window import split_padding
-from .stages import Packing, Stage
+from .stages import Packing, ProgramStage
 
 _ONE = (1, 1)
 
 
-def winograd_in_training(stage: Stage) -> None:
+def winograd_in_training(stage: ProgramStage) -> None:
     """Replace the convolutions of a stage that are faster with the kernel, if it is available."""
     for local in stage.locals:
         if local.op.name == "conv2d" and stage.program.values[local.op.outputs[0]].dtype == torch.float32:
@@ -35,7 +35,7 @@ def winograd_in_training(stage: Stage) -> None:
                 _replace(stage, local, chain)
 
 
-def _replace(stage: Stage, local: Local, chain: ConvChain) -> None:
+def _replace(stage: ProgramStage, local: Local, chain: ConvChain) -> None:
     value, weight, bias = chain.x, chain.weight, chain.bias
     packed, rotated = (stage.maps.new_value(like=weight) for _ in range(2))
     for number, for_input in ((packed, False), (rotated, True)):

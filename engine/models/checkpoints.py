@@ -47,7 +47,7 @@ class Inert:
 
 
 @dataclass(frozen=True)
-class State:
+class WeightFile:
     """The weights of a file.
 
     Attributes:
@@ -68,7 +68,7 @@ class State:
     rest: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_state(path: str | Path, prefix: str = "") -> State:
+def read_state(path: str | Path, prefix: str = "") -> WeightFile:
     """Read weights from a .safetensors file, a Hugging Face index or a file of torch.save.
 
     An index is ``model.safetensors.index.json``; torch.save may have written a state dict or a checkpoint with one.
@@ -88,12 +88,12 @@ def read_state(path: str | Path, prefix: str = "") -> State:
         raise DataError(f"{path}: no such weights file")
     if path.name.endswith(INDEX):
         tensors, shards = _sharded(path)
-        return State(path, _select_subtree(tensors, prefix, path), shards=shards)
+        return WeightFile(path, _select_subtree(tensors, prefix, path), shards=shards)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         try:
-            state = State(path, load_file(path))
+            state = WeightFile(path, load_file(path))
         except Exception as error:  # safetensors' own error class, and OSError
             _refuse_pointer(path)
             raise DataError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
@@ -109,7 +109,7 @@ def read_state(path: str | Path, prefix: str = "") -> State:
     for key in place.split(".") if place else ():
         loaded = loaded[key]
     extras = tuple(name for name in loaded if name not in found[place])
-    return State(path, _select_subtree(found[place], prefix, path), place, others, extras, rest=rest)
+    return WeightFile(path, _select_subtree(found[place], prefix, path), place, others, extras, rest=rest)
 
 
 def _sharded(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from . import families
 from .attributes import Named, name_ints, set_int, unname_ints
-from .copies import ParameterMap, Plan
+from .copies import CopyPlan, ParameterMap
 from .example import Inputs
 from .labels import Label, along, row_vids
-from .lookup import FREE, MISSING, Rows
+from .lookup import FREE, MISSING, SlabRows
 from .parent_run import ParentRun
 from .primitives import (
     BarrierRecord,
@@ -46,7 +46,7 @@ class ChildCheck(Tracer):
 
     real = False
 
-    def __init__(self, child: nn.Module, found: ParentRun, plan: Plan):
+    def __init__(self, child: nn.Module, found: ParentRun, plan: CopyPlan):
         super().__init__(child, found.table)
         self.found = found
         self.followed_parameters |= found.parameters.keys()
@@ -230,7 +230,7 @@ class ChildCheck(Tracer):
         if not torch.equal(parents // (channels // groups), own):
             raise Mismatch("output channels are copied into other groups", [slabs])
         for new, before in zip(slabs.chunk(groups), record.index.rows.chunk(groups), strict=True):
-            index = record.index if groups == 1 else Rows(before)
+            index = record.index if groups == 1 else SlabRows(before)
             at = index.find(new)
             if bool((at == MISSING).any()):
                 bad = int((at == MISSING).nonzero()[0])
@@ -300,7 +300,7 @@ class ChildCheck(Tracer):
 
 
 def run_child(
-    child: nn.Module, found: ParentRun, plan: Plan, inputs: Inputs, outputs: list[Any]
+    child: nn.Module, found: ParentRun, plan: CopyPlan, inputs: Inputs, outputs: list[Any]
 ) -> dict[str, ParameterMap]:
     """Check a child whose vectors have the plan's sizes, and set its attributes to these sizes.
 

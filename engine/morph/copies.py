@@ -41,7 +41,7 @@ class ParameterMap:
 
 
 @dataclass
-class Plan:
+class CopyPlan:
     """Copies per class, laid out along the parameter axes.
 
     Attributes:
@@ -61,13 +61,13 @@ class Plan:
         return torch.arange(count), torch.zeros(count, dtype=torch.bool)
 
 
-def make_plan(found: ParentRun, copies: Copies) -> Plan:
+def make_plan(found: ParentRun, copies: Copies) -> CopyPlan:
     """Lay out the copies: each maximal run of one class without borders is repeated as a block, new channels last."""
     counts = np.zeros((2, found.atoms.size), dtype=np.int64)
     counts[0] = 1
     for root, copied_and_new in copies.items():
         counts[:, root] = copied_and_new
-    plan = Plan(counts)
+    plan = CopyPlan(counts)
     borders = found.borders.find()
     known: dict[bytes, tuple[Tensor, Tensor]] = {}  # e.g. all vectors of a norm have the same layout
     for axis, atoms in found.axes.items():

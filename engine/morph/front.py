@@ -29,7 +29,7 @@ from .activation import PAct, activation
 from .copying import as_ordered, cast, channels_last, duplicate
 from .example import as_inputs
 from .other_sizes import other_inputs
-from .stem import Stem, View, find_stem, record, view
+from .stem import ImageReaders, InputSummary, find_stem, record, view
 from .step import Report, Step
 from .stock import as_given, stock
 from .surgery import replace as replace_module
@@ -44,9 +44,9 @@ class FrontReport(Report):
     """Report of a front, with the stem of the parent and the views of parent and child."""
 
     step: FrontStep
-    stem: Stem = None  # pyright: ignore[reportAssignmentType]
-    before: View = None  # pyright: ignore[reportAssignmentType]
-    after: View = None  # pyright: ignore[reportAssignmentType]
+    stem: ImageReaders = None  # pyright: ignore[reportAssignmentType]
+    before: InputSummary = None  # pyright: ignore[reportAssignmentType]
+    after: InputSummary = None  # pyright: ignore[reportAssignmentType]
 
 
 @torch.inference_mode(False)
@@ -239,7 +239,7 @@ def _check_arguments(example: Tensor, r: int, mode: str, downsample: str, size: 
 
 def plan_front(
     model: nn.Module,
-    stem: Stem,
+    stem: ImageReaders,
     channels: int,
     r: int,
     mode: str,
@@ -268,7 +268,7 @@ def plan_front(
     return step
 
 
-def _require_foldable(model: nn.Module, stem: Stem) -> None:
+def _require_foldable(model: nn.Module, stem: ImageReaders) -> None:
     remedy = "use mode='residual' or 'keep' to keep the downsampler, or mode='stages' to put convolutions before it"
     if stem.others:
         raise MorphError(f"front: {stem.others[0]} also reads the image and cannot be folded; {remedy}")

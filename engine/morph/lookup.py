@@ -15,7 +15,7 @@ FREE = -1  # vid of an element that is not a copy
 MISSING = -2  # position of a value that was not found
 
 
-class Table:
+class PositionTable:
     """Scratch array from vid to position, shared by all lookups; entries of earlier lookups are harmless."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Table:
 class Join:
     """Positions of tuples of vids, which identify the results of an elementwise op of several operands."""
 
-    def __init__(self, table: Table, columns: list[Tensor]):
+    def __init__(self, table: PositionTable, columns: list[Tensor]):
         """Index `columns`, one vid tensor per operand, all of the output's shape (expanded views are allowed)."""
         self.table = table
         self.columns = columns
@@ -93,7 +93,7 @@ class Join:
         return torch.where(new_rank >= 0, first[new_rank.clamp(min=0)], MISSING)
 
 
-class Rows:
+class SlabRows:
     """Positions of rows of vids (K, M), which identify the results of an op that reads whole slabs."""
 
     def __init__(self, rows: Tensor):
@@ -135,7 +135,7 @@ class Bags:
         else:
             common = math.gcd(old.shape[1], new.shape[1])
             old, new = (_thinned(r, r.shape[1] // common, mark) for r, mark in ((old, -3), (new, -4)))  # marks differ
-        return Rows(old).find(new)
+        return SlabRows(old).find(new)
 
 
 def _distinct(rows: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ _NORM_SIZED = ("input", "weight", "bias", "running_mean", "running_var", "num_gr
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One call of an op: name, arguments, the tensors among them with their labels, and the shapes of the outputs."""
 
     name: str
@@ -46,7 +46,7 @@ class Call:
         return dict(zip(names.split(), self.args, strict=False)) | self.kwargs
 
 
-def output_labels(run: Primitives, call: Call) -> list[Label]:
+def output_labels(run: Primitives, call: OpCall) -> list[Label]:
     """Return the labels of an op's outputs."""
     name, labels, shapes = call.name, call.labels, call.shapes
     if not shapes:
@@ -79,7 +79,7 @@ def output_labels(run: Primitives, call: Call) -> list[Label]:
     return run.barrier(labels, shapes, f"'{name}' mixes it in a way that is not known to preserve copies")
 
 
-def _linear(run: Primitives, call: Call) -> list[Label]:
+def _linear(run: Primitives, call: OpCall) -> list[Label]:
     transposed = call.name.startswith("conv_transpose")
     last = "output_padding groups dilation" if transposed else "dilation groups"
     given = call.arguments(f"input weight bias stride padding {last}")
@@ -99,7 +99,7 @@ def _linear(run: Primitives, call: Call) -> list[Label]:
     return [out]
 
 
-def _product(run: Primitives, call: Call) -> list[Label] | None:
+def _product(run: Primitives, call: OpCall) -> list[Label] | None:
     """Return the labels of a product with one stored matrix; None for any other product."""
     tensors = call.tensors[::-1] if call.name == "rmatmul" else call.tensors
     if call.name == "einsum":
@@ -120,7 +120,7 @@ def _product(run: Primitives, call: Call) -> list[Label] | None:
     return None
 
 
-def _einsum(run: Primitives, call: Call) -> list[Label] | None:
+def _einsum(run: Primitives, call: OpCall) -> list[Label] | None:
     """Return the labels of `...c,oc->...o` in any axis order: a stored matrix contracts one axis of a map."""
     text = call.args[0]
     position = next((i for i, t in enumerate(call.tensors) if run.matrix(t) is not None), None)
@@ -149,7 +149,7 @@ def _einsum(run: Primitives, call: Call) -> list[Label] | None:
     return [Label(made.vids.permute(order), None if made.atoms is None else made.atoms.permute(order))]
 
 
-def _glu(run: Primitives, call: Call) -> Label:
+def _glu(run: Primitives, call: OpCall) -> Label:
     (label,) = call.labels
     axis = call.arguments("input dim").get("dim", -1) % label.vids.ndim
     vids = label.vids.chunk(2, axis)
@@ -159,7 +159,7 @@ def _glu(run: Primitives, call: Call) -> Label:
     return run.elementwise(halves)
 
 
-def _divided_by_the_number(call: Call) -> bool:
+def _divided_by_the_number(call: OpCall) -> bool:
     """Return whether a variance is the mean of squares, without a correction."""
     if "correction" in call.kwargs:
         return call.kwargs["correction"] == 0
@@ -167,7 +167,7 @@ def _divided_by_the_number(call: Call) -> bool:
     return call.kwargs.get("unbiased", flags[0] if flags else True) is False
 
 
-def _reduce(run: Primitives, call: Call) -> list[Label]:
+def _reduce(run: Primitives, call: OpCall) -> list[Label]:
     (label,), name = call.labels, call.name
     ndim = label.vids.ndim
     axes = _axes(call, ndim)
@@ -182,7 +182,7 @@ def _reduce(run: Primitives, call: Call) -> list[Label]:
     return run.rows(label, axes, call.shapes, keeps)
 
 
-def _norm(run: Primitives, call: Call) -> Label:
+def _norm(run: Primitives, call: OpCall) -> Label:
     name = call.name
     given = call.arguments(_NORM_ARGUMENTS[name])
     x = run.need(given["input"])
@@ -225,7 +225,7 @@ def _moment(run: Primitives, x: Label, axes: list[int], over_channels: bool) -> 
     return run.rows(x, axes, [shape], True)[0]
 
 
-def _axes(call: Call, ndim: int) -> list[int]:
+def _axes(call: OpCall, ndim: int) -> list[int]:
     """Return the axes of a reduction or scan."""
     name = call.name
     at = {"norm": 2, "normalize": 2, "topk": 2}.get(name, 1)

@@ -19,7 +19,7 @@ from . import families
 from .atoms import FIXED, Atoms, Borders
 from .copying import named_tensors
 from .labels import Label, along, compact, essential, known_atoms, no_atoms, row_vids, varies
-from .lookup import Bags, Join, Rows, Table
+from .lookup import Bags, Join, PositionTable, SlabRows
 from .primitives import (
     BarrierRecord,
     ElementwiseRecord,
@@ -39,7 +39,7 @@ Axis = tuple[str, int]  # parameter or buffer name, axis
 class ParentRun(Tracer):
     """Run that labels values with numbers and atoms; its results are `log`, `atoms`, `axes` and `atom_of`."""
 
-    def __init__(self, model: nn.Module, table: Table, groups: str = "more"):
+    def __init__(self, model: nn.Module, table: PositionTable, groups: str = "more"):
         super().__init__(model, table)
         self.groups = groups
         self.has_groups = False  # whether some groups could get wider
@@ -164,7 +164,7 @@ class ParentRun(Tracer):
             self.freeze(atoms, "it is reduced over its channels")
             atoms = no_atoms(atoms.shape)
         slabs = label.slabs(axes)
-        index = Rows(slabs)
+        index = SlabRows(slabs)
         canonical = index.find(slabs)
         for a in axes:
             atoms = atoms.narrow(a, 0, 1)
@@ -192,7 +192,7 @@ class ParentRun(Tracer):
         return Label((base + bags.find(slabs)).reshape(shape), atoms)
 
     def indices(self, label: Label, axes: list[int], shape: Shape) -> Label:
-        self._record(RowsRecord(Rows(label.slabs(axes)), ((self.next_vid, shape),), axes))
+        self._record(RowsRecord(SlabRows(label.slabs(axes)), ((self.next_vid, shape),), axes))
         return Label(self.number(no_atoms(shape)), no_atoms(shape))
 
     def _unite_slabs(self, atoms: Tensor, extreme: bool) -> None:
@@ -247,7 +247,7 @@ class ParentRun(Tracer):
         atoms = along(torch.from_numpy(rows), call.axis, label.vids.ndim).expand(call.shape)
         vids = self.number(atoms)
         slabs = label.vids.movedim(call.axis, 0).reshape(label.vids.shape[call.axis], -1)
-        self._record(LinearRecord(Rows(slabs), vids.movedim(call.axis, 0), call.groups, wider))
+        self._record(LinearRecord(SlabRows(slabs), vids.movedim(call.axis, 0), call.groups, wider))
         return Label(vids, atoms)
 
     def _new_axis(self, name: str, axis: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..report.figure import png
-from .planner import Growth, Row, cells
+from .planner import CostRow, Growth, cells
 from .store import atomic
 
 _ROW = 0.26  # inches
@@ -47,7 +47,7 @@ def save_picture(growth: Growth, path: str | Path, title: str = "") -> None:
         file.write(picture)
 
 
-def _annotation(row: Row) -> str:
+def _annotation(row: CostRow) -> str:
     if row.cost is None:
         why = row.space.frozen
         return f"{row.space.width}: {why if len(why) <= _REASON else why[: _REASON - 3] + '...'}"

@@ -46,7 +46,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Row:
+class CostRow:
     """A space and the cost of its smallest step; the cost is None if the space is frozen."""
 
     space: Space
@@ -65,7 +65,7 @@ class Growth:
 
     shape: tuple[int, ...]  # shape of the image batch for FLOPs and memory
     total: Cost
-    rows: list[Row]
+    rows: list[CostRow]
     spaces: Spaces = field(repr=False)
 
     @torch.inference_mode(False)
@@ -120,11 +120,11 @@ def plan_growth(model: nn.Module, example: Tensor, size: tuple[int, int] | None 
         first = space.order[0]
         step = space.classes.count(first)
         cost = None if space.frozen else _step_cost(spaces, space, shape) - total
-        rows.append(Row(space, step if cost else 0, cost))
+        rows.append(CostRow(space, step if cost else 0, cost))
     return Growth(shape, total, rows, spaces)
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: CostRow) -> list[str]:
     """Return id, width, step and cost per channel as text."""
     space, costs = row.space, row.per_channel()
     if costs is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..torch_private import TreeSpec
 from .labels import Label
-from .lookup import Bags, Join, Rows
+from .lookup import Bags, Join, SlabRows
 
 Shape = tuple[int, ...]
 
@@ -106,7 +106,7 @@ class RowsRecord:
     The index of a mean or an extreme compares the values in a slab, not their order.
     """
 
-    index: Rows | Bags
+    index: SlabRows | Bags
     outputs: tuple[tuple[int, tuple[int, ...]], ...]
     axes: list[int]
 
@@ -115,7 +115,7 @@ class RowsRecord:
 class LinearRecord:
     """A linear op: input channels as rows of vids, and the vids of the output with the channels first."""
 
-    index: Rows
+    index: SlabRows
     outputs: Tensor
     groups: int
     wider: bool  # whether channels are copied within their group

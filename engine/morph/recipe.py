@@ -27,7 +27,7 @@ from .copying import duplicate, fill, named_tensors, of_kind
 from .operations import import_all
 from .running import first_line
 from .step import Report, Step, from_json, to_json
-from .store import Computed, Layout, SafetensorsFile, atomic, layout, read_state, tensor_bytes, write_state
+from .store import Computed, SafetensorsFile, TensorSpec, atomic, layout, read_state, tensor_bytes, write_state
 from .widen import WidenStep
 
 import_all()  # registers all steps
@@ -237,7 +237,7 @@ def _named(morph: Morph, number: int) -> Iterator[None]:
         raise MorphError(f"{where} cannot be repeated: {type(error).__name__} {first_line(error)}") from error
 
 
-def _check_parent(parts: Mapping[str, Layout], morph: Morph, number: int) -> None:
+def _check_parent(parts: Mapping[str, TensorSpec], morph: Morph, number: int) -> None:
     if _shapes(parts) != morph.parent.shapes:
         raise MorphError(
             f"recipe step {number} ({morph.step.op}): the network has other parameter names or shapes than the "
@@ -245,7 +245,7 @@ def _check_parent(parts: Mapping[str, Layout], morph: Morph, number: int) -> Non
         )
 
 
-def _check_child(parts: Mapping[str, Layout], morph: Morph, number: int) -> None:
+def _check_child(parts: Mapping[str, TensorSpec], morph: Morph, number: int) -> None:
     if _shapes(parts) != morph.child.shapes:
         raise MorphError(
             f"recipe step {number} ({morph.step.op}) did not give the recorded parameter names and shapes; the recipe "
@@ -287,11 +287,11 @@ def _edited(
     before = model.state_dict(keep_vars=True)  # held until the end, so that no id is reused
     origin = {id(tensor): (name, tensor._version) for name, tensor in before.items()}
     child = _repeat(model, morph, number)
-    parts: dict[str, Layout] = {}
+    parts: dict[str, TensorSpec] = {}
     made: dict[str, Tensor] = {}
     source: dict[str, str] = {}
     for name, tensor in child.state_dict(keep_vars=True).items():
-        parts[name] = Layout(tuple(tensor.shape), tensor.dtype)
+        parts[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
         old, version = origin.get(id(tensor), ("", -1))
         if version == tensor._version:
             source[name] = old
@@ -314,7 +314,7 @@ def _widened(
     names = {id(own[name]): name for name in maps if name in own}  # a shared tensor has one map and several names
     alias = {name: names[id(tensor)] for name, tensor in own.items() if id(tensor) in names}
     for name, tensor in child.state_dict().items():
-        parts[name] = Layout(tuple(tensor.shape), parts[name].dtype)
+        parts[name] = TensorSpec(tuple(tensor.shape), parts[name].dtype)
     _check_child(parts, morph, number)
     fill(child, child, _hollow_tensor)
 
@@ -327,6 +327,6 @@ def _widened(
     return Computed(parts, make), child
 
 
-def _shapes(parts: Mapping[str, Layout]) -> str:
+def _shapes(parts: Mapping[str, TensorSpec]) -> str:
     text = json.dumps([[name, parts[name].shape] for name in sorted(parts)])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -20,11 +20,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..errors import MorphError
 from .child_check import run_child
-from .copies import Copies, ParameterMap, Plan, make_plan
+from .copies import Copies, CopyPlan, ParameterMap, make_plan
 from .copying import change_attributes, duplicate, fill, named_tensors, of_kind, resized
 from .example import Inputs, as_inputs
 from .labels import Label, no_atoms
-from .lookup import Table
+from .lookup import PositionTable
 from .parent_run import Axis, ParentRun
 from .running import first_line, output_leaves
 from .stock import stock
@@ -180,7 +180,7 @@ def labelled_run(model: nn.Module, example: Inputs, groups: str = "more") -> tup
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     first = example.first()
     inputs = replace(first, tensors=tuple(x.cpu() for x in first.to(dtype)))
-    found = ParentRun(followed, Table(), groups)
+    found = ParentRun(followed, PositionTable(), groups)
     given = replace(inputs, tensors=inputs.to(dtype))
     for x in given.tensors:
         found.input_vids.append(found.number(no_atoms(x.shape)))
@@ -285,7 +285,7 @@ def _group(found: ParentRun) -> list[Space]:
     return spaces
 
 
-def skeleton(model: nn.Module, plan: Plan, found: ParentRun) -> nn.Module:
+def skeleton(model: nn.Module, plan: CopyPlan, found: ParentRun) -> nn.Module:
     """Copy the model; the copy shares its tensors, except those that the plan resizes.
 
     Resized weights of linear ops have no values, because the check does not read them.

@@ -33,7 +33,7 @@ _CARRYING = frozenset(
 
 
 @dataclass(frozen=True)
-class Stem:
+class ImageReaders:
     """Readers of the image: paths of convolutions, the pixelwise affine steps before them, and other readers.
 
     A convolution is plain if its call is one ordinary `conv2d` with its own stored weight (no computed weight, no
@@ -54,7 +54,7 @@ class Stem:
 
 
 @dataclass(frozen=True)
-class View:
+class InputSummary:
     """Image size, receptive field and stride (rows, columns), and the activation memory of stock autograd."""
 
     size: tuple[int, int]
@@ -72,7 +72,7 @@ class View:
         )
 
 
-def view(model: nn.Module, shape: Shape, example: Tensor, program: Program | None = None) -> View:
+def view(model: nn.Module, shape: Shape, example: Tensor, program: Program | None = None) -> InputSummary:
     """Compute receptive field, stride and activation memory on images of `shape` without allocating that size.
 
     Args:
@@ -87,7 +87,7 @@ def view(model: nn.Module, shape: Shape, example: Tensor, program: Program | Non
     axes = [*zip(*receptive_fields(lower(program or record(model, shape, example), "untiled")).values(), strict=True)]
     rows, columns = ((ceil(max(f.extent for f in axis)), ceil(max(f.stride for f in axis))) for axis in axes)
     field, stride = zip(rows, columns, strict=True)
-    return View((shape[2], shape[3]), field, stride, activation_bytes(model, shape, example))
+    return InputSummary((shape[2], shape[3]), field, stride, activation_bytes(model, shape, example))
 
 
 def record(model: nn.Module, shape: tuple[int, ...], example: Tensor) -> Program:
@@ -123,7 +123,7 @@ def activation_bytes(model: nn.Module, shape: Shape, example: Tensor) -> int:
     return sum(storage.nbytes() for storage in stored.values())
 
 
-def find_stem(model: nn.Module, program: Program) -> Stem:
+def find_stem(model: nn.Module, program: Program) -> ImageReaders:
     """Find the convolutions that read the image.
 
     Args:
@@ -151,7 +151,7 @@ def find_stem(model: nn.Module, program: Program) -> Stem:
     paths = tuple(dict.fromkeys(op.module for op in convs))
     plain = tuple(_is_plain(modules[path], path, program, affine) for path in paths)  # pyright: ignore
     others = tuple(dict.fromkeys(f"'{op.name}' in {op.module or 'the model'}" for op in readers if op not in convs))
-    return Stem(paths, plain, tuple(dict.fromkeys(before)), others)
+    return ImageReaders(paths, plain, tuple(dict.fromkeys(before)), others)
 
 
 def _plain_name(op: Op) -> str:

@@ -49,7 +49,7 @@ _CHUNK = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorSpec:
     """Shape and dtype of a tensor, which may not exist yet."""
 
     shape: tuple[int, ...]
@@ -61,11 +61,11 @@ class Layout:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def layout(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
+def layout(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     """Return the layout of every tensor of a source, without reading a lazy source."""
     if isinstance(tensors, Computed):
         return tensors.layout
-    return {name: Layout(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
 class Computed(Mapping[str, Tensor]):
@@ -76,7 +76,7 @@ class Computed(Mapping[str, Tensor]):
         make: computes the tensor of a name.
     """
 
-    def __init__(self, layout: dict[str, Layout], make: Callable[[str], Tensor]) -> None:
+    def __init__(self, layout: dict[str, TensorSpec], make: Callable[[str], Tensor]) -> None:
         self.layout, self._make = layout, make
 
     def __getitem__(self, name: str) -> Tensor:
@@ -108,7 +108,9 @@ class SafetensorsFile(Computed):
         with self._open() as file:
             self.metadata: dict[str, str] = file.metadata() or {}
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            known = {name: Layout(tuple(s.get_shape()), self._dtype(name, s.get_dtype())) for name, s in found.items()}
+            known = {
+                name: TensorSpec(tuple(s.get_shape()), self._dtype(name, s.get_dtype())) for name, s in found.items()
+            }
         super().__init__(known, self._read)
 
     @contextmanager

@@ -25,8 +25,8 @@ from .copying import named_tensors
 from .example import Inputs
 from .families import custom_name, op_name, reads_no_values
 from .labels import Label, no_atoms
-from .lookup import Table
-from .op_rules import Call, moved_labels, output_labels, pad_value
+from .lookup import PositionTable
+from .op_rules import OpCall, moved_labels, output_labels, pad_value
 from .primitives import Entry, Primitives
 from .running import eval_mode, first_line, in_dtype
 
@@ -69,7 +69,7 @@ class Tracer(TorchFunctionMode, Primitives):
 
     real = True  # whether the run computes outputs
 
-    def __init__(self, model: nn.Module, table: Table):
+    def __init__(self, model: nn.Module, table: PositionTable):
         super().__init__()
         self.model = model
         self.table = table
@@ -242,7 +242,7 @@ class Tracer(TorchFunctionMode, Primitives):
             entry.in_place = next((i for i, t in enumerate(tensors) if len(flat) == 1 and flat[0] is t), None)
             entry.changed = entry.in_place is not None and flat[0]._version != versions[entry.in_place]
         shapes = [o[0] for o in entry.outputs if o is not None]
-        made = output_labels(self, Call(name, args, kwargs, tensors, labels, shapes, entry.plain))
+        made = output_labels(self, OpCall(name, args, kwargs, tensors, labels, shapes, entry.plain))
         return self._finish(entry, result, tensors, made)
 
     def _finish(self, entry: Entry, result: Any, tensors: list[Tensor], labels: list[Label]) -> Any:

@@ -21,7 +21,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-class Gather(torch.autograd.Function):
+class GatherFunction(torch.autograd.Function):
     """Gathers a tensor (*shape) from each process into (processes, *shape), equal in all processes.
 
     The loss of each process depends on all gathered tensors, and the total loss is the sum over the processes. So the
@@ -54,7 +54,7 @@ def merged(parts: Sequence[tuple[Tensor, ...]], group: dist.ProcessGroup | None)
     """
     mean, var, count = parts[0] if len(parts) == 1 else _pooled(torch.stack([_row(*part) for part in parts]))
     if group is not None:
-        mean, var, count = _pooled(Gather.apply(_row(mean, var, count), group))  # pyright: ignore[reportArgumentType]
+        mean, var, count = _pooled(GatherFunction.apply(_row(mean, var, count), group))  # pyright: ignore[reportArgumentType]
     return mean, var, count
 
 

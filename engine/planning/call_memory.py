@@ -21,7 +21,7 @@ from ..lowering.stages import StagedProgram
 from ..tiling.scan import Autocast
 from ..torch_private import FakeTensorMode, memory_of, tree_flatten, tree_leaves
 from .interstage import value_bytes
-from .simulate import Meter, on_devices
+from .simulate import StorageMeter, on_devices
 
 LEAST_BYTES = 1 << 20  # calls with smaller inputs are ignored
 _REMEMBERED = 4096
@@ -123,7 +123,7 @@ def _run(op: Op, values: Sequence[Value], training: bool, wanted: Container[int]
     for v, tensor in inputs.items():
         tensor.requires_grad_(training and v in wanted and values[v].takes_grad)
     inside = _inside(op, values)
-    with Meter() as meter, torch.set_grad_enabled(training):
+    with StorageMeter() as meter, torch.set_grad_enabled(training):
         meter.ignore(inputs)
         made = call(op, inputs)
         own = {memory_of(t): t.untyped_storage().nbytes() for t in made}

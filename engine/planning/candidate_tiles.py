@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ... import kernels
-from ..lowering.stages import Stage, StagedProgram
+from ..lowering.stages import ProgramStage, StagedProgram
 from . import constants
 
 
@@ -75,7 +75,7 @@ def stage_sides(staged: StagedProgram, tile: tuple[int, int]) -> list[tuple[int,
     return sides
 
 
-def _density(stage: Stage) -> float:
+def _density(stage: ProgramStage) -> float:
     """Values of a stage's widest map per pixel of its largest source."""
     height, width = stage.extent
     values = [*stage.sources, *(v for local in stage.locals for v in local.op.outputs)]

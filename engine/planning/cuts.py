@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node
-from ..lowering.stages import Stage
+from ..lowering.stages import ProgramStage
 from .interstage import value_bytes
 
 _TRAINING_PARTS = (2, 3, 4, 6, 9, 13, 20)
@@ -58,7 +58,7 @@ def _bytes(maps: Maps, values: Sequence[int]) -> int:
     return sum(value_bytes(maps.program.values[v]) for v in values)
 
 
-def packed_bytes(stage: Stage) -> int:
+def packed_bytes(stage: ProgramStage) -> int:
     """Bytes of the weights that a stage packs, before packing."""
     return sum(_weights(stage.maps, stage.locals).values())
 

@@ -26,7 +26,7 @@ from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import buffer_bytes
 from ..cuda_graphs.step_checks import MARGIN, is_one_step
 from ..cuda_graphs.whole_passes import MEMORY_SHARE, MOST_TILES
-from ..lowering.stages import Stage, StagedProgram
+from ..lowering.stages import ProgramStage, StagedProgram
 from ..tiling.arena import arena
 from ..tiling.scan import Autocast, cast_dtype
 from ..tiling.stage import TiledStage
@@ -68,7 +68,7 @@ class _Cut:
     away_bytes: tuple[int, ...]
 
 
-class Estimate:
+class Estimator:
     """Computes plans for tile sizes; holds the parts of a plan that do not depend on the tile.
 
     Args:
@@ -95,7 +95,7 @@ class Estimate:
         self.image = staged.program.values[staged.program.image]
         self.wanted = staged.wanted(image_grad)
         self._kept_away: Container[int] = () if staged.place == "device" else staged.stage_maps()
-        self._places = [number for number, step in enumerate(staged.steps) if isinstance(step, Stage)]
+        self._places = [number for number, step in enumerate(staged.steps) if isinstance(step, ProgramStage)]
         self._at_once = AtOnce(stored_times(staged, training, self.wanted), self._places)
         self.stored_bytes = self._at_once.stored
         self._count_vectors()
@@ -441,7 +441,7 @@ def bytes_in_files(maps: Container[int], tiled: TiledStage) -> int:
     return constants.MAPPED_TILES * total
 
 
-def halo_bytes(stage: Stage, tiled: TiledStage) -> tuple[int, int]:
+def halo_bytes(stage: ProgramStage, tiled: TiledStage) -> tuple[int, int]:
     """Bytes of all halos that enter all tiles, and of the rows that enter the heaviest strip."""
     rows, cols = tiled.rows, tiled.cols
     total = 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ..capture.program import Op, Value
 from ..lowering.ops import VectorOp
-from ..lowering.stages import Stage, StagedProgram
+from ..lowering.stages import ProgramStage, StagedProgram
 from ..tiling import stored_maps
 
 # Ops that return views of their input, and ops that return views or copies. Autograd saves no input of these but their
@@ -26,9 +26,9 @@ def value_bytes(value: Value) -> int:
     return math.prod(value.shape) * value.dtype.itemsize
 
 
-def takes(step: Op | VectorOp | Stage) -> Sequence[int]:
+def takes(step: Op | VectorOp | ProgramStage) -> Sequence[int]:
     """The whole values that a step reads: maps and vectors."""
-    if isinstance(step, Stage):
+    if isinstance(step, ProgramStage):
         return [*step.sources, *step.vectors, *(v for op in step.prelude for v in op.inputs)]
     return step.inputs
 
@@ -47,9 +47,9 @@ def brought(staged: StagedProgram) -> frozenset[int]:
     of_maps = {v for stage in staged.stages for v in stage.results}
     for number, step in enumerate(staged.steps):
         read = set(takes(step))
-        plain = isinstance(step, Stage) or (isinstance(step, Op) and not step.mutated and state.isdisjoint(read))
+        plain = isinstance(step, ProgramStage) or (isinstance(step, Op) and not step.mutated and state.isdisjoint(read))
         others.update(v for v in read & made.keys() if not plain or segment.get(made[v]) != segment.get(number))
-        if isinstance(step, Stage) or of_maps.isdisjoint(read):
+        if isinstance(step, ProgramStage) or of_maps.isdisjoint(read):
             continue
         of_maps.update(step.outputs)
         if isinstance(step, Op) and step.name in COPIES and not step.mutated:

@@ -13,7 +13,7 @@ import numpy as np
 from ..capture.program import Op, Value
 from ..lowering.ops import VectorOp
 from ..lowering.rewrites import unvalued_runs
-from ..lowering.stages import Stage, StagedProgram
+from ..lowering.stages import ProgramStage, StagedProgram
 from .call_memory import CallMemory, call_memory
 from .interstage import COPIES, LOOKS, brought, takes, value_bytes
 
@@ -21,7 +21,7 @@ _KEEPS_PLACES = COPIES - {"gather"}  # autograd saves only indices of these; see
 _GIVES_ROWS_BACK = sys.platform == "linux"  # see `stored_maps.let_rows_go`
 
 
-def _kept(step: Op | VectorOp | Stage, values: Sequence[Value]) -> Iterator[int]:
+def _kept(step: Op | VectorOp | ProgramStage, values: Sequence[Value]) -> Iterator[int]:
     """The values that a step reads and that stay resident until its backward."""
     if isinstance(step, VectorOp):
         return
@@ -53,11 +53,11 @@ class _Lifetimes:
         unvalued: set[int] = set()
         state = set(staged.program.state())
         for number, step in enumerate(steps):
-            outputs = step.stored if isinstance(step, Stage) else step.outputs
+            outputs = step.stored if isinstance(step, ProgramStage) else step.outputs
             if isinstance(step, Op) and step.name in LOOKS and state.issuperset(step.inputs):
                 state.update(outputs)  # the memory of a parameter or buffer
                 outputs = ()
-            if isinstance(step, Stage):
+            if isinstance(step, ProgramStage):
                 unvalued |= unvalued_runs(step, set()).keys()
             if isinstance(step, VectorOp):
                 outputs = [v for v in outputs if v in staged.maps]
@@ -101,7 +101,7 @@ class _Lifetimes:
         self.first_read, self.unvalued = of_each(first_read, np.float64), of_each(unvalued.__contains__, bool)
         self.by_rows = self.movable & row_by_row
         self.brought = of_each(brought(staged).__contains__, bool)
-        self.is_stage = [isinstance(step, Stage) for step in steps]
+        self.is_stage = [isinstance(step, ProgramStage) for step in steps]
 
     def elsewhere(self) -> _Lifetimes:
         """The lifetimes if maps that only stages read are offloaded, so that they count 0 bytes.
@@ -192,7 +192,7 @@ def _times(staged: StagedProgram, training: bool, lives: _Lifetimes, wanted: Con
     steps = staged.steps
     fetched = set(lives.made.tolist()) if any(stage.offsets for stage in staged.stages) else set[int]()
     fetches = [n for n in fetched if isinstance(steps[n], VectorOp)]
-    times = sorted([*(n for n, step in enumerate(steps) if isinstance(step, Stage)), *fetches, len(steps)])
+    times = sorted([*(n for n, step in enumerate(steps) if isinstance(step, ProgramStage)), *fetches, len(steps)])
     values = staged.program.values
     calls = {n: call_memory(step, values, training, wanted) for n, step in enumerate(steps) if isinstance(step, Op)}
     calls = {n: one for n, one in calls.items() if one != CallMemory()}

@@ -13,7 +13,7 @@ from ..lowering.nodes import sort
 from ..lowering.ops import VectorOp
 from ..lowering.stages import StagedProgram
 from ..tiling.memory import format_bytes
-from .estimate import Estimate
+from .estimate import Estimator
 from .plan import Plan
 from .request import Request
 from .search import first_that_fits, fitting, prepare_once
@@ -111,7 +111,7 @@ def _choose_together(
         for n in sorted(range(len(staged_programs)), key=lambda n: stored[n]):
             left = limit - (sum(resident) - resident[n])
             own = replace(request, budget=left, halos=place, image_grad=image_grads[n])
-            chosen = fitting(Estimate(staged_programs[n], request.training, image_grads[n]), own)
+            chosen = fitting(Estimator(staged_programs[n], request.training, image_grads[n]), own)
             if chosen is None:
                 break
             resident[n] = chosen.stored_bytes + (chosen.halo_bytes if place == "device" else 0)

@@ -14,7 +14,7 @@ from torch import nn
 from ..capture.program import Given, Program
 from ..capture.recording import Recording, record_call
 from ..errors import GigamorphError
-from ..images.labels import Criterion, Labels, with_loss
+from ..images.labels import Criterion, LabelSource, with_loss
 from ..module.arguments import HALO_STORAGE, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
 from ..torch_private import tree_flatten
@@ -88,7 +88,7 @@ def _with_loss(
             "a criterion needs labels; give those of dense_loss, or meta tensors of the same shape and dtype"
         )
     leaves, structure = tree_flatten(labels)
-    given = [Given(one.shape, one.dtype) for one in map(Labels, leaves)]
+    given = [Given(one.shape, one.dtype) for one in map(LabelSource, leaves)]
     return partial(with_loss, network, criterion, structure), given
 
 

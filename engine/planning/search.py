@@ -19,7 +19,7 @@ from ..tiling.spatial import SpatialShard
 from ..tiling.spatial_program import split_network
 from . import constants
 from .candidate_tiles import sides_worth_trying
-from .estimate import Estimate
+from .estimate import Estimator
 from .lifetimes import stored_peak
 from .lower_bound import least_bytes, refuse_hopeless
 from .plan import Choice, Plan
@@ -44,7 +44,7 @@ class _Options:
         self.options: list[tuple[StagedProgram, int]] = []  # with the offloaded bytes
         self._known = Known()
         self._ready: set[int] = set()
-        self._estimates: dict[int, Estimate] = {}
+        self._estimates: dict[int, Estimator] = {}
         self._values = 0  # number of the program's values after rewriting the first choice
 
     def add(self, strategy: Strategy) -> bool:
@@ -69,13 +69,13 @@ class _Options:
             plan = None
         return plan and replace(plan, choice=number, maps=staged.place, away_bytes=away)
 
-    def _estimate(self, number: int) -> Estimate:
+    def _estimate(self, number: int) -> Estimator:
         """The estimate of a choice, whose stages are prepared first."""
         if number not in self._estimates:
             staged, request = self.options[number][0], self.request
             prepare_once(staged, self._ready, request)
             self._values = self._values or len(staged.program.values)
-            self._estimates[number] = Estimate(
+            self._estimates[number] = Estimator(
                 staged, request.training, request.image_grad, self._known, alone=self.shard is None
             )
         self._estimates[number].records = self._records()
@@ -216,7 +216,7 @@ def _free_disk() -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free
 
 
-def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
+def _too_little(estimates: Sequence[Estimator], request: Request) -> BudgetError:
     """The error for a budget that is too small, with the minimum over these choices of stored maps."""
     staged, least = estimates[0].staged, _least(estimates, request)
     image, tile = staged.program.image, request.tile
@@ -230,7 +230,7 @@ def _too_little(estimates: Sequence[Estimate], request: Request) -> BudgetError:
     )
 
 
-def _least(estimates: Sequence[Estimate], request: Request) -> Plan:
+def _least(estimates: Sequence[Estimator], request: Request) -> Plan:
     """The plan with the smallest peak among these choices of stored maps."""
     place, least = request.halo_places(estimates[0].image.device)[-1], None
     for estimate in estimates:
@@ -249,7 +249,7 @@ def _least(estimates: Sequence[Estimate], request: Request) -> Plan:
     return least
 
 
-def fitting(estimate: Estimate, request: Request, coarse: bool | None = None) -> Plan | None:
+def fitting(estimate: Estimator, request: Request, coarse: bool | None = None) -> Plan | None:
     """The plan of a choice of stored maps; None if no tile fits.
 
     Args:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..capture.program import Value
 from ..capture.recording import Recording
-from ..lowering.stages import Stage
+from ..lowering.stages import ProgramStage
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore
 from ..tiling.record import PassState, Recorded, consumers_of, run_tile
@@ -40,7 +40,7 @@ from .interstage import value_bytes
 from .meta_attention import AttentionOfTheCPU
 
 
-class Meter(TorchDispatchMode):
+class StorageMeter(TorchDispatchMode):
     """Counts the bytes of all storages that are alive, and their peak."""
 
     sees_tiles = True  # runs tiles of accelerated networks; see `capture.dynamo`
@@ -88,7 +88,7 @@ class _FakePixels:
         )
 
 
-def tile_peak(stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int]) -> tuple[int, int]:
+def tile_peak(stage: ProgramStage, tiled: TiledStage, training: bool, wanted: Container[int]) -> tuple[int, int]:
     """Peak bytes of the heaviest tile, and bytes that its recorded graph holds before it is differentiated.
 
     Without training the tile runs forward only and the second number is 0. The halos that enter the tile, their
@@ -175,7 +175,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 
 def _tile_peak(
-    stage: Stage, tiled: TiledStage, training: bool, wanted: Container[int], autocast: Autocast
+    stage: ProgramStage, tiled: TiledStage, training: bool, wanted: Container[int], autocast: Autocast
 ) -> tuple[int, int]:
     values = stage.program.values
     image = values[stage.image]
@@ -192,7 +192,7 @@ def _tile_peak(
     entering = _entering(stage, tiled, i, j, scan.memory_format)
     if not training:
         tile = Tile(tiled, i, j, scan.read, vectors, entering, whole=whole)
-        with Meter() as meter, torch.no_grad():
+        with StorageMeter() as meter, torch.no_grad():
             meter.ignore(vectors, entering.above, entering.left, _stored_tensors(sources))
             run_tile(scan, tile, lambda *_: None)
         return meter.peak, 0
@@ -212,7 +212,7 @@ def _tile_peak(
     right = _entering(stage, tiled, i, j + 1, scan.memory_format).left
     stored = {v: torch.empty(values[v].shape, dtype=values[v].dtype) for v in tiled.unvalued}
     sums = {v: torch.empty(values[v].shape, dtype=values[v].dtype, device=image.device) for v in inputs}
-    with Meter() as meter:
+    with StorageMeter() as meter:
         meter.ignore(vectors, entering.above, entering.left, below, right, grads, sums, stored)
         meter.ignore(_stored_tensors(sources))
         recorded = Recorded(scan, kept, (i, j), entering, scan.read, consumers, stored=stored)
@@ -245,7 +245,7 @@ def heaviest_tile(tiled: TiledStage) -> tuple[int, int]:
     return row, column
 
 
-def _fake_source(stage: Stage, value: int) -> Pixels:
+def _fake_source(stage: ProgramStage, value: int) -> Pixels:
     """A source of fake tensors: pixels of the image are created on reading, a stored map exists before."""
     info = stage.program.values[value]
     if value == stage.image:
@@ -260,7 +260,7 @@ def _stored_tensors(sources: Mapping[int, Pixels]) -> list[Tensor]:
     return [source.tensor for source in sources.values() if isinstance(source, StoredMap)]
 
 
-def halo_shape(stage: Stage, value: int, height: int, width: int) -> list[int]:
+def halo_shape(stage: ProgramStage, value: int, height: int, width: int) -> list[int]:
     """Shape of a map with another height and width."""
     shape = list(stage.program.values[value].shape)
     h, w = stage.maps.axes[value]
@@ -268,7 +268,7 @@ def halo_shape(stage: Stage, value: int, height: int, width: int) -> list[int]:
     return shape
 
 
-def _entering(stage: Stage, tiled: TiledStage, i: int, j: int, memory_format: torch.memory_format) -> Halos:
+def _entering(stage: ProgramStage, tiled: TiledStage, i: int, j: int, memory_format: torch.memory_format) -> Halos:
     """Fake tensors for the halos that enter a tile."""
     above: dict[int, Tensor] = {}
     left: dict[int, Tensor] = {}
@@ -304,7 +304,7 @@ def stock_peak(recording: Recording, device: torch.device, training: bool) -> in
     with fake:
         for value in recording.flat:
             twins[id(value)] = twin(value)
-        with Meter() as meter, torch.set_grad_enabled(training):
+        with StorageMeter() as meter, torch.set_grad_enabled(training):
             meter.ignore(list(twins.values()))
             output = recording.run(lambda value: twins[id(value)])
             if training:

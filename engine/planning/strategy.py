@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
-from ..lowering.stages import Stage, StagedProgram, crossing, handed_out, levels, split
+from ..lowering.stages import ProgramStage, StagedProgram, crossing, handed_out, levels, split
 from . import constants
 from .cuts import cuts_by_outputs, cuts_by_weights, packed_bytes
 from .interstage import brought, value_bytes
@@ -193,11 +193,13 @@ def segments_between(staged: StagedProgram, cuts: Sequence[int]) -> list[range]:
 
     A segment ends at a step that makes an output of the network, because later steps must read that very tensor.
     """
-    written = (n for n, step in enumerate(staged.steps) if isinstance(step, Stage) and set(step.stored) & set(cuts))
+    written = (
+        n for n, step in enumerate(staged.steps) if isinstance(step, ProgramStage) and set(step.stored) & set(cuts)
+    )
     end = max(written, default=-1)
     handed_out, values = set(staged.program.handed_out()), staged.program.values
     ends = set(cuts) | {v for v in handed_out if values[v].takes_grad}
-    first = next(n for n, step in enumerate(staged.steps) if isinstance(step, Stage))
+    first = next(n for n, step in enumerate(staged.steps) if isinstance(step, ProgramStage))
     writers = [n for n, step in enumerate(staged.steps) if first <= n <= end and not ends.isdisjoint(_makes(step))]
     starts = [first, *(n + 1 for n in writers)]
     return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]  # noqa: RUF007
@@ -216,7 +218,7 @@ def _cost(maps: Maps, node: Local) -> float:
     return flops + constants.FLOPS_PER_BYTE.get(kind, 50) * moved
 
 
-def stage_cost(staged: StagedProgram, stage: Stage) -> float:
+def stage_cost(staged: StagedProgram, stage: ProgramStage) -> float:
     """Cost of one pass of a stage."""
     return sum(_cost(staged.maps, local) for local in stage.locals)
 
@@ -233,7 +235,7 @@ def program_cost(staged: StagedProgram, training: bool, known: Mapping[int, floa
     known = known or {}
     inside = {n for part in staged.segments for n in part}
     for number, step in enumerate(staged.steps):
-        if not isinstance(step, Stage):
+        if not isinstance(step, ProgramStage):
             continue
         costs = [known[id(local)] if id(local) in known else _cost(staged.maps, local) for local in step.locals]
         total += sum(costs) * (1 if not training else 3 + (number in inside))
@@ -248,8 +250,8 @@ def program_cost(staged: StagedProgram, training: bool, known: Mapping[int, floa
     return total
 
 
-def _makes(step: Op | VectorOp | Stage) -> Sequence[int]:
-    return step.results if isinstance(step, Stage) else step.outputs
+def _makes(step: Op | VectorOp | ProgramStage) -> Sequence[int]:
+    return step.results if isinstance(step, ProgramStage) else step.outputs
 
 
 def moved_bytes(staged: StagedProgram, training: bool) -> int:
@@ -258,7 +260,7 @@ def moved_bytes(staged: StagedProgram, training: bool) -> int:
     inside = {n for part in staged.segments for n in part}
     total = 0
     for number, stage in enumerate(staged.steps):
-        if isinstance(stage, Stage):
+        if isinstance(stage, ProgramStage):
             read = sum(value_bytes(values[v]) for v in stage.sources if v in stage_maps)
             written = sum(value_bytes(values[v]) for v in stage.stored if v in stage_maps)
             total += (read + written) * (1 + (training and number in inside))

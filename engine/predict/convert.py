@@ -17,7 +17,7 @@ from ..images.affine import Affine
 from ..images.levels import White
 from ..images.parallel import available_cpus
 from .decoders import Opened
-from .index import Index
+from .index import RunDatabase
 from .job import Job, Result, Start, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch
 from .rows import Row, Work
@@ -106,7 +106,7 @@ class _Convert(Job):
     def start(self) -> Start:
         return functools.partial(ConversionUnit, self._conversion)
 
-    def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
+    def tables(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Scores:
         own = self._conversion
         self.records = [
             own.converted(

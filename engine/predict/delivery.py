@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ..errors import DataError, GigamorphError
 from ..images.dicomweb import StoreUnreachableError, service_of, store
-from .index import Index
+from .index import RunDatabase
 from .parts import Parts, read_parts
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Document:
     make: Callable[[str], Dataset]
 
 
-def deliver(documents: Iterable[Document], index: Index, url: str, folder: Path) -> int:
+def deliver(documents: Iterable[Document], index: RunDatabase, url: str, folder: Path) -> int:
     """Store documents that this folder has not sent to the store yet; returns their number.
 
     An instance's UID is derived from its results, so if the run is killed just after a transfer, the repeated transfer

@@ -53,7 +53,7 @@ _NAMED = 5  # labels
 log = logging.getLogger("gigamorph")
 
 
-class Index:
+class RunDatabase:
     """The rows of a run; a context manager, which raises `GigamorphError` if the database cannot be written.
 
     Args:
@@ -71,7 +71,7 @@ class Index:
         self.sha256 = ""
         self._reading = set[str]()
 
-    def __enter__(self) -> Index:
+    def __enter__(self) -> RunDatabase:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

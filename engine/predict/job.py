@@ -17,7 +17,7 @@ from ..files import write_atomically
 from ..images.levels import White
 from .decoders import Opened
 from .delivery import Document
-from .index import Index
+from .index import RunDatabase
 from .options import RunOptions, Scores, Watch
 from .rows import Row, Work
 
@@ -114,7 +114,7 @@ class Job:
         """The name of an image's files; other images of the same name get -2, -3, ..."""
         return row.stem
 
-    def look(self, index: Index, watch: Watch) -> None:
+    def look(self, index: RunDatabase, watch: Watch) -> None:
         """Inspect the images before any work."""
 
     def begin(self, out: Path, secret: Callable[[], bytes]) -> None:
@@ -142,11 +142,11 @@ class Job:
         """The factory of units in other processes."""
         raise NotImplementedError
 
-    def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
+    def tables(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Scores:
         """Write the tables of all results; returns measures."""
         raise NotImplementedError
 
-    def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
+    def documents(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """The documents for a DICOMweb store, after the tables are written."""
         raise NotImplementedError
 
@@ -183,7 +183,7 @@ class PredictJob(Job):
         # If other processes compute, this one only needs the classes, and opens images.
         self._network = self._opener(device=options.device if options.here else "cpu")
 
-    def look(self, index: Index, watch: Watch) -> None:
+    def look(self, index: RunDatabase, watch: Watch) -> None:
         network = self._network
         # The table may be that of the training, with images that it left out, and then determines the splits. Larger
         # archives are not loaded into memory for this.

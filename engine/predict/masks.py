@@ -34,7 +34,7 @@ from ..train.network import restore_network, target_of
 from ..train.record import with_splits
 from .decoders import Opened
 from .delivery import Document
-from .index import Index
+from .index import RunDatabase
 from .job import PredictJob, Result, Unit, texts
 from .options import RunOptions, Scores, Summary, Watch
 from .predictor import NetworkUnit, Wanted, naming
@@ -55,7 +55,7 @@ MASKS = pa.schema(
 counts (3, classes) of `gigamorph.engine.train.mask_target.MaskLoss`."""
 
 
-class Classes(nn.Module):
+class MostProbableClass(nn.Module):
     """A network's most probable class at each position: (N, C, H, W) -> (N, H', W') uint8."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -113,7 +113,7 @@ def open_segmenter(path: str | Path, *, memory_budget: int | None, device: str) 
         raise DataError(f"{path}: does not predict masks; train a network with --task masks")
     prepared = preprocessing_of(record, path)
     trained = restore_network(stored, path, memory_budget=memory_budget, device=device)
-    net = accelerate(Classes(trained._network), memory_budget, batch_norm=record["options"].get("batch_norm"))
+    net = accelerate(MostProbableClass(trained._network), memory_budget, batch_norm=record["options"].get("batch_norm"))
     return Segmenter(
         net,
         target,
@@ -265,7 +265,7 @@ class _Masks(PredictJob):
     def compute(self) -> Callable[[Any], Unit]:
         return functools.partial(SegmentationUnit, wanted=self._wanted)
 
-    def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
+    def tables(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Scores:
         names = self._network.target.names
         counts: dict[str, list[np.ndarray]] = {}
 
@@ -287,7 +287,7 @@ class _Masks(PredictJob):
         self.write_note(out, masks={"classes": list(names), "binary": self._network.target.binary})
         return {split: dice_scores(total, int(number[0]), names) for split, (total, number) in counts.items()}
 
-    def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
+    def documents(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """A DICOM SEG for each image."""
         for row, result in index.joined(results):
             make = functools.partial(mask_segmentation, row, out / "masks" / result["mask"], self._network.target.names)

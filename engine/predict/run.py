@@ -13,7 +13,7 @@ from ..datasets.tables import Record
 from ..evaluate.recalibration import Calibration
 from ..models.outputs import outputs_of
 from .delivery import Document
-from .index import Index
+from .index import RunDatabase
 from .job import PredictJob, Result, Unit
 from .options import RunOptions, Scores, Summary, Watch
 from .predictor import RESULTS, Classifier, Opener, PredictionUnit, Wanted
@@ -21,11 +21,11 @@ from .rows import Row
 from .runner import run
 from .tables import prediction_of, write_odd, write_tables
 
-__all__ = ["Options", "Summary", "Watch", "predict"]
+__all__ = ["PredictOptions", "Summary", "Watch", "predict"]
 
 
 @dataclass(frozen=True)
-class Options(RunOptions):
+class PredictOptions(RunOptions):
     """Options of a run of predictions; see also `RunOptions`.
 
     Attributes:
@@ -43,10 +43,10 @@ def predict(
     opener: Opener,
     sources: Sequence[str | Path | Record],
     out: str | Path,
-    options: Options,
+    options: PredictOptions,
     watch: Watch | None = None,
 ) -> Summary:
-    """Predict images into the folder ``out``; see `Options` and `gigamorph.engine.predict.runner.run`.
+    """Predict images into the folder ``out``; see `PredictOptions` and `gigamorph.engine.predict.runner.run`.
 
     ``predictions.csv``, ``breasts.csv`` (mean of the views of each breast), ``exams.csv`` and ``quarantine.csv`` are
     written at the end.
@@ -69,11 +69,11 @@ def predict(
 class _Predict(PredictJob):
     schema = RESULTS
 
-    _options: Options
+    _options: PredictOptions
     _network: Classifier
     _wanted: Wanted
 
-    def __init__(self, opener: Opener, options: Options) -> None:
+    def __init__(self, opener: Opener, options: PredictOptions) -> None:
         super().__init__(opener, options)
         self.named = "heatmap" if options.heatmaps else ""
 
@@ -108,7 +108,7 @@ class _Predict(PredictJob):
     def compute(self) -> Callable[[Any], Unit]:
         return functools.partial(PredictionUnit, wanted=self._wanted)
 
-    def documents(self, index: Index, results: Iterable[Result], out: Path) -> Iterator[Document]:
+    def documents(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Iterator[Document]:
         """A structured report for each study."""
         from .dicom_report import ImageValues, report, study_of  # its code tables take half a second
 
@@ -129,7 +129,7 @@ class _Predict(PredictJob):
             make = functools.partial(report, images, checkpoint=options.checkpoint, model=options.model)
             yield Document(content, images[0].row.name, make)
 
-    def tables(self, index: Index, results: Iterable[Result], out: Path) -> Scores:
+    def tables(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Scores:
         options, outputs = self._options, outputs_of(self._network.net)
         scores = write_tables(
             index,

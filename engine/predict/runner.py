@@ -24,7 +24,7 @@ from .decoders import Opened
 from .delivery import deliver
 from .devices import DeviceSettings, Outcome, compute_here, compute_in_processes
 from .folder import RunFolder
-from .index import Index
+from .index import RunDatabase
 from .job import FAILURES, Job, Result
 from .options import RunOptions, Summary, Watch
 from .parts import Parts, read_parts, read_results
@@ -65,7 +65,7 @@ def run(
     if options.store:
         service_of(options.store)  # to raise errors before any work
     job.open(options)
-    with Index(lambda row: job.key(row, options.model)) as index:
+    with RunDatabase(lambda row: job.key(row, options.model)) as index:
         for text in index.fill(sources, job.classes, check_files=options.max_failures is None, skip=folder.path):
             watch.warn(text)
         job.look(index, watch)
@@ -78,7 +78,7 @@ def run(
 class _Runner:
     """Runs a shard; this process has locked its folder."""
 
-    def __init__(self, job: Job, folder: RunFolder, options: RunOptions, watch: Watch, index: Index) -> None:
+    def __init__(self, job: Job, folder: RunFolder, options: RunOptions, watch: Watch, index: RunDatabase) -> None:
         self._job, self._folder, self._options, self._watch, self._index = job, folder, options, watch, index
         self._summary = Summary(devices=options.devices)
         self._pending: list[Outcome] = []

@@ -19,7 +19,7 @@ from ..evaluate.recalibration import Calibration
 from ..models.outputs import Outputs
 from ..train.classify import truth_of
 from ..train.metrics import Prediction, per_breast, per_exam, scores
-from .index import Index, Level
+from .index import Level, RunDatabase
 from .rows import Row
 
 MEASURED = 200_000
@@ -31,7 +31,7 @@ log = logging.getLogger("gigamorph")
 
 
 def write_tables(
-    index: Index,
+    index: RunDatabase,
     results: Iterable[dict[str, Any]],
     out: Path,
     classes: Sequence[str],
@@ -42,7 +42,7 @@ def write_tables(
 ) -> dict[str, dict[str, float | int | None]]:
     """Write the tables of all rows that have a result.
 
-    predictions.csv has the columns that are needed to read the same pixels again (`Index.reading`).
+    predictions.csv has the columns that are needed to read the same pixels again (`RunDatabase.reading`).
 
     Args:
         index: of the run; also stores intermediate data that may not fit into memory.
@@ -83,7 +83,7 @@ def write_tables(
 
 
 def _images(
-    index: Index,
+    index: RunDatabase,
     results: Iterable[dict[str, Any]],
     calibration: Calibration | None,
     identifiers: bool,
@@ -101,7 +101,7 @@ def _images(
 
 
 def _grouped(
-    index: Index, level: Level, classes: Sequence[str], outputs: Outputs | None, calibration: Calibration | None
+    index: RunDatabase, level: Level, classes: Sequence[str], outputs: Outputs | None, calibration: Calibration | None
 ) -> Iterator[Prediction]:
     groups = index.groups(level)
     if outputs is not None and outputs.views is not None:
@@ -159,7 +159,7 @@ def write_odd(results: Iterable[dict[str, Any]], out: Path) -> Iterator[dict[str
     log.warning("odd grey values in %d image(s), listed in odd.csv; first %s: %s", len(found), *found[0])
 
 
-def write_failures(index: Index, out: Path) -> None:
+def write_failures(index: RunDatabase, out: Path) -> None:
     """Write quarantine.csv, if there are failures or the file exists."""
     path = out / "quarantine.csv"
     if index.counts()[2] or path.exists():
@@ -167,7 +167,7 @@ def write_failures(index: Index, out: Path) -> None:
 
 
 def prediction_of(
-    row: Row, result: dict[str, Any], index: Index, calibration: Calibration | None, identifiers: bool
+    row: Row, result: dict[str, Any], index: RunDatabase, calibration: Calibration | None, identifiers: bool
 ) -> Prediction:
     """The prediction of an image, from its row of the table and its result.
 
@@ -197,7 +197,7 @@ def prediction_of(
     return replace(found, log_odds=calibration.both(found.log_odds))
 
 
-def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
+def patient_of(row: Row, result: dict[str, Any], index: RunDatabase, identifiers: bool) -> str:
     """The patient in the table, or else in the header (`header_patient`), see `prediction_of`."""
     patient = row.record.patient_id
     if _names_patient(row) or not result["header_patient"]:
@@ -206,7 +206,7 @@ def patient_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool
     return patient if identifiers else index.numbered("P", patient)
 
 
-def exam_of(row: Row, result: dict[str, Any], index: Index, identifiers: bool) -> str:
+def exam_of(row: Row, result: dict[str, Any], index: RunDatabase, identifiers: bool) -> str:
     """The exam in the table; if the table has neither exam nor patient, the study of the header (`header_exam`)."""
     exam = result.get("header_exam")
     if row.record.exam_id or not exam or _names_patient(row):

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from ..accelerate import Accelerated
 from ..datasets.views import MirroredSource
 from ..errors import DataError, GigamorphError, from_network
-from ..images.affine import Affine, Map
+from ..images.affine import Affine, CoordinateMap
 from ..images.pixels import PixelSource, to_original
 from ..models.classifier import record
 from ..models.folder import Preprocessing
 from ..models.outputs import Outputs, mean_log_odds, outputs_of, set_outputs
-from ..train.explanation import Explained, Explanation, SelfExplaining, class_of, explain_class, gradient
+from ..train.explanation import Explanation, Result, SelfExplaining, class_of, explain_class, gradient
 from .images import PreparedSource
 
 
@@ -124,11 +124,11 @@ class Ensemble(SelfExplaining):
         """Return the mean of numbers, or the log-odds of the mean of probabilities."""
         return each.mean(0) if self._numbers else mean_log_odds(each)
 
-    def explain_class(self, source: PixelSource, which: int | None) -> Explained:
+    def explain_class(self, source: PixelSource, which: int | None) -> Result:
         """Sum the members' maps, each weighted by the slope of the mean's log-odds in its own; see `_merge`."""
         return self._explain_with(source, which, lambda net, seen, number: explain_class(net, seen, number)[0])
 
-    def explain_gradient(self, source: PixelSource, which: int | None) -> Explained:
+    def explain_gradient(self, source: PixelSource, which: int | None) -> Result:
         """Return the gradient of the mean's log-odds in the image's grey values; members may resize it differently.
 
         If members take images as they are, it is the gradient in the image's values.
@@ -145,7 +145,7 @@ class Ensemble(SelfExplaining):
         found, log_odds, number = self._explain_with(source, which, by_grey)
         return replace(found, values=found.values.abs().amax(0), log_odds=None), log_odds, number
 
-    def _explain_with(self, source: PixelSource, which: int | None, explain: Callable[..., Explanation]) -> Explained:
+    def _explain_with(self, source: PixelSource, which: int | None, explain: Callable[..., Explanation]) -> Result:
         views = list(self._views(source))
         with torch.no_grad():
             rows = [member.net(seen).double() for member, seen in views]
@@ -181,7 +181,7 @@ def _merge(maps: Sequence[Explanation], slopes: Sequence[float], plain: int, log
     maps are also scaled by the ratio of the cells' areas.
     """
 
-    def in_file(one: Explanation) -> Map:
+    def in_file(one: Explanation) -> CoordinateMap:
         return to_original(one.source) @ one.in_source
 
     def area(one: Explanation) -> float:

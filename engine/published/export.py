@@ -31,7 +31,7 @@ _SHARED_NAMES = ("resnet18", "resnet34", "resnet50")  # built-in networks with t
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A network with its weights, in evaluation mode, and its description."""
 
     path: Path
@@ -46,7 +46,7 @@ class Source:
         return fixed_image(self.description.preprocessing, (shape[2], shape[3]) if shape else (320, 256))
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path) -> ExportSource:
     """Open the network in a folder of `gigamorph import` or a checkpoint of `gigamorph train`.
 
     Raises:
@@ -56,7 +56,7 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if is_folder(path) or path.is_dir():
         description = read_description(path)
-        return Source(path, open_checked(path).float(), description)
+        return ExportSource(path, open_checked(path).float(), description)
     stored = load_checkpoint(path)
     record = stored["gigamorph"]
     if "options" not in record:
@@ -72,10 +72,10 @@ def open_source(path: str | Path) -> Source:
         source={"file": path.name, "sha256": sha256(path)},
         versions=versions_of_results(),
     )
-    return Source(path, net._network.float().eval(), description, "grown" in record)
+    return ExportSource(path, net._network.float().eval(), description, "grown" in record)
 
 
-def export_hub(source: Source, out: str | Path) -> float:
+def export_hub(source: ExportSource, out: str | Path) -> float:
     """Write a folder with ``model.safetensors`` and a ``config.json`` for timm, and load it again to compare.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds it.
@@ -105,7 +105,7 @@ def export_hub(source: Source, out: str | Path) -> float:
         return _compare(ordinary(loaded, image, str(spec)), ordinary(source.network, image, str(spec)), "timm")
 
 
-def _hub_config(source: Source, spec: Spec, timm: Any) -> dict[str, Any]:
+def _hub_config(source: ExportSource, spec: Spec, timm: Any) -> dict[str, Any]:
     own, taken = source.description, source.description.preprocessing
     arguments = {name: value for name, value in spec.arguments.items() if name not in ("num_classes", "in_channels")}
     arguments["in_chans"] = taken.channels
@@ -136,7 +136,7 @@ def _hub_config(source: Source, spec: Spec, timm: Any) -> dict[str, Any]:
     }
 
 
-def export_onnx(source: Source, out: str | Path, size: tuple[int, int] | None = None) -> float:
+def export_onnx(source: ExportSource, out: str | Path, size: tuple[int, int] | None = None) -> float:
     """Write an ONNX file with the input ``image`` (N, C, H, W) and the output ``logits``, and run it to compare.
 
     Images must have the network's preprocessing, which the file's metadata (``gigamorph``) describes.
@@ -181,13 +181,13 @@ def export_onnx(source: Source, out: str | Path, size: tuple[int, int] | None = 
     return far
 
 
-def _other_image(source: Source) -> Tensor:
+def _other_image(source: ExportSource) -> Tensor:
     """Return images of another size and number than those of the export."""
     height, width = source.image.shape[2:]
     return fixed_image(source.description.preprocessing, (height + 64, width + 32)).repeat(2, 1, 1, 1)
 
 
-def _needed_size(source: Source, network: nn.Module) -> tuple[int, int] | None:
+def _needed_size(source: ExportSource, network: nn.Module) -> tuple[int, int] | None:
     """Return the size to which the images are resized if the network accepts no other; None if it does.
 
     Raises:

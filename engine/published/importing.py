@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import GigamorphError
 from ..files import temporary_name
 from ..models import build_model
-from ..models.checkpoints import State, read_state
+from ..models.checkpoints import WeightFile, read_state
 from ..models.folder import Description, Preprocessing, read_description, write_description
 from ..models.own_code import nothing_fetched
 from ..models.reference import Reference
@@ -145,7 +145,7 @@ def _import_layout(path: Path, out: str | Path, wishes: Wishes, say: Say) -> lis
             chosen = replace(wishes, licence=wishes.licence or part.licence, size=wishes.size or part.size)
             tensors = subtree(state.tensors, part.prefix, path) if part.prefix else state.tensors
             tensors = {key: t for key, t in tensors.items() if not key.startswith(part.ignored or ("\0",))}
-            own = State(path, tensors, state.place)
+            own = WeightFile(path, tensors, state.place)
             one = import_state(
                 Spec.parse(part.model), own, part.preprocessing, part.key_map, target, chosen, say, part.outputs
             )
@@ -201,7 +201,7 @@ def _import_pickled(spec: Spec, weights: Path, folder: Path, wishes: Wishes, say
     write_description(folder, replace(description, source=source))
 
 
-def _read_weights(path: Path, wishes: Wishes, say: Say) -> State:
+def _read_weights(path: Path, wishes: Wishes, say: Say) -> WeightFile:
     state = read_state(path, wishes.prefix)
     if state.others:
         say(f"{path.name}: uses the weights under {state.place}, not those under {', '.join(state.others)}")

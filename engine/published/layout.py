@@ -8,7 +8,7 @@ from typing import Any
 
 from ..applications import layouts
 from ..errors import GigamorphError
-from ..models.checkpoints import State
+from ..models.checkpoints import WeightFile
 from ..models.folder import Preprocessing
 from ..models.outputs import Outputs
 from ..train.checkpoint import preprocessing_of, record_of
@@ -49,7 +49,7 @@ def trained_preprocessing(record: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(record["channels"], tuple(normalize["mean"]), tuple(normalize["std"]), given["voi"])
 
 
-def part_of_training(state: State) -> Part | None:
+def part_of_training(state: WeightFile) -> Part | None:
     """Return the network of a checkpoint of `gigamorph train`; None for others.
 
     Raises:
@@ -79,7 +79,7 @@ def part_of_training(state: State) -> Part | None:
     )
 
 
-def parts_of(state: State, layout: str | None = None) -> tuple[str, Sequence[Part]]:
+def parts_of(state: WeightFile, layout: str | None = None) -> tuple[str, Sequence[Part]]:
     """Return the name of a checkpoint's layout, and its networks.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import GigamorphError
 from ..files import write_tensors
 from ..models import build_model
-from ..models.checkpoints import State
+from ..models.checkpoints import WeightFile
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
 from ..models.outputs import Activation, Head, Outputs
 from ..models.reference import forward
@@ -98,7 +98,7 @@ class Wishes:
 
 def import_state(
     spec: Spec,
-    state: State,
+    state: WeightFile,
     preprocessing: Preprocessing,
     key_map: tuple[tuple[str, str], ...],
     folder: Path,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
 from ..files import write_tensors
-from ..models.checkpoints import State, read_state
+from ..models.checkpoints import WeightFile, read_state
 from ..models.reference import LIMIT32, difference
 from ..models.weights import own_tensors
 
@@ -38,7 +38,7 @@ def holds_module(path: Path) -> bool:
     return False
 
 
-def extract(path: Path, prefix: str = "") -> tuple[State, str]:
+def extract(path: Path, prefix: str = "") -> tuple[WeightFile, str]:
     """Open a pickled module in a separate process, and return its weights and the name of its class.
 
     Args:
@@ -53,7 +53,7 @@ def extract(path: Path, prefix: str = "") -> tuple[State, str]:
     with tempfile.TemporaryDirectory() as name:
         _run_child(path, Path(name), prefix)
         kind = json.loads((Path(name) / _KIND).read_text())
-        return State(path, load_file(Path(name) / _STATE)), kind
+        return WeightFile(path, load_file(Path(name) / _STATE)), kind
 
 
 def logits(path: Path, image: Tensor, prefix: str = "") -> Tensor:

@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"[+\-−]?\.?\d(?![\da-f]{11})")  # a commit hash is not a
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """A table of text cells with column names; numeric columns are right-aligned.
 
     Attributes:
@@ -44,7 +44,7 @@ class Table:
         return styles
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, object]], strong: str = "", grouped: bool = False) -> Table:
+    def of(cls, rows: Sequence[Mapping[str, object]], strong: str = "", grouped: bool = False) -> TextTable:
         """Build a table from rows that map column names to cells; columns that are empty in all rows are omitted."""
         head = [name for name in (rows[0] if rows else ()) if any(str(row[name]) for row in rows)]
         return cls(head, [[row[name] for name in head] for row in rows], strong, grouped)

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from ..lowering.geometry import Cells
 from ..lowering.ops import Axes, Reduction
-from ..lowering.stages import Stage
+from ..lowering.stages import ProgramStage
 from .halos import Rect
 from .reduce import Accumulator
 
 
-def new_accumulator(reduction: Reduction, stage: Stage) -> Accumulator:
+def new_accumulator(reduction: Reduction, stage: ProgramStage) -> Accumulator:
     """A new accumulator for a reduction of a stage."""
     dtype = stage.program.values[reduction.outputs[0]].dtype
     if reduction.grid is None:

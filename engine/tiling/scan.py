@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ... import kernels
 from ..images.batches import StoredBatch
-from ..lowering.stages import Stage
+from ..lowering.stages import ProgramStage
 from ..module import locks
 from .arena import in_arena
 from .halos import Rect, area, copy_all, cut, memory_order
@@ -96,7 +96,7 @@ class Autocast:
         return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
-def cast_dtype(stage: Stage, value: int, dtype: torch.dtype, autocast: Autocast) -> torch.dtype:
+def cast_dtype(stage: ProgramStage, value: int, dtype: torch.dtype, autocast: Autocast) -> torch.dtype:
     """The dtype in which a stage gets a vector: weights that autocast would cast in every tile are cast once."""
     if not autocast.enabled or dtype != torch.float32:
         return dtype

@@ -76,7 +76,7 @@ class SpatialShard:
             yield
 
 
-class Gathered(torch.autograd.Function):
+class GatheredFunction(torch.autograd.Function):
     """Gathers the tensors of all processes in each process.
 
     All processes continue equally, so each takes the gradient of its own tensor without communication.

@@ -26,8 +26,8 @@ from ..capture.program import Op
 from ..errors import UnsupportedError
 from ..lowering.geometry import Cells, Window, needed, same
 from ..lowering.ops import Env, Local, Reduction, VectorOp
-from ..lowering.stages import Stage, StagedProgram
-from .spatial import Exchange, Fetch, Gathered, Maximum, Rows, SpatialShard
+from ..lowering.stages import ProgramStage, StagedProgram
+from .spatial import Exchange, Fetch, GatheredFunction, Maximum, Rows, SpatialShard
 
 
 def split_network(staged: StagedProgram, shard: SpatialShard) -> StagedProgram:
@@ -53,11 +53,11 @@ class _Splitter:
         for step in staged.steps:
             if isinstance(step, Op):
                 self.whole |= self.stored & set(step.inputs)
-            elif isinstance(step, Stage):
+            elif isinstance(step, ProgramStage):
                 self._add_needs(step)
         self.fetched: dict[int, tuple[int, int]] = {}  # stored map -> (fetched map, first row)
 
-    def _add_needs(self, stage: Stage) -> None:
+    def _add_needs(self, stage: ProgramStage) -> None:
         for local in stage.locals:
             if local.random:
                 raise UnsupportedError(
@@ -77,7 +77,7 @@ class _Splitter:
         begins: list[int] = []
         for step in self.staged.steps:
             begins.append(len(steps))
-            steps.extend(self._graph(step) if isinstance(step, Stage) else [step])
+            steps.extend(self._graph(step) if isinstance(step, ProgramStage) else [step])
         begins.append(len(steps))
         segments = [range(begins[part.start], begins[part.stop]) for part in self.staged.segments]
         return replace(self.staged, steps=steps, segments=segments)
@@ -102,7 +102,7 @@ class _Splitter:
 
         return Local(op, {source: (access, same(width))}, (maps.axes[target],), run)
 
-    def _graph(self, stage: Stage) -> list[Stage | VectorOp]:
+    def _graph(self, stage: ProgramStage) -> list[ProgramStage | VectorOp]:
         maps, shard = self.maps, self.shard
         before: list[Local] = []
         behind: list[Local] = []
@@ -171,7 +171,7 @@ class _Splitter:
             each = None if grid is None else _shares_of_cells(grid, axis, rank, parts)
 
             def moments(env: Env) -> tuple[Tensor, ...]:
-                mean, var = Gathered.apply(torch.stack([env[v].to(wide) for v in partial]), shard).unbind(1)  # pyright: ignore
+                mean, var = GatheredFunction.apply(torch.stack([env[v].to(wide) for v in partial]), shard).unbind(1)  # pyright: ignore
                 if each is None:
                     shares = mean.new_tensor(pixels).div_(sum(pixels)).view(-1, *[1] * (mean.dim() - 1))
                 else:
@@ -190,7 +190,7 @@ class _Splitter:
             part = maps.new_value(dtype=wide, like=output)
 
             def total(env: Env) -> tuple[Tensor, ...]:
-                return (Gathered.apply(env[part], shard).sum(0).to(dtypes[0]),)  # pyright: ignore
+                return (GatheredFunction.apply(env[part], shard).sum(0).to(dtypes[0]),)  # pyright: ignore
 
             merges.append(VectorOp(total, (part,), (output,)))
             return replace(reduction, value=own, outputs=(part,))
@@ -216,7 +216,7 @@ def _fetch(source: int, target: int, exchange: Exchange) -> VectorOp:
     return VectorOp(lambda env: (Fetch.apply(env[source], exchange),), (source,), (target,))  # pyright: ignore
 
 
-def _targets(stage: Stage) -> list[int]:
+def _targets(stage: ProgramStage) -> list[int]:
     """The maps that a stage reduces or stores."""
     return list(dict.fromkeys([*(r.value for r in stage.reductions), *stage.stored]))
 

@@ -8,7 +8,7 @@ from collections.abc import Container, Hashable
 from ..lowering.geometry import Access, AxisSchedule, Window, same, schedule_axis
 from ..lowering.ops import Local
 from ..lowering.rewrites import in_place_runs, unvalued_runs
-from ..lowering.stages import Stage, private_maps, readers_of
+from ..lowering.stages import ProgramStage, private_maps, readers_of
 from .halos import Rect, area, shift
 
 Schedules = dict[Hashable, AxisSchedule]
@@ -25,7 +25,7 @@ class TiledStage:
         schedules: a cache of schedules, shared by the stages of a network.
     """
 
-    def __init__(self, stage: Stage, tile: tuple[int, int], schedules: Schedules | None = None):
+    def __init__(self, stage: ProgramStage, tile: tuple[int, int], schedules: Schedules | None = None):
         self.stage = stage
         self.tile = tile
         self._schedules = {} if schedules is None else schedules

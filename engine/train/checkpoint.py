@@ -21,8 +21,7 @@ from ..files import write_atomically
 from ..images.grayscale import check_voi
 from ..images.levels import White, require_white
 from ..images.pixels import Normalize
-from ..models.checkpoints import State as Weights
-from ..models.checkpoints import is_state, read_state
+from ..models.checkpoints import WeightFile, is_state, read_state
 from ..models.views import Views
 from ..models.weights import first_line
 from .state import State
@@ -283,7 +282,7 @@ def scale_of(record: dict[str, Any], path: str | Path) -> dict[str, Any] | None:
     return prepared["normalize"]
 
 
-def record_of(weights: Weights) -> dict[str, Any] | None:
+def record_of(weights: WeightFile) -> dict[str, Any] | None:
     """The record of the checkpoint that contains these weights; None for other files."""
     record = weights.rest.get("gigamorph")
     if record is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..accelerate import Accelerated
 from ..errors import GigamorphError
 from ..evaluate.class_names import positive_number
-from ..images.affine import Affine, Map
+from ..images.affine import Affine, CoordinateMap
 from ..images.pixels import PixelSource, as_stored, to_original
 from ..models.outputs import Outputs, outputs_of
 from ..torch_private import tree_leaves
@@ -51,7 +51,7 @@ class Explanation:
         return self.cells or Affine.scale(self.source.shape[2] / width, self.source.shape[1] / height)
 
     @property
-    def place(self) -> Map:
+    def place(self) -> CoordinateMap:
         """The transform from cells to pixels of the stored file, which undoes mirroring, cropping and averaging."""
         return to_original(as_stored(self.source)).inverse() @ to_original(self.source) @ self.in_source
 
@@ -118,7 +118,7 @@ def baseline(values: Tensor, border: tuple[int, int] = (0, 0)) -> Tensor:
     return middle + rows + columns
 
 
-Explained = tuple[Explanation, Tensor, int]
+Result = tuple[Explanation, Tensor, int]
 """A map, the logits (classes,), and the class that the map explains."""
 
 
@@ -126,15 +126,15 @@ class SelfExplaining(ABC):
     """A network that computes its own explanations, such as an ensemble with one map of all members."""
 
     @abstractmethod
-    def explain_class(self, source: PixelSource, which: int | None) -> Explained:
+    def explain_class(self, source: PixelSource, which: int | None) -> Result:
         """See `explain_class`."""
 
     @abstractmethod
-    def explain_gradient(self, source: PixelSource, which: int | None) -> Explained:
+    def explain_gradient(self, source: PixelSource, which: int | None) -> Result:
         """See `explain_gradient`."""
 
 
-def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None = None) -> Explained:
+def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None = None) -> Result:
     """The class activation map of the log-odds of a class against all others, computed tile by tile.
 
     It is the sum over channels of d log-odds / d channel x channel, for the last map before the global pooling (Zhou et
@@ -173,7 +173,7 @@ def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which:
     return Explanation(source, found.values[0], cells, log_odds, found.adds_up, border), found.outputs[0], number
 
 
-def explain_gradient(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None) -> Explained:
+def explain_gradient(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None) -> Result:
     """Saliency of every pixel: the maximum over channels of the absolute `gradient` of the log-odds of a class.
 
     Arguments and results are those of `explain_class`.

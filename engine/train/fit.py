@@ -23,7 +23,7 @@ from .card import Card, write_card
 from .checkpoint import load_checkpoint
 from .classify import Classification
 from .data import Data, samples_of
-from .loop import Trained, run_stages
+from .loop import RunResult, run_stages
 from .mask_target import MaskTarget, Overlap, Segmentation, scored_lines
 from .metrics import Prediction, as_cases
 from .network import build_network
@@ -50,7 +50,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Watch:
+class FitWatch:
     """The callbacks and loggers of a run.
 
     Attributes:
@@ -74,7 +74,7 @@ def fit(
     *,
     resume: bool = False,
     report: Report | None = None,
-    watch: Watch | None = None,
+    watch: FitWatch | None = None,
 ) -> Fitted:
     """Train, and write ``last.ckpt``, ``best.ckpt``, ``log.csv``, ``curves.png``, ``metrics.json`` and
     ``model_card.md`` into ``out``.
@@ -109,7 +109,7 @@ def fit(
     out = Path(out)
     data.require_fit()
     group = ProcessGroup.here(options.split_image)
-    last, watch = out / "last.ckpt", watch or Watch()
+    last, watch = out / "last.ckpt", watch or FitWatch()
     if resume and not last.exists():
         resume = False
         if watch.say is not None:
@@ -199,7 +199,7 @@ def _task(
 
 
 def _measure(
-    task: Classification | Segmentation, data: Data, record: dict[str, Any], trained: Trained
+    task: Classification | Segmentation, data: Data, record: dict[str, Any], trained: RunResult
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The scores of the best epoch with the facts needed to repeat the run, and the predictions or overlaps."""
     metrics: dict[str, Any] = {"best_epoch": trained.best_epoch}

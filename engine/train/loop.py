@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 @dataclass(frozen=True)
-class Trained:
+class RunResult:
     """The result of `run_stages`; the module has the parameters of the best epoch, or of the last without scores."""
 
     rows: list[dict[str, Any]]
@@ -63,7 +63,7 @@ class Trained:
     best_score: float | None
 
 
-def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
+def run_stages(task: Task, stages: Sequence[Stage], run: Run) -> RunResult:
     """Train through stages; each continues from the weights of the previous one.
 
     Writes ``last.ckpt``, ``best.ckpt`` and ``log.csv`` into ``run.out``. With ``run.resume`` it continues the folder's
@@ -105,7 +105,7 @@ def _locked_folder(run: Run) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
+def _run_stages(task: Task, stages: Sequence[Stage], run: Run) -> RunResult:
     group, last, best = run.group, run.out / "last.ckpt", run.out / "best.ckpt"
     record = {**task.record, "settings": _settings(stages, run, group.at_once)}
     task.group, task.meter = group, Meter(run.report if group.leads else None, group.at_once)
@@ -138,7 +138,7 @@ def _run_stages(task: Task, stages: Sequence[Stage], run: Run) -> Trained:
     if state.best_epoch != state.epoch or stages[-1].average is not None:
         _load_state(task, load_checkpoint(best), str(best))
     task.module.eval()
-    return Trained(state.rows, state.best_epoch, None if state.best is None else state.best[0])
+    return RunResult(state.rows, state.best_epoch, None if state.best is None else state.best[0])
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ def sources(compile_rows, monkeypatch):
 
 def test_rows_are_kept_until_their_kernels_code_changes(compile_rows, tmp_path, sources):
     path = tmp_path / "made" / "rows.jsonl"
-    conv = compile_rows.Row("conv2d_forward", 90, "conv", registers=168, faults=("3 spills",))
-    pool = compile_rows.Row("max_pool", 80, "pool")
+    conv = compile_rows.CompiledKernel("conv2d_forward", 90, "conv", registers=168, faults=("3 spills",))
+    pool = compile_rows.CompiledKernel("max_pool", 80, "pool")
     kept = compile_rows.RowFile(path)
     kept.add(90, {"a", "b"}, [conv])
     with path.open("a") as file:
@@ -44,7 +44,7 @@ def test_rows_are_kept_until_their_kernels_code_changes(compile_rows, tmp_path, 
 
 def test_what_no_step_launches_any_more_is_left_out(compile_rows, tmp_path, sources):
     path = tmp_path / "rows.jsonl"
-    rows = [compile_rows.Row(case, 90, "conv") for case in "abc"]
+    rows = [compile_rows.CompiledKernel(case, 90, "conv") for case in "abc"]
     file = compile_rows.RowFile(path)
     file.add(90, {"a", "b"}, rows[:1])
     file.add(90, {"c"}, rows[1:2])
@@ -60,10 +60,10 @@ def test_nothing_compiled_is_a_failure(compile_rows):
 
 def test_the_worst_of_each_kernel_is_told(compile_rows):
     rows = [
-        compile_rows.Row("a", 90, "conv", shared=64, registers=90, blocks=3, matrix="wgmma", loads=6),
-        compile_rows.Row("b", 90, "conv", shared=1024, registers=70, blocks=2, faults=("3 spills",)),
-        compile_rows.Row("c", 80, "conv", shared=32, registers=60, blocks=4, matrix="mma"),
-        compile_rows.Row("d", 90, "", faults=("CompilationError: none",)),
+        compile_rows.CompiledKernel("a", 90, "conv", shared=64, registers=90, blocks=3, matrix="wgmma", loads=6),
+        compile_rows.CompiledKernel("b", 90, "conv", shared=1024, registers=70, blocks=2, faults=("3 spills",)),
+        compile_rows.CompiledKernel("c", 80, "conv", shared=32, registers=60, blocks=4, matrix="mma"),
+        compile_rows.CompiledKernel("d", 90, "", faults=("CompilationError: none",)),
     ]
     cells = zip(*(list(column.cells) for column in compile_rows.by_kernel(rows).columns), strict=True)
     assert list(cells) == [

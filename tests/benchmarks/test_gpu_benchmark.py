@@ -56,7 +56,7 @@ def run(workers, report, names, *, limit=20.0, deadline=20.0, end=20.0):
 
 
 def test_an_item_that_dies_or_hangs_costs_one_item(workers, tmp_path):
-    report = gpu.Report(tmp_path / "out.json", time.monotonic())
+    report = gpu.ResultsFile(tmp_path / "out.json", time.monotonic())
     data = run(workers[:1], report, ["a", "dies", "b", "hangs", "c"], limit=3)
     rows = data["checks"]
     assert rows["dies"]["error"] == "process died" and "the reason" in rows["dies"]["message"]
@@ -66,14 +66,14 @@ def test_an_item_that_dies_or_hangs_costs_one_item(workers, tmp_path):
 
 
 def test_what_time_does_not_reach_is_listed(workers, tmp_path):
-    report = gpu.Report(tmp_path / "out.json", time.monotonic())
+    report = gpu.ResultsFile(tmp_path / "out.json", time.monotonic())
     data = run(workers[:1], report, ["hangs", "a", "b"], deadline=1, end=2)
     assert data["checks"]["hangs"]["error"] == "timed out"
     assert data["skipped"] == ["checks: a", "checks: b"]
 
 
 def test_every_item_once_with_several_workers(workers, tmp_path):
-    report = gpu.Report(tmp_path / "out.json", time.monotonic())
+    report = gpu.ResultsFile(tmp_path / "out.json", time.monotonic())
     names = [str(i) for i in range(20)]
     data = run(workers, report, names)
     assert sorted(data["checks"], key=int) == names and {row["do"] for row in data["checks"].values()} == {"checks"}
@@ -81,8 +81,8 @@ def test_every_item_once_with_several_workers(workers, tmp_path):
 
 def test_a_later_command_goes_on_where_the_file_ends(workers, tmp_path):
     path = tmp_path / "out.json"
-    run(workers[:1], gpu.Report(path, time.monotonic()), ["a", "dies"])
-    report = gpu.Report(path, time.monotonic())
+    run(workers[:1], gpu.ResultsFile(path, time.monotonic()), ["a", "dies"])
+    report = gpu.ResultsFile(path, time.monotonic())
     assert report.has("checks", "a") and not report.has("checks", "dies") and not report.has("ops", "a")
     data = run(workers[:1], report, ["b"])
     assert set(data["checks"]) == {"a", "dies", "b"} and data["checks"]["a"]["do"] == "checks"
@@ -194,8 +194,8 @@ def test_a_step_is_timed_without_what_is_told_of_it(monkeypatch, training):
     monkeypatch.setattr(gpu_steps, "time_call", time_call)
     for name in ("item", "norm"):
         monkeypatch.setattr(torch.Tensor, name, untimed(getattr(torch.Tensor, name)))
-    row = gpu_steps.measure(gpu_steps.Step("small", training, 64, "ours_auto"), 48, 3.0)
-    other = gpu_steps.measure(gpu_steps.Step("small", training, 64, "channels_last"), 48, 3.0)
+    row = gpu_steps.measure(gpu_steps.GpuStep("small", training, 64, "ours_auto"), 48, 3.0)
+    other = gpu_steps.measure(gpu_steps.GpuStep("small", training, 64, "channels_last"), 48, 3.0)
     assert len(row["seconds"]) == 2 and row["mpx_per_s"] == 64**2 / 1e6 and set(read) <= {"item", "norm"}
     assert "stock_bytes" not in row and ("gradient" in row) == training
     for key in ("loss", "gradient") if training else ("loss",):

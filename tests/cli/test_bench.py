@@ -170,7 +170,7 @@ def test_the_declared_rows_and_the_morphs_are_printed_and_kept(monkeypatch, tmp_
     from gigamorph.engine.bench.results import NOT_RUN, DeclaredRow, MorphRow
 
     row = DeclaredRow(3, "VGG16", "fast", NOT_RUN, "needs a GPU")
-    monkeypatch.setattr(rows, "run", lambda ceilings, numbers, say: iter([rows.Outcome(row)]))
+    monkeypatch.setattr(rows, "run", lambda ceilings, numbers, say: iter([rows.RowOutcome(row)]))
     assert run("rows", "--json", str(tmp_path / "r.json")) == 0
     assert read(tmp_path / "r.json").declared == [row]
     made = [MorphRow(seed, "widened", 0.5, 0.9, 12.0, 7, [(12.0, 7, 0.9)]) for seed in range(2)]

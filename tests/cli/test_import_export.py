@@ -16,7 +16,7 @@ from torch import nn
 
 from gigamorph import create_model, load
 from gigamorph.cli.import_ import _listed
-from gigamorph.engine.bench.results import Task
+from gigamorph.engine.bench.results import BenchTask
 from gigamorph.engine.bench.work import build
 from gigamorph.engine.explain.write import METHODS
 from gigamorph.engine.images.open import open_pixels
@@ -297,7 +297,7 @@ def test_plan_bench_and_morph_take_it_as_a_model(tmp_path, named_rates, capsys):
     net = str(tmp_path / "net")
     assert run("plan", "--model", net, "--size", "256x256", "--memory-budget", "64MiB", "--device", "cpu") == 0
     assert "1 x 1 x 256 x 256" in capsys.readouterr().out
-    task = Task(net, (1, 1, 64, 64), False, "live", "fp32", "cpu")
+    task = BenchTask(net, (1, 1, 64, 64), False, "live", "fp32", "cpu")
     assert torch.equal(build(task).fc.weight, create_model(net).fc.weight)
     wider = tmp_path / "wider.safetensors"
     assert run("morph", "widen", "--model", net, "--factor", 1.5, "--out", wider) == 0

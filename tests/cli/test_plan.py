@@ -133,7 +133,7 @@ def test_five_budgets_and_their_least_times(table, named_rates, capsys):
     import torch
 
     from gigamorph import accelerate, create_model, plan
-    from gigamorph.engine.bench.results import Task
+    from gigamorph.engine.bench.results import BenchTask
     from gigamorph.engine.bench.roofline import count
 
     assert run("--model", "resnet18", "--size", "2048x1536", "--views", "2", "--batch-norm", "frozen") == 0
@@ -144,7 +144,7 @@ def test_five_budgets_and_their_least_times(table, named_rates, capsys):
     row = next(line for line in out.splitlines() if line.startswith("1/2 of it"))
     half = plan(net, (2, 1, 2048, 1536), whole.stock_bytes // 2)
     with torch.enable_grad():
-        floor = count(net._network, Task("", (2, 1, 2048, 1536))).seconds(named_rates, "fp32")
+        floor = count(net._network, BenchTask("", (2, 1, 2048, 1536))).seconds(named_rates, "fp32")
     wanted = [f"{half.tile[0]} x {half.tile[1]}", f"{half.work:.2f}", f"{floor * half.work:.2g} s"]
     assert re.split(r"  +", row.strip())[-3:] == wanted
     assert (
@@ -215,13 +215,13 @@ def test_without_a_gpu_kernels_are_said_to_be_pytorch_s(capsys):
 
 def test_choices_are_listed_with_their_times():
     from gigamorph.cli.table import show_choices
-    from gigamorph.kernels.choice import Choice
+    from gigamorph.kernels.choice import CachedChoice
 
     out = StringIO()
     show_choices(
         [
-            Choice("conv2d_forward", '["bfloat16"]', 4096, "stock", {"stock": 1.0, "triton": 1.25}, 1.25),
-            Choice("conv2d_dgrad", '["bfloat16"]', 4096, "triton", {"stock": 2.0, "triton": 1.0}, 0.5),
+            CachedChoice("conv2d_forward", '["bfloat16"]', 4096, "stock", {"stock": 1.0, "triton": 1.25}, 1.25),
+            CachedChoice("conv2d_dgrad", '["bfloat16"]', 4096, "triton", {"stock": 2.0, "triton": 1.0}, 0.5),
         ],
         Console(file=out, width=120),
     )

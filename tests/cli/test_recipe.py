@@ -12,7 +12,7 @@ from commands import run
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.mammography import recipes
 from gigamorph.engine.mammography.recipes.claims import Effect, Rule, Synthetic
-from gigamorph.engine.mammography.recipes.recipe import Recipe
+from gigamorph.engine.mammography.recipes.recipe import MethodRecipe
 from gigamorph.engine.models import build_model
 from gigamorph.engine.trust import VARIABLE
 
@@ -38,7 +38,7 @@ def toy(monkeypatch):
 
     synthetic = Synthetic("it learns", Rule((Effect("auc", "other"),), (("auc", 0.6),)), rows)
     module = ModuleType("toy")
-    module.RECIPE = Recipe("toy", "Toy", "Nobody, 2000", Config, train, synthetic)
+    module.RECIPE = MethodRecipe("toy", "Toy", "Nobody, 2000", Config, train, synthetic)
     monkeypatch.setitem(sys.modules, "gigamorph.engine.mammography.recipes.toy", module)
     monkeypatch.setitem(recipes.RECIPES, "toy", "A recipe for tests.")
     of_others = recipes.default_text
@@ -105,7 +105,7 @@ def test_networks_of_the_synthetic_task_need_no_trust(toy, tmp_path, monkeypatch
     own = module.RECIPE
 
     def rows(run):
-        build_model("gigamorph.engine.mammography.recipes.morphhr.synthetic:SmallNet")
+        build_model("gigamorph.engine.mammography.recipes.morphhr.synthetic:MeanPooledNet")
         return own.synthetic.rows(run)
 
     monkeypatch.setattr(module, "RECIPE", replace(own, synthetic=replace(own.synthetic, rows=rows)))

@@ -21,10 +21,10 @@ from viewed import shown
 
 from gigamorph.engine.datasets.tables.folders import made_by
 from gigamorph.engine.mammography.phantom import write_phantoms
-from gigamorph.engine.mammography.view.evidence import Evidence
+from gigamorph.engine.mammography.view.evidence import MapServer
 from gigamorph.engine.mammography.view.exams import read_exams
 from gigamorph.engine.mammography.view.server import PageServer
-from gigamorph.engine.mammography.view.site import Site
+from gigamorph.engine.mammography.view.site import ViewerFiles
 
 FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 chromium = pytest.mark.skipif(not browser.there(), reason="no chromium and chromedriver")
@@ -60,9 +60,13 @@ def static(predicted):
 def test_what_is_there_and_current_is_not_written_again(predicted, static, tmp_path, monkeypatch, capsys):
     """Tiles by their images' files, evidence by its network too; what is no longer shown goes."""
     page, made = shutil.copytree(static, tmp_path / "page"), []
-    tiles, evidence = Site.tiles_of, Site.evidence
-    monkeypatch.setattr(Site, "tiles_of", lambda site, number, which="": made.append(number) or tiles(site, number))
-    monkeypatch.setattr(Site, "evidence", lambda site, number: made.append(str(number)) or evidence(site, number))
+    tiles, evidence = ViewerFiles.tiles_of, ViewerFiles.evidence
+    monkeypatch.setattr(
+        ViewerFiles, "tiles_of", lambda site, number, which="": made.append(number) or tiles(site, number)
+    )
+    monkeypatch.setattr(
+        ViewerFiles, "evidence", lambda site, number: made.append(str(number)) or evidence(site, number)
+    )
 
     def view(*more):
         made.clear()
@@ -225,7 +229,7 @@ def test_from_files_keys_and_sliders_do_what_they_say(static, predicted):
 @chromium
 def test_from_the_server_tiles_are_made_when_they_are_looked_at(predicted):
     exams = read_exams(predicted / "predictions", table=predicted / "phantoms" / "phantoms.csv", split="test")
-    with served(Site(exams, None, identifiers=False)) as address, browser.browser() as page:
+    with served(ViewerFiles(exams, None, identifiers=False)) as address, browser.browser() as page:
         with urlopen(f"{address}tiles/0/0/0_0.png") as answer:
             assert answer.read().startswith(b"\x89PNG")
         for place in ("tiles/0/0/9_0.png", "tiles/99/0/0_0.png", "../run/best.ckpt", "evidence/0.png"):
@@ -240,9 +244,9 @@ def test_from_the_server_tiles_are_made_when_they_are_looked_at(predicted):
 @chromium
 def test_evidence_from_the_server_is_that_of_the_files(static, predicted):
     exams = read_exams(predicted / "predictions", table=predicted / "phantoms" / "phantoms.csv")
-    maps = Evidence(predicted / "run" / "best.ckpt", memory_budget=None, device="cpu")
+    maps = MapServer(predicted / "run" / "best.ckpt", memory_budget=None, device="cpu")
     painted = "const {values} = state.maps.get(0); return [values.length, ...values]"
-    with served(Site(exams, maps, identifiers=False)) as address, browser.browser() as page:
+    with served(ViewerFiles(exams, maps, identifiers=False)) as address, browser.browser() as page:
         found = []
         for place in (address, f"file://{static}/index.html"):
             page.open(place)
@@ -309,8 +313,8 @@ def test_ctrl_c_while_tiles_are_written_tells_how_far_they_are(predicted, tmp_pa
             raise KeyboardInterrupt
         return tiles(site, number, which)
 
-    tiles = Site.tiles_of
-    monkeypatch.setattr(Site, "tiles_of", pressed)
+    tiles = ViewerFiles.tiles_of
+    monkeypatch.setattr(ViewerFiles, "tiles_of", pressed)
     assert run("view", predicted / "predictions", "--static", "--out", tmp_path) == 130
     told = f"stopped; {tmp_path / 'index.html'} shows 2 of 12 images, and the same command continues"
     assert capsys.readouterr().err.splitlines()[-1] == told

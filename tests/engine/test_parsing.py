@@ -20,7 +20,7 @@ from gigamorph.engine.datasets.tables.cells import escape, is_number, read_rows
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.class_names import in_order
 from gigamorph.engine.mammography.layouts import mammoscreen
-from gigamorph.engine.models.checkpoints import State, read_state
+from gigamorph.engine.models.checkpoints import WeightFile, read_state
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.models.spec import Spec
 from gigamorph.engine.morph.recipe import Recipe
@@ -172,6 +172,6 @@ def test_values_of_a_parquet_table_that_python_has_not(tmp_path: Path) -> None:
 
 def test_numbers_in_the_names_of_weights(tmp_path: Path) -> None:
     names = ("net0.backbone.conv_stem.weight", "net0.linear.weight", f"net{LONG}.linear.weight")
-    state = State(tmp_path, dict.fromkeys(names, torch.zeros(1)))
+    state = WeightFile(tmp_path, dict.fromkeys(names, torch.zeros(1)))
     assert mammoscreen.recognises(state) and [part.name for part in mammoscreen.parts(state)] == ["net0"]
     assert in_order([LONG, "1"]) == (["1", LONG], False)

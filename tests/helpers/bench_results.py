@@ -4,6 +4,7 @@ from gigamorph.engine.bench.results import (
     NOT_RUN,
     OK,
     OUT_OF_MEMORY,
+    BenchTask,
     Check,
     DeclaredRow,
     KernelRow,
@@ -11,11 +12,10 @@ from gigamorph.engine.bench.results import (
     MorphRow,
     Results,
     StepRow,
-    Task,
     Try,
 )
 
-TASK = Task("resnet18", (1, 3, 1000, 2000))
+TASK = BenchTask("resnet18", (1, 3, 1000, 2000))
 
 
 def everything() -> Results:

@@ -14,9 +14,8 @@ from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.mammography.recipes import get_recipe
 from gigamorph.engine.mammography.recipes.cae import CaeConfig
 from gigamorph.engine.mammography.recipes.dvme import DvmeConfig, ExtractorConfig
-from gigamorph.engine.mammography.recipes.end2end.config import Block, Model, Sampling
-from gigamorph.engine.mammography.recipes.end2end.config import Config as End2EndConfig
-from gigamorph.engine.mammography.recipes.morphhr.config import Config as MorphHRConfig
+from gigamorph.engine.mammography.recipes.end2end.config import End2EndConfig, Model, Sampling, TopBlock
+from gigamorph.engine.mammography.recipes.morphhr.config import MorphHRConfig
 from gigamorph.engine.mammography.recipes.siamese import SiameseConfig
 from gigamorph.engine.parallel.process_group import ProcessGroup
 from gigamorph.engine.train.run import Run
@@ -67,7 +66,7 @@ def configs(accumulate: int) -> dict[str, Any]:
                     "a",
                     "gigamorph.engine.mammography.recipes.end2end.synthetic:SmallNet",
                     "random",
-                    blocks=(Block("vgg", 4),),
+                    blocks=(TopBlock("vgg", 4),),
                     heatmap=True,
                     heatmap_pool=(2, 1),
                 ),

@@ -159,7 +159,7 @@ def test_addresses_fit_in_registers(
 def test_tiles_are_made_smaller_only_where_all_run_at_once(
     images: int, lines: int, run: int, filters: int, block_m: int, block_n: int
 ) -> None:
-    made = tuning.Pixels(images, lines, run, filters)
+    made = tuning.OutputSize(images, lines, run, filters)
     small = tuning.fill_chip(made, block_m, block_n)
     assert small[0] >= 64 and small[1] >= min(64, block_n)
     assert small == (block_m, block_n) or made.tiles(*small) <= tuning.PROCESSORS

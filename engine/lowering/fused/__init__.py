@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..stages import Stage
+from ..stages import ProgramStage
 from .conv import fuse_convolutions
 from .layer_norm import fuse_layer_norms
 from .masks import pass_masks
@@ -11,7 +11,7 @@ from .pool import take_pools
 from .stem import fuse_stem
 
 
-def fuse(stage: Stage, training: bool, image_grad: bool) -> None:
+def fuse(stage: ProgramStage, training: bool, image_grad: bool) -> None:
     """Replace convolutions and norms, with the ops after them, and max-pooling by kernels.
 
     Args:

@@ -26,13 +26,13 @@ from torch import Tensor
 from ..conv_chains import channel_scale
 from ..ops import Env, Local
 from ..ops.base import batch_norm_arguments
-from ..stages import Stage
+from ..stages import ProgramStage
 
 Numbers = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd, factor, offset, each (C,)
 
 
 @dataclass(frozen=True)
-class Affine:
+class ChannelAffine:
     """The vectors of an affine op, and the function that computes its coefficients from them.
 
     Attributes:
@@ -47,7 +47,7 @@ class Affine:
     together: int = 0
 
 
-def affine_of(stage: Stage, local: Local) -> Affine | None:
+def affine_of(stage: ProgramStage, local: Local) -> ChannelAffine | None:
     """The coefficients of an op that reads a single map; None if it is not affine in each channel."""
     if len(local.reads) != 1:
         return None
@@ -63,7 +63,7 @@ def affine_of(stage: Stage, local: Local) -> Affine | None:
     return None if scale is None else _of_gate(scale)
 
 
-def _of_batch_norm(norm: Local) -> Affine:
+def _of_batch_norm(norm: Local) -> ChannelAffine:
     if norm.op.name == "live_batch_norm":
         given: dict[str, Any] = norm.op.kwargs
         names = "mean", "var"
@@ -89,7 +89,7 @@ def _of_batch_norm(norm: Local) -> Affine:
     # With statistics of several processes, a tile never contains all data.
     alone = norm.op.name == "live_batch_norm" and given["group"] is None
     inputs = tuple(v for v in (mean, var, weight, bias) if v is not None)
-    return Affine(inputs, make, whole, 1) if alone else Affine(inputs, make)
+    return ChannelAffine(inputs, make, whole, 1) if alone else ChannelAffine(inputs, make)
 
 
 def _constant(env: Env, mean: Tensor, rstd: Tensor, weight: int | None, bias: int | None) -> Numbers:
@@ -99,7 +99,7 @@ def _constant(env: Env, mean: Tensor, rstd: Tensor, weight: int | None, bias: in
     return mean.detach(), rstd, factor, offset
 
 
-def _of_scale_shift(norm: Local) -> Affine:
+def _of_scale_shift(norm: Local) -> ChannelAffine:
     _, *vectors = norm.op.inputs
 
     def make(env: Env) -> Numbers:
@@ -114,13 +114,13 @@ def _of_scale_shift(norm: Local) -> Affine:
         return _constant(env, env[vectors[0]].flatten(), env[rstd].flatten(), weight, bias)
 
     others = (v for v in (rstd, weight, bias) if v is not None)
-    return Affine((*vectors, *others), make, whole, norm.op.kwargs["together"])
+    return ChannelAffine((*vectors, *others), make, whole, norm.op.kwargs["together"])
 
 
-def _of_gate(scale: int) -> Affine:
+def _of_gate(scale: int) -> ChannelAffine:
     def make(env: Env) -> Numbers:
         gate = env[scale].flatten()
         gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
         return torch.zeros_like(gate), torch.ones_like(gate), gate, torch.zeros_like(gate)
 
-    return Affine((scale,), make)
+    return ChannelAffine((scale,), make)

@@ -32,7 +32,7 @@ from ....kernels.windows import ConvGeometry, placed
 from ..conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op
 from ..ops import Block, Env, Local
 from ..ops.base import Rect
-from ..stages import Stage
+from ..stages import ProgramStage
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -167,7 +167,7 @@ def as_autocast_wants(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
 
 
-def fuse_convolutions(stage: Stage) -> dict[int, ConvSpec]:
+def fuse_convolutions(stage: ProgramStage) -> dict[int, ConvSpec]:
     """Replace convolutions and the sums and activations after them by kernels; returns them by output."""
     fused: dict[int, ConvSpec] = {}
     for chain in find_chains(stage, DTYPES, frozenset(ACTIVATIONS.values())):
@@ -177,14 +177,14 @@ def fuse_convolutions(stage: Stage) -> dict[int, ConvSpec]:
     return fused
 
 
-def is_pixelwise(stage: Stage, spec: ConvSpec, value: int) -> bool:
+def is_pixelwise(stage: ProgramStage, spec: ConvSpec, value: int) -> bool:
     """Whether a convolution of a map is a linear layer on the channels of each pixel without a residual sum."""
     shape = stage.program.values[spec.weight].shape
     pixel = spec.channels_last or (tuple(shape[2:]) == (1, 1) and spec.stride == (1, 1) and spec.groups == 1)
     return pixel and spec.x == value and spec.residual is None and stage.maps.size(spec.y) == stage.maps.size(value)
 
 
-def _replace(stage: Stage, spec: ConvSpec) -> None:
+def _replace(stage: ProgramStage, spec: ConvSpec) -> None:
     def run(env: Env, block: Block, valued: bool = True) -> tuple[Tensor, ...]:
         x, weight = env[spec.x], env[spec.weight]
         bias = None if spec.bias is None else env[spec.bias]

@@ -28,7 +28,7 @@ from ....kernels.windows import ConvGeometry
 from ...capture.program import Op
 from ..ops import Block, Env, Local
 from ..ops.base import arguments, integers
-from ..stages import Stage, only_readers
+from ..stages import ProgramStage, only_readers
 from .conv import DTYPES, ConvSpec, add_to_sums, as_autocast_wants, is_pixelwise, weight_sums
 
 
@@ -96,7 +96,7 @@ def _add_norm_sums(ctx: Any, wanted: Sequence[bool], sums: list[Tensor]) -> None
     add_to_sums(ctx, zip((ctx.spec.weight, ctx.spec.bias), wanted, sums, strict=True))
 
 
-def fuse_layer_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
+def fuse_layer_norms(stage: ProgramStage, convs: dict[int, ConvSpec]) -> None:
     """Replace layer norms over channels by kernels, each with the linear layer that is its only reader.
 
     Args:
@@ -118,7 +118,7 @@ def fuse_layer_norms(stage: Stage, convs: dict[int, ConvSpec]) -> None:
             norm.run = partial(_run_norm, spec)
 
 
-def _norm_spec(stage: Stage, local: Local) -> NormSpec | None:
+def _norm_spec(stage: ProgramStage, local: Local) -> NormSpec | None:
     """The spec of a layer norm over the channels of an (N, H, W, C) map; None for other ops."""
     if local.op.name != "layer_norm":
         return None
@@ -145,7 +145,7 @@ def _run_norm(spec: NormSpec, env: Env, block: Block) -> tuple[Tensor, ...]:
     return (y.permute(0, 2, 3, 1),)  # pyright: ignore
 
 
-def _replace(stage: Stage, chain: list[Local], spec: NormSpec, linear: ConvSpec) -> None:
+def _replace(stage: ProgramStage, chain: list[Local], spec: NormSpec, linear: ConvSpec) -> None:
     """Replace the norm, the permute and the linear layer by the fused op."""
     norm, last = chain[0], chain[-1]
     vectors = (spec.weight, spec.bias, linear.weight, linear.bias)

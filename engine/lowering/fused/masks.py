@@ -17,15 +17,15 @@ from functools import partial
 
 from ....kernels.activations import MASKS, slope_reference
 from ..ops import Local
-from ..ops.base import Gather
-from ..stages import Stage, private_maps, readers_of
+from ..ops.base import GradientSum
+from ..stages import ProgramStage, private_maps, readers_of
 from .conv import ConvSpec, is_pixelwise
 from .normalize import NormalizeSpec
 from .pool import PoolSpec
 
 
 def pass_masks(
-    stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec], norms: dict[int, NormalizeSpec]
+    stage: ProgramStage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec], norms: dict[int, NormalizeSpec]
 ) -> None:
     """Let the readers of a fused op's output apply its slope if all of them can."""
     readers, private = readers_of(stage), private_maps(stage)
@@ -46,7 +46,7 @@ def pass_masks(
 
 
 def _masker(
-    stage: Stage, local: Local, value: int, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]
+    stage: ProgramStage, local: Local, value: int, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]
 ) -> ConvSpec | PoolSpec | None:
     """The op of a reader if it can apply a slope to its gradient of `value`; ops that add `value` cannot."""
     conv = convs.get(local.op.outputs[0])
@@ -56,7 +56,7 @@ def _masker(
 
 
 def _gather(
-    stage: Stage,
+    stage: ProgramStage,
     value: int,
     readers: list[Local],
     convs: dict[int, ConvSpec],
@@ -80,17 +80,17 @@ def _gather(
     if maker is not None and maker.act in MASKS:
         maker.masked, spec.input_act = True, maker.act
         slope = partial(slope_reference, act=maker.act)
-    spec.gathers, first.gathers = True, Gather(value, slope)
+    spec.gathers, first.gathers = True, GradientSum(value, slope)
     return True
 
 
-def _can_gather(stage: Stage, spec: ConvSpec | None, value: int) -> bool:
+def _can_gather(stage: ProgramStage, spec: ConvSpec | None, value: int) -> bool:
     if spec is None or spec.channels_last:
         return False
     return is_pixelwise(stage, spec, value) and _reads_unrounded(stage, spec)
 
 
-def _reads_unrounded(stage: Stage, conv: ConvSpec) -> bool:
+def _reads_unrounded(stage: ProgramStage, conv: ConvSpec) -> bool:
     """Whether a convolution reads the map itself: under autocast it may round its input first."""
     values = stage.program.values
     return values[conv.x].dtype == values[conv.y].dtype

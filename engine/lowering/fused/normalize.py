@@ -30,7 +30,7 @@ from ....kernels.conv2d import conv2d_backward, conv2d_forward, conv2d_moments
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
 from ..ops import Block, Env, Local, VectorOp
-from ..stages import Stage, only_readers, private_maps, readers_of
+from ..stages import ProgramStage, only_readers, private_maps, readers_of
 from .affine import affine_of
 from .conv import DTYPES, ConvSpec, add_to_sums, as_autocast_wants, is_pixelwise, weight_sums
 
@@ -141,7 +141,7 @@ def _gradients(ctx: Any, *given: Any, plus: Tensor | None = None) -> tuple[Tenso
     return dx, dz
 
 
-def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeSpec]:
+def fuse_norms(stage: ProgramStage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeSpec]:
     """Replace norms and gates that no convolution has absorbed by kernels, each with its only reader.
 
     Args:
@@ -199,20 +199,20 @@ def fuse_norms(stage: Stage, convs: dict[int, ConvSpec]) -> dict[int, NormalizeS
     return fused
 
 
-def _has_kernels(stage: Stage, norm: Local) -> bool:
+def _has_kernels(stage: ProgramStage, norm: Local) -> bool:
     """Whether kernels support the op's dtypes: a single one, or as under autocast 16 bits for x and 32 for y."""
     (x,), values = norm.reads, stage.program.values
     given, made = values[x].dtype, values[norm.op.outputs[0]].dtype
     return given in DTYPES and (made == given or (given.itemsize == 2 and made == torch.float32))
 
 
-def _fits(stage: Stage, conv: ConvSpec, x: int, y: int) -> bool:
+def _fits(stage: ProgramStage, conv: ConvSpec, x: int, y: int) -> bool:
     """Whether a convolution of the norm's output can absorb the norm."""
     same = stage.program.values[x].dtype == stage.program.values[conv.y].dtype
     return is_pixelwise(stage, conv, y) and not conv.channels_last and conv.act == "none" and same
 
 
-def _dtype(stage: Stage, x: int, y: int, readers: list[Local], convs: dict[int, ConvSpec]) -> torch.dtype | None:
+def _dtype(stage: ProgramStage, x: int, y: int, readers: list[Local], convs: dict[int, ConvSpec]) -> torch.dtype | None:
     """The dtype of x if all readers of y round it to that dtype; None otherwise."""
     specs, values = [convs.get(local.op.outputs[0]) for local in readers], stage.program.values
     dtype = values[x].dtype
@@ -220,7 +220,7 @@ def _dtype(stage: Stage, x: int, y: int, readers: list[Local], convs: dict[int, 
     return dtype if alone else None
 
 
-def _replace(stage: Stage, chain: list[Local], spec: NormalizeSpec, conv: ConvSpec | None) -> None:
+def _replace(stage: ProgramStage, chain: list[Local], spec: NormalizeSpec, conv: ConvSpec | None) -> None:
     """Replace the last op of a chain by the fused op, and remove the others."""
     norm, last, maps = chain[0], chain[-1], stage.maps
     x, residual = spec.x, spec.residual

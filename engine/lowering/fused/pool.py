@@ -14,7 +14,7 @@ from ....kernels.pool import max_pool2d, max_pool2d_backward
 from ....kernels.windows import ConvGeometry
 from ..ops import Block, Env
 from ..ops.base import arguments, pair
-from ..stages import Stage
+from ..stages import ProgramStage
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class MaxPool(torch.autograd.Function):
         return max_pool2d_backward(grads[0], x, *ctx.window, ctx.spec.input_act), None, None
 
 
-def take_pools(stage: Stage) -> dict[int, PoolSpec]:
+def take_pools(stage: ProgramStage) -> dict[int, PoolSpec]:
     """Replace max-poolings by kernels; returns the poolings by output."""
     found: dict[int, PoolSpec] = {}
     for local in stage.locals:

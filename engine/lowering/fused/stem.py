@@ -21,7 +21,7 @@ from ....kernels.stem import stem, stem_gradients
 from ....kernels.stem_reference import ACTIVATIONS
 from ..geometry import Chain, Window
 from ..ops import Block, Env, Local
-from ..stages import Stage, only_readers
+from ..stages import ProgramStage, only_readers
 from .conv import ConvSpec
 from .pool import PoolSpec
 
@@ -63,7 +63,7 @@ class FusedStem(torch.autograd.Function):
         return (None,) * 8
 
 
-def fuse_stem(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
+def fuse_stem(stage: ProgramStage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpec]) -> None:
     """Fuse the convolution of the image with the pooling after it, if there is one."""
     readers = only_readers(stage)
     for conv in stage.locals:
@@ -78,7 +78,7 @@ def fuse_stem(stage: Stage, convs: dict[int, ConvSpec], pools: dict[int, PoolSpe
             return
 
 
-def _fits(stage: Stage, spec: ConvSpec, pool: PoolSpec, pooling: Local) -> bool:
+def _fits(stage: ProgramStage, spec: ConvSpec, pool: PoolSpec, pooling: Local) -> bool:
     filters = stage.program.values[spec.weight].shape[0]
     return (
         spec.x == stage.image
@@ -92,7 +92,7 @@ def _fits(stage: Stage, spec: ConvSpec, pool: PoolSpec, pooling: Local) -> bool:
     )
 
 
-def _join(stage: Stage, conv: Local, pooling: Local, spec: ConvSpec) -> None:
+def _join(stage: ProgramStage, conv: Local, pooling: Local, spec: ConvSpec) -> None:
     middle = conv.op.outputs[0]
     first, second = conv.reads[spec.x], pooling.reads[middle]
     rows, cols = (Chain(a, b) for a, b in zip(first, second, strict=True))  # pyright: ignore[reportArgumentType]

@@ -116,7 +116,7 @@ class Local:
     once: Callable[[torch.dtype, torch.device], Tensor] | None = None
     drawn: int | None = None
     unvalued: Run | None = None
-    gathers: Gather | None = None
+    gathers: GradientSum | None = None
     spares: bool = False
     adds: bool = False
     skips: Set[int] = frozenset()
@@ -125,7 +125,7 @@ class Local:
 
 
 @dataclass(frozen=True, slots=True)
-class Gather:
+class GradientSum:
     """A map whose first reader collects the gradients of all readers and multiplies their sum by a slope.
 
     Attributes:

@@ -134,7 +134,7 @@ def _live_batch_norm(op: Op, maps: Maps, given: dict[str, Any]) -> list[Node]:
 
     def normalize(env: Env, _block: Block) -> tuple[Tensor, ...]:
         w, b = (None if v is None else env[v] for v in (weight, bias))
-        return (Normalize.apply(env[value], env[total_mean], env[total_var], w, b, eps),)  # pyright: ignore
+        return (NormalizeFunction.apply(env[value], env[total_mean], env[total_var], w, b, eps),)  # pyright: ignore
 
     taken = (value, total_mean, total_var, *(v for v in (weight, bias) if v is not None))
     if value not in maps:
@@ -206,7 +206,7 @@ def _pixelwise(
     return Local(made, {value: maps.pointwise(value)}, (maps.axes[value],), run)
 
 
-class Normalize(torch.autograd.Function):
+class NormalizeFunction(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias by PyTorch's kernels, with gradients for all tensor inputs.
 
     With S0 = sum dy and S1 = sum dy xhat, which the kernel returns as the gradients of bias and weight,

@@ -32,7 +32,7 @@ Background = float | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModuleSettings:
     """Snapshot of a module's submodules, hooks, training modes, and numbers of PyTorch's own modules (eps, p).
 
     It excludes other modules' attributes, in which a forward may count.
@@ -42,9 +42,9 @@ class Settings:
     parts: tuple[Any, ...]
 
     @staticmethod
-    def of(module: nn.Module) -> Settings:
+    def of(module: nn.Module) -> ModuleSettings:
         """The current settings."""
-        return Settings(tuple((child, _settings(child)) for child in module.modules()), _parts(module))
+        return ModuleSettings(tuple((child, _settings(child)) for child in module.modules()), _parts(module))
 
     @contextlib.contextmanager
     def put_back(self) -> Iterator[None]:
@@ -92,7 +92,7 @@ class Tiles(Watched):
     """How an image is cut into tiles, and the module that embeds them; see `tilewise`."""
 
     module: nn.Module
-    settings: Settings
+    settings: ModuleSettings
     size: tuple[int, int]
     stride: tuple[int, int]
     batch: int

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ...evaluate.evaluate import Settings, evaluate
 from ...evaluate.report import format_value, no_interval
 from ...report.figure import panel, png
-from ...report.page import Table, write_page
+from ...report.page import TextTable, write_page
 from ...tiling.memory import format_bytes
 from ...train.curves import roc_figure
 from ...train.metrics import Prediction, as_cases
@@ -52,7 +52,7 @@ def write_report(result: DemoResult, out: str | Path) -> Path:
         factor=FACTOR,
         budget=format_bytes(BUDGET),
         resamples=settings.resamples,
-        areas=Table(
+        areas=TextTable(
             ["Resolution", "AUC on test patients"], [[name, format_value(area)] for name, area in areas.items()]
         ),
         without_interval=[f"{name}: {no_interval(area)}" for name, area in areas.items() if no_interval(area)],
@@ -72,8 +72,8 @@ def _auc(predictions: Sequence[Prediction], settings: Settings) -> dict[str, Any
     return output["auc"]
 
 
-def _costs(stock: StepCost, tiled: StepCost) -> Table:
-    return Table(
+def _costs(stock: StepCost, tiled: StepCost) -> TextTable:
+    return TextTable(
         ["One training step", "stock PyTorch", "gigamorph"],
         [
             ["peak memory", format_bytes(stock.peak_bytes), format_bytes(tiled.peak_bytes)],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GigamorphError
-from ...models.checkpoints import State
+from ...models.checkpoints import WeightFile
 from ...models.folder import Preprocessing
 from ...models.outputs import Head, Outputs
 from ...published.layout import Part
@@ -86,12 +86,12 @@ class GlobalNetwork(nn.Module):
         return torch.logit(probabilities) if self.logits else probabilities
 
 
-def recognises(state: State) -> bool:
+def recognises(state: WeightFile) -> bool:
     """Whether it contains GMIC's global network."""
     return {"ds_net.first_conv.weight", "left_postprocess_net.gn_conv_last.weight"} <= state.tensors.keys()
 
 
-def parts(state: State) -> list[Part]:
+def parts(state: WeightFile) -> list[Part]:
     """Return the global network.
 
     Raises:

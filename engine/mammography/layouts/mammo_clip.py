@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...models.checkpoints import State
+from ...models.checkpoints import WeightFile
 from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
 from ...published.layout import Part
@@ -117,12 +117,12 @@ class Tower(nn.Module):
         return x if self.classifier is None else self.classifier(x)
 
 
-def recognises(state: State) -> bool:
+def recognises(state: WeightFile) -> bool:
     """Whether it contains such a tower."""
     return f"{_TOWER}_conv_stem.weight" in state.tensors
 
 
-def parts(state: State) -> list[Part]:
+def parts(state: WeightFile) -> list[Part]:
     """Return the tower, with the classifier if there is one."""
     width = len(state.tensors[f"{_TOWER}_bn1.weight"])
     size = "b2" if width == 1408 else "b5"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from ...models.checkpoints import State
+from ...models.checkpoints import WeightFile
 from ...models.folder import Preprocessing
 from ...models.outputs import Head, Outputs
 from ...published.layout import Part
@@ -19,12 +19,12 @@ _SIZES = ((2048, 1024), (1920, 1280), (1536, 1536))
 _OUTPUTS = Outputs((Head(("cancer",), "sigmoid", 1, "cancer"), Head(("A", "B", "C", "D"), "softmax", 4, "density")))
 
 
-def recognises(state: State) -> bool:
+def recognises(state: WeightFile) -> bool:
     """Whether a checkpoint has the names of such an ensemble."""
     return {"net0.backbone.conv_stem.weight", "net0.linear.weight"} <= state.tensors.keys()
 
 
-def parts(state: State) -> list[Part]:
+def parts(state: WeightFile) -> list[Part]:
     """Return the networks of the ensemble."""
     found = sorted({int(m[1]) for name in state.tensors if (m := re.match(r"net(\d{1,3})\.", name))})
     return [

@@ -8,7 +8,7 @@ standard deviation. As in timm, averaged weights (state_dict_ema) are preferred.
 
 from __future__ import annotations
 
-from ...models.checkpoints import State
+from ...models.checkpoints import WeightFile
 from ...models.folder import Preprocessing
 from ...models.outputs import Outputs
 from ...published.layout import Part
@@ -16,13 +16,13 @@ from ...published.layout import Part
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def recognises(state: State) -> bool:
+def recognises(state: WeightFile) -> bool:
     """Whether it is timm's ConvNeXt-S with a single output."""
     head, third = state.tensors.get("head.fc.weight"), state.tensors.get("stages.2.blocks.26.gamma")
     return head is not None and tuple(head.shape) == (1, 768) and third is not None
 
 
-def parts(state: State) -> list[Part]:
+def parts(state: WeightFile) -> list[Part]:
     """Return the network."""
     return [
         Part(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...errors import GigamorphError
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .recipe import MethodRecipe
 
 RECIPES: dict[str, str] = {
     "cae": "Zero-bias convolutional auto-encoders on a frozen backbone, and an SVM (Ahn et al., 2019).",
@@ -20,7 +20,7 @@ RECIPES: dict[str, str] = {
 }
 
 
-def get_recipe(name: str) -> Recipe:
+def get_recipe(name: str) -> MethodRecipe:
     """Return a recipe by its name.
 
     Raises:

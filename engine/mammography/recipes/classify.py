@@ -29,7 +29,7 @@ from ...train.data import Images
 from ...train.explanation import caption, explain_class, log_odds_of
 from ...train.heatmap import overlay_name, write_overlay
 from ...train.image_task import ImageTask
-from ...train.loop import Trained
+from ...train.loop import RunResult
 from ...train.run import Run
 from ...train.stages import Stage
 from ...train.target import Target
@@ -279,7 +279,7 @@ def results(
     name: str,
     config: Any,
     task: ClassifierTask,
-    trained: Trained | None,
+    trained: RunResult | None,
     records: Mapping[str, Sequence[Record]],
     test: Images,
     run: Run,

@@ -109,7 +109,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MethodRecipe:
     """A published method that can be run."""
 
     name: str
@@ -194,7 +194,7 @@ def finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
+def show_claim(recipe: MethodRecipe, run: Run, seeds: Sequence[int]) -> Claim:
     """Run a recipe's synthetic task; write its claim to ``claim.json`` and each seed's rows to ``seed_N/rows.json``.
 
     A resumed run reuses complete seeds; an interrupted seed, which takes minutes, starts again.
@@ -221,7 +221,7 @@ def show_claim(recipe: Recipe, run: Run, seeds: Sequence[int]) -> Claim:
     return claim
 
 
-def _rows_of_seed(recipe: Recipe, run: Run) -> dict[str, Any]:
+def _rows_of_seed(recipe: MethodRecipe, run: Run) -> dict[str, Any]:
     """Return the synthetic task's rows and duration for a seed, from an earlier run if it was complete."""
     path = run.out / "rows.json"
     if run.out.exists():

@@ -61,7 +61,7 @@ class SizedSource(DerivedSource):
         return self._image[:, top:bottom, left:right].clone()
 
 
-class Window(DerivedSource):
+class PaddedRegion(DerivedSource):
     """A region of an image, black beyond its borders; a square unless its width is given."""
 
     def __init__(self, source: PixelSource, top: int, left: int, height: int, width: int | None = None) -> None:

@@ -23,7 +23,7 @@ Measure = Callable[[ArrayLike, ArrayLike], float | None]
 _BATCH = 256
 
 
-class Inputs(Protocol):
+class Sliceable(Protocol):
     """A tensor (n, ...), or an object that reads a slice or a list of indices from files."""
 
     def __len__(self) -> int: ...
@@ -43,9 +43,9 @@ class TensorTask(Task):
     def __init__(
         self,
         module: nn.Module,
-        inputs: Inputs,
+        inputs: Sliceable,
         labels: Tensor,
-        val: tuple[Inputs, Tensor, Measure] | None = None,
+        val: tuple[Sliceable, Tensor, Measure] | None = None,
         vary: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.module, self.inputs, self.labels, self.val, self.vary = module, inputs, labels, val, vary
@@ -67,14 +67,14 @@ class TensorTask(Task):
 
 
 @torch.no_grad()
-def logits_of(module: nn.Module, inputs: Inputs, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def logits_of(module: nn.Module, inputs: Sliceable, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return float32 outputs of a module, or of a function of it, on the CPU; it must be in evaluation mode."""
     device, compute = next(module.parameters()).device, compute or module
     parts = (inputs[first : first + _BATCH] for first in range(0, len(inputs), _BATCH))
     return torch.cat([compute(part.to(device)).float().cpu() for part in parts])
 
 
-def log_odds_of(module: nn.Module, inputs: Inputs) -> Array:
+def log_odds_of(module: nn.Module, inputs: Sliceable) -> Array:
     """Return the log-odds (n, classes) of the classes that a module predicts for inputs; see `logits_of`."""
     return odds.of_logits(logits_of(module, inputs).double().numpy())
 

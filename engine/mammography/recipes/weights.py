@@ -32,7 +32,7 @@ _CHOLLET = "https://github.com/fchollet/deep-learning-models/releases/download/"
 
 
 @dataclass(frozen=True)
-class Published:
+class ImageNetWeights:
     """A file of ImageNet weights.
 
     Attributes:
@@ -49,12 +49,12 @@ class Published:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
-def keras_weights(source: str, *md5: str) -> Published:
+def keras_weights(source: str, *md5: str) -> ImageNetWeights:
     """Describe Keras weights with Caffe's inputs: 0 to 255 minus the mean of each channel (red, green, blue here)."""
-    return Published(source, md5=md5, mean=(123.68 / 255, 116.779 / 255, 103.939 / 255), std=(1 / 255,) * 3)
+    return ImageNetWeights(source, md5=md5, mean=(123.68 / 255, 116.779 / 255, 103.939 / 255), std=(1 / 255,) * 3)
 
 
-def _keras_resnet(name: str, *md5: str) -> Published:
+def _keras_resnet(name: str, *md5: str) -> ImageNetWeights:
     return keras_weights(f"{_KERAS}{name} or, with the layers' old names, {_CHOLLET}v0.2/{name}", *md5)
 
 
@@ -64,9 +64,9 @@ _VGG_NOTOP = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
 _VGG_TOP = "vgg16_weights_tf_dim_ordering_tf_kernels.h5"
 
 # torchvision's names end with the first digits of their SHA-256.
-PUBLISHED: dict[str, Published] = {
+PUBLISHED: dict[str, ImageNetWeights] = {
     **{
-        name: Published(_TORCHVISION + name, name.removesuffix(".pth").rpartition("-")[2])
+        name: ImageNetWeights(_TORCHVISION + name, name.removesuffix(".pth").rpartition("-")[2])
         for name in (
             "alexnet-owt-7be5be79.pth",
             "densenet121-a639ec97.pth",
@@ -78,12 +78,12 @@ PUBLISHED: dict[str, Published] = {
             "vgg19-dcbb9e9d.pth",
         )
     },
-    "model_final_checkpoint_phase999.torch": Published(
+    "model_final_checkpoint_phase999.torch": ImageNetWeights(
         _META + "vissl/model_zoo/simclr_rn50_1000ep_simclr_8node_resnet_16_07_20.afe428c7/"
         "model_final_checkpoint_phase999.torch"
     ),
-    "swav_800ep_pretrain.pth.tar": Published(_META + "deepcluster/swav_800ep_pretrain.pth.tar"),
-    "dino_deitsmall8_pretrain.pth": Published(
+    "swav_800ep_pretrain.pth.tar": ImageNetWeights(_META + "deepcluster/swav_800ep_pretrain.pth.tar"),
+    "dino_deitsmall8_pretrain.pth": ImageNetWeights(
         _META + "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", "230cd5"
     ),
     _NOTOP: _keras_resnet(_NOTOP, "4d473c1dd8becc155b73f8504c6f6626", "a268eb855778b3df3c7506639542a6af"),
@@ -150,7 +150,7 @@ def _download_folders() -> tuple[Path, Path]:
     return Path(torch.hub.get_dir()) / "checkpoints", Path(keras) / "models"
 
 
-def _check_digest(path: Path, known: Published, digest: str) -> None:
+def _check_digest(path: Path, known: ImageNetWeights, digest: str) -> None:
     own, wanted, kind = digest, (known.sha256,), "SHA-256"
     if known.md5:
         with path.open("rb") as file:
@@ -163,7 +163,7 @@ def _check_digest(path: Path, known: Published, digest: str) -> None:
         )
 
 
-def check_inputs(name: str, known: Published, mean: Sequence[float], std: Sequence[float]) -> None:
+def check_inputs(name: str, known: ImageNetWeights, mean: Sequence[float], std: Sequence[float]) -> None:
     """Refuse inputs whose scale is far from that of the weights' training."""
     ratio = float(np.mean(known.std) / np.mean(std))
     shift = abs(float(np.mean(known.mean) - np.mean(mean))) / _SPREAD

@@ -17,12 +17,12 @@ from ...models.folder import digest_of
 from ...models.outputs import outputs_of
 from ...published.classifier import open_classifier
 from ...train.explanation import Explanation, explain_class, positive_class
-from .exams import View, stored_place
+from .exams import ExamImage, stored_place
 
 SIDE = 256
 
 
-class Evidence:
+class MapServer:
     """Maps of a trained network, computed on demand, one at a time.
 
     Args:
@@ -53,7 +53,7 @@ class Evidence:
         self.made_by = (digest_of(checkpoint), tuple(flips), white)
         """The settings that, with the images, determine the maps."""
 
-    def of(self, view: View, shown: PixelSource) -> NDArray[np.uint8]:
+    def of(self, view: ExamImage, shown: PixelSource) -> NDArray[np.uint8]:
         """The relative map (height, width), at most 256 pixels per side, from 0 to 255; see `Explanation.relative`.
 
         Raises:

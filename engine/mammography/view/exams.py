@@ -21,7 +21,7 @@ from ...evaluate.class_names import positive_of
 from ...evaluate.dice import DICE, SHARE, classes_of_masks
 from ...evaluate.join import ImageRecords, missing_file_hint
 from ...evaluate.read import LABEL, PROBABILITY, VALUE, table_in
-from ...images.affine import Map
+from ...images.affine import CoordinateMap
 from ...images.pixels import PixelSource, as_stored, to_original
 
 _SIDES = {"R": 0, "L": 1}
@@ -45,7 +45,7 @@ class PredictedMask:
 
 
 @dataclass(frozen=True)
-class View:
+class ExamImage:
     """One image of an exam.
 
     Attributes:
@@ -120,7 +120,7 @@ class View:
         return found
 
 
-def stored_place(source: PixelSource) -> Map:
+def stored_place(source: PixelSource) -> CoordinateMap:
     """The transform from coordinates of an image to those of the stored file."""
     return to_original(as_stored(source)).inverse() @ to_original(source)
 
@@ -129,7 +129,7 @@ def stored_place(source: PixelSource) -> Map:
 class Exam:
     """The images of an exam, in rows of views and columns of sides."""
 
-    views: tuple[View, ...]
+    views: tuple[ExamImage, ...]
     name: str = ""
 
     @property
@@ -152,7 +152,7 @@ def read_exams(
         source: of gigamorph predict, or the folder of a cross-validation (out_of_fold.csv).
         table: csv that was predicted, with findings and missing labels, and the images of predicted exams.
         split: only show images of this split.
-        grey: see `View.grey`.
+        grey: see `ExamImage.grey`.
 
     Raises:
         DataError: if there are no predictions, or a table is invalid.
@@ -166,7 +166,7 @@ def read_exams(
     known = ImageRecords(records, table or "")
     there = {record.path.absolute() for record in records}
     classes = classes_of_masks(rows)
-    exams: dict[tuple[str, ...], list[View]] = {}
+    exams: dict[tuple[str, ...], list[ExamImage]] = {}
     for place, row in zip(rows.places, rows.rows, strict=True):
         if split is not None and row.get("split") != split:
             continue
@@ -214,12 +214,12 @@ def _records(table: Path) -> Sequence[Record]:
     return read_table(table, labels=False, check_files=False).records
 
 
-def _place(view: View) -> tuple[int, str, int]:
+def _place(view: ExamImage) -> tuple[int, str, int]:
     own = view.record
     return _VIEWS.get(own.view or "", 2), own.view or "", _SIDES.get(own.laterality or "", 2)
 
 
-def _view(rows: Rows, place: str, row: Mapping[str, str], known: ImageRecords, classes: Classes | None) -> View:
+def _view(rows: Rows, place: str, row: Mapping[str, str], known: ImageRecords, classes: Classes | None) -> ExamImage:
     path = Path(row["image_path"])
     if not path.is_absolute() and not path.exists() and (rows.path.parent / path).exists():
         path = rows.path.parent / path
@@ -255,12 +255,12 @@ def _view(rows: Rows, place: str, row: Mapping[str, str], known: ImageRecords, c
     predicted = {name.removeprefix(prefix): _number(rows, place, row, name) for name in columns}
     if prefix == _LOG_ODDS:
         predicted = {name: 0.5 * (1 + math.tanh(value / 2)) for name, value in predicted.items()}
-    return View(record, predicted, _truth(rows, place, row, record, list(predicted)), prefix == VALUE)
+    return ExamImage(record, predicted, _truth(rows, place, row, record, list(predicted)), prefix == VALUE)
 
 
 def _masked(
     rows: Rows, place: str, row: Mapping[str, str], record: Record, classes: Classes, reference: Sequence[Path]
-) -> View:
+) -> ExamImage:
     """The view of a row in a table of masks."""
     shares = {name: _number(rows, place, row, SHARE + name) for name in classes.names[1:] if SHARE + name in row}
     dice = {name: _number(rows, place, row, DICE + name) for name in classes.names[1:] if row.get(DICE + name)}
@@ -270,7 +270,7 @@ def _masked(
             raise DataError(f"{path}: no such mask")
     files = {"predicted": predicted, "reference": reference}
     known = PredictedMask(classes, dice, {which: paths for which, paths in files.items() if paths})
-    return View(record, shares, masks=known)
+    return ExamImage(record, shares, masks=known)
 
 
 def _truth(rows: Rows, place: str, row: Mapping[str, str], record: Record, names: Sequence[str]) -> dict[str, float]:

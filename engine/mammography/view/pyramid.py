@@ -25,7 +25,7 @@ OVERVIEW = 4
 _ROWS = 256
 
 
-class Tiles(ABC):
+class PyramidTiles(ABC):
     """Tiles at every scale, 1, 2, 4, ... pixels to one in both directions; one thread at a time."""
 
     def __init__(self, height: int, width: int) -> None:
@@ -79,7 +79,7 @@ class Tiles(ABC):
         return self._overview[..., top // OVERVIEW : -(-bottom // OVERVIEW), left // OVERVIEW : -(-right // OVERVIEW)]
 
 
-class Pyramid(Tiles):
+class Pyramid(PyramidTiles):
     """Tiles of an image averaged over 1, 2, 4, ... pixels in both directions.
 
     Args:
@@ -131,7 +131,7 @@ _LINE = 2
 """Width of outlines in pixels of a tile, and so the margin that a tile reads."""
 
 
-class MaskTiles(Tiles):
+class MaskTiles(PyramidTiles):
     """Tiles of a mask in the colours of its classes, with a transparent background.
 
     Downsampling keeps the highest class, so that small areas are visible at every scale.

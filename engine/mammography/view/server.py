@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...errors import GigamorphError
-from .site import PAGE, Site
+from .site import PAGE, ViewerFiles
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -54,7 +54,7 @@ class PageServer(ThreadingHTTPServer):
         DataError: if an image cannot be opened.
     """
 
-    def __init__(self, site: Site, port: int) -> None:
+    def __init__(self, site: ViewerFiles, port: int) -> None:
         self.site = site
         self.files = {path.name: path.read_bytes() for path in PAGE.iterdir()}
         self.files[""] = self.files["index.html"] = site.page("png").encode()
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _generated(site: Site, name: str) -> bytes:
+def _generated(site: ViewerFiles, name: str) -> bytes:
     """The tile or map with this name."""
     if found := _TILE.fullmatch(name):
         image, masked, which = found.groups()[:3]

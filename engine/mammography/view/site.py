@@ -18,9 +18,9 @@ from ...errors import DataError, GigamorphError
 from ...files import write_atomically
 from ...report.figure import class_colour
 from ...versions import OWN
-from .evidence import Evidence
-from .exams import Exam, View
-from .pyramid import TILE, MaskTiles, Pyramid, Tiles, png
+from .evidence import MapServer
+from .exams import Exam, ExamImage
+from .pyramid import TILE, MaskTiles, Pyramid, PyramidTiles, png
 
 
 def note_of(settings: object, files: Iterable[Path]) -> str | None:
@@ -83,7 +83,7 @@ def _note_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.made")
 
 
-class Site:
+class ViewerFiles:
     """The viewer's files, by name.
 
     Args:
@@ -92,10 +92,10 @@ class Site:
         identifiers: show names of patients and files; otherwise exams are numbered.
     """
 
-    def __init__(self, exams: Sequence[Exam], evidence: Evidence | None, *, identifiers: bool) -> None:
+    def __init__(self, exams: Sequence[Exam], evidence: MapServer | None, *, identifiers: bool) -> None:
         self.exams, self._evidence, self._identifiers = list(exams), evidence, identifiers
-        self.views: list[View] = [view for exam in self.exams for view in exam.views]
-        self._cache: OrderedDict[tuple[int, str], Tiles] = OrderedDict()
+        self.views: list[ExamImage] = [view for exam in self.exams for view in exam.views]
+        self._cache: OrderedDict[tuple[int, str], PyramidTiles] = OrderedDict()
         self._lock = threading.Lock()
 
     def write_page(self, out: Path) -> Path:
@@ -176,7 +176,7 @@ class Site:
             note = note_of((shown, self._evidence.made_by), (own.path,))
             yield _Part(path, note, lambda: path.write_text(_script(number, self.evidence(number))))
 
-    def tiles_of(self, number: int, which: str = "") -> Tiles:
+    def tiles_of(self, number: int, which: str = "") -> PyramidTiles:
         """The tiles of an image, or of its "predicted" mask or "reference"; the most recently used ones are cached.
 
         Raises:
@@ -226,7 +226,7 @@ class Site:
         names = () if masks is None else masks.classes.names[1:]
         return {name: class_colour(number) for number, name in enumerate(names, 1)}
 
-    def _shown(self, view: View, number: int) -> dict[str, Any]:
+    def _shown(self, view: ExamImage, number: int) -> dict[str, Any]:
         source, own = view.open(), view.record
         pyramid = Pyramid(source)
         found = {
@@ -257,7 +257,7 @@ def _script(number: int, picture: bytes) -> str:
     return f'gotEvidence({number}, "data:image/png;base64,{base64.b64encode(picture).decode()}");\n'
 
 
-def _write_tiles(folder: Path, tiles: Tiles) -> None:
+def _write_tiles(folder: Path, tiles: PyramidTiles) -> None:
     for level in range(tiles.levels + 1):
         columns, rows = tiles.tiles(level)
         (folder / str(level)).mkdir(parents=True, exist_ok=True)

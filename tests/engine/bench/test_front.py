@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from gigamorph.engine.bench.front import comparisons, fastest_by_memory, figure_of, share_of, ways
-from gigamorph.engine.bench.results import OK, WRONG, StepRow, Task
+from gigamorph.engine.bench.results import OK, WRONG, BenchTask, StepRow
 from gigamorph.engine.report.figure import png
 
-TASK = Task("resnet18", (1, 1, 64, 64))
+TASK = BenchTask("resnet18", (1, 1, 64, 64))
 
 
 def row(peer: str, gigabytes: float, seconds: float, status: str = OK) -> StepRow:
@@ -49,7 +49,7 @@ def test_stock_that_needs_less_than_gigamorph_is_said() -> None:
 
 
 def test_ways_fit_the_task() -> None:
-    frozen, live = ways(TASK), ways(Task("resnet18", (1, 1, 64, 64), batch_norm="live"))
+    frozen, live = ways(TASK), ways(BenchTask("resnet18", (1, 1, 64, 64), batch_norm="live"))
     assert frozen[0] == live[0] == "stock"
     assert "folded-channels-last" in frozen and not [name for name in live if name.startswith("folded")]
     assert "folded-compile, 0.2 of activations" in frozen and "compile, 0.2 of activations" in live

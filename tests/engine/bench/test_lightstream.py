@@ -6,8 +6,8 @@ from torch import nn
 
 from gigamorph import BudgetError, UnsupportedError
 from gigamorph.engine.bench import lightstream
-from gigamorph.engine.bench.results import OK, Task
-from gigamorph.engine.bench.step import Options, measure
+from gigamorph.engine.bench.results import OK, BenchTask
+from gigamorph.engine.bench.step import StepOptions, measure
 from gigamorph.engine.bench.work import build
 from gigamorph.engine.models import create_model
 
@@ -16,7 +16,7 @@ def test_the_best_tile_goes_through_the_fewest_pixels():
     # Facts: an overlap of 977 leaves 288 of 1280 pixels, so two tiles each way; all of 1024 and more leave nothing.
     assert lightstream.work(1280, 977, (1536, 1536)) == (2 * 1280) ** 2
     assert lightstream.work(1536, 977, (1536, 1536)) == 1536**2
-    task = Task("resnet18", (1, 3, 1536, 1536))
+    task = BenchTask("resnet18", (1, 3, 1536, 1536))
     network = build(task)
     (tile,) = lightstream.tiles_to_try(network, task, 800_000_000)
     assert 977 + 32 < tile < 1536
@@ -25,11 +25,11 @@ def test_the_best_tile_goes_through_the_fewest_pixels():
     # Tiles of 1088 would go through 18 times the pixels.
     assert lightstream.work(1088, 977, (1536, 1536)) > 17 * 1536**2
     assert lightstream.tiles_to_try(network, task, 560_000_000) == [1536]
-    assert lightstream.tiles_to_try(network, Task("resnet18", (1, 3, 1024, 1024)), 100_000_000) == [1024]
+    assert lightstream.tiles_to_try(network, BenchTask("resnet18", (1, 3, 1024, 1024)), 100_000_000) == [1024]
 
 
 def test_within_a_budget_there_is_a_tile_or_a_reason():
-    task = Task("resnet18", (1, 3, 1536, 1536))
+    task = BenchTask("resnet18", (1, 3, 1536, 1536))
     network = build(task)
     # Tiles of 1280 go through 2.8 times the pixels, those of 1152 through 9 times.
     tile = lightstream.tile_within(network, task, 800_000_000)
@@ -38,15 +38,15 @@ def test_within_a_budget_there_is_a_tile_or_a_reason():
     for budget in (100_000_000, 560_000_000):
         with pytest.raises(BudgetError, match="overlap is 977 pixels"):
             lightstream.tile_within(network, task, budget)
-    inference = Task("resnet18", (1, 3, 1536, 1536), training=False)
+    inference = BenchTask("resnet18", (1, 3, 1536, 1536), training=False)
     assert lightstream.tile_within(network, inference, 560_000_000) <= 1536
 
 
 def test_tiles_of_an_unknown_network_grow_until_one_works():
-    tries = lightstream.tiles_to_try(create_model("lesionnet"), Task("lesionnet", (1, 1, 512, 512)), 20_000_000)
+    tries = lightstream.tiles_to_try(create_model("lesionnet"), BenchTask("lesionnet", (1, 1, 512, 512)), 20_000_000)
     assert tries == sorted(tries) and tries[-1] == 512 and all(tile % 32 == 0 for tile in tries)
     with pytest.raises(UnsupportedError, match="500 x 512"):
-        lightstream.tiles_to_try(create_model("lesionnet"), Task("lesionnet", (1, 1, 500, 512)), 20_000_000)
+        lightstream.tiles_to_try(create_model("lesionnet"), BenchTask("lesionnet", (1, 1, 500, 512)), 20_000_000)
 
 
 def test_the_norms_are_what_it_does_not_train():
@@ -66,13 +66,13 @@ def test_a_network_that_is_no_sequence_is_refused():
 
     pytest.importorskip("lightstream")
     with pytest.raises(UnsupportedError, match="not a sequence"):
-        lightstream.streaming_step(Squares(), Task("-", (1, 1, 64, 64)), 64)
+        lightstream.streaming_step(Squares(), BenchTask("-", (1, 1, 64, 64)), 64)
 
 
 def test_it_computes_what_stock_does_where_it_is_installed():
     pytest.importorskip("lightstream")
-    task = Task("resnet18", (1, 3, 1088, 1088))
+    task = BenchTask("resnet18", (1, 3, 1088, 1088))
     network = build(task)
     assert isinstance(network, nn.Module) and torch.is_grad_enabled()
-    _, row = measure(task, Options(("stock", "lightstream"), rounds=1, box=1e-3), {})
+    _, row = measure(task, StepOptions(("stock", "lightstream"), rounds=1, box=1e-3), {})
     assert row.status == OK and row.check is not None and row.check.missing == 40, row.reason

@@ -11,9 +11,9 @@ from gigamorph import BudgetError, accelerate
 from gigamorph.engine.bench import limit
 from gigamorph.engine.bench.limit import Search, find
 from gigamorph.engine.bench.process import measure_in_new_process
-from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, LimitRow, Task, Try
+from gigamorph.engine.bench.results import FAILED, NOT_RUN, OK, OUT_OF_MEMORY, BenchTask, LimitRow, Try
 
-TASK = Task("lesionnet", (1, 1, 0, 0))
+TASK = BenchTask("lesionnet", (1, 1, 0, 0))
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_try_keeps_to_the_cap_in_a_process_that_gives_memory_back(monkeypatch,
 
 def test_a_small_cap_does_not_stop_a_step_that_keeps_to_it():
     """The stacks and heaps of threads reserve more addresses than such a cap has bytes."""
-    task = Task("lesionnet", (1, 1, 512, 512))
+    task = BenchTask("lesionnet", (1, 1, 512, 512))
     answer = measure_in_new_process(task, "gigamorph", {"tile": 128}, 1, cap=14 * 2**20, lean=True)
     assert answer["status"] == OK and answer["peak_bytes"] < 14 * 2**20, answer
 

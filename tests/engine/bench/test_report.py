@@ -9,7 +9,7 @@ from bench_results import everything, gpu_file
 
 from gigamorph.engine.bench import plots
 from gigamorph.engine.bench.report import write_report
-from gigamorph.engine.bench.results import EQUAL_MEMORY, OK, OUT_OF_MEMORY, REFUSED, Check, Results, StepRow, Task
+from gigamorph.engine.bench.results import EQUAL_MEMORY, OK, OUT_OF_MEMORY, REFUSED, BenchTask, Check, Results, StepRow
 from gigamorph.engine.errors import GigamorphError
 
 
@@ -17,7 +17,7 @@ def comparison() -> Results:
     """Stock runs out at 9 megapixels under a cap of 4 GB, gigamorph does not."""
     rows = []
     for side, stock, ours in ((1000, 1e9, 0.5e9), (2000, 3e9, 0.6e9), (3000, None, 0.8e9)):
-        task = Task("resnet18", (1, 3, side, side))
+        task = BenchTask("resnet18", (1, 3, side, side))
         if stock is None:
             rows.append(StepRow(task, "stock", OUT_OF_MEMORY, "killed", cap_bytes=4 * 10**9))
         else:
@@ -46,7 +46,7 @@ def comparison() -> Results:
                 roofline_seconds=1.0,
             )
         )
-    rows.append(StepRow(Task("resnet18", (1, 3, 1000, 1000)), "lightstream", REFUSED, "no tile | <here>"))
+    rows.append(StepRow(BenchTask("resnet18", (1, 3, 1000, 1000)), "lightstream", REFUSED, "no tile | <here>"))
     machine = {
         "torch": "2.13.0",
         "cpu": "Some CPU",
@@ -92,7 +92,7 @@ def test_the_page_names_sizes_failures_machine_and_versions(page):
 
 def test_what_lightstream_cannot_do_in_gigamorphs_memory_is_said(tmp_path):
     made = comparison()
-    task = Task("resnet18", (1, 3, 2000, 2000))
+    task = BenchTask("resnet18", (1, 3, 2000, 2000))
     made.steps.append(StepRow(task, EQUAL_MEMORY, OUT_OF_MEMORY, "no tile", cap_bytes=600_000_000))
     made.write(tmp_path / "a.json")
     text = write_report([tmp_path / "a.json"], tmp_path / "out").with_suffix(".md").read_text()
@@ -133,7 +133,7 @@ def test_the_headline_is_of_the_fullest_run(tmp_path):
 
 def test_exactness_names_the_peer_and_says_gigamorphs_largest_error_once(tmp_path):
     made = comparison()
-    task = Task("resnet18", (1, 3, 113, 97), batch_norm="live", precision="fp64")
+    task = BenchTask("resnet18", (1, 3, 113, 97), batch_norm="live", precision="fp64")
     for peer, error in (("checkpoint", 0.5), ("gigamorph", 1e-15), ("gigamorph", 4e-14)):
         made.steps.append(StepRow(task, peer, check=Check("stock", error, error), settings={"tile": [64, 64]}))
     made.write(tmp_path / "a.json")
@@ -207,7 +207,7 @@ def test_nothing_to_show_is_an_error(tmp_path):
 
 
 def test_of_one_size_there_is_a_bar_for_each_peer():
-    task = Task("resnet18", (1, 1, 512, 384))
+    task = BenchTask("resnet18", (1, 1, 512, 384))
     rows = [
         StepRow(task, "stock", seconds=[2.0], peak_bytes=4 * 10**9),
         StepRow(task, "compile", status="out of memory"),
@@ -226,7 +226,7 @@ def test_of_one_size_there_is_a_bar_for_each_peer():
 
 
 def test_large_numbers_stand_there_as_they_are():
-    task = Task("resnet18", (1, 1, 1000, 1000))
+    task = BenchTask("resnet18", (1, 1, 1000, 1000))
     rows = [StepRow(task, peer, seconds=[seconds]) for peer, seconds in (("stock", 0.5), ("gigamorph", 0.002))]
     (axes,) = plots.throughput_figure(rows, "title").axes
     assert [text.get_text().strip() for text in axes.texts] == ["2 Mpx/s", "500 Mpx/s"]

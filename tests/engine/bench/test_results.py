@@ -8,7 +8,7 @@ import pytest
 from bench_results import everything, gpu_file
 
 from gigamorph.engine.bench.read import read
-from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, WRONG, Task
+from gigamorph.engine.bench.results import OK, OUT_OF_MEMORY, WRONG, BenchTask
 from gigamorph.engine.errors import DataError
 
 
@@ -43,7 +43,7 @@ def test_results_of_the_gpu_script_are_read_by_the_same_reader(tmp_path):
     path.write_text(json.dumps(gpu_file()))
     found = read(path)
     ours, eager, last, compiled, live = found.steps
-    assert ours.task == Task("resnet18", (1, 1, 64, 64), True, "frozen", "bf16", "cuda")
+    assert ours.task == BenchTask("resnet18", (1, 1, 64, 64), True, "frozen", "bf16", "cuda")
     assert (ours.peer, ours.status, ours.peak_bytes, ours.predicted_bytes) == ("gigamorph", OK, 500, 520)
     assert live.task == replace(ours.task, batch_norm="live")
     assert ours.nvml_bytes == 700

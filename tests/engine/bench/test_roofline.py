@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from gigamorph.engine.bench.results import Task
-from gigamorph.engine.bench.roofline import Work, count, measure_ceilings
+from gigamorph.engine.bench.results import BenchTask
+from gigamorph.engine.bench.roofline import StepWork, count, measure_ceilings
 
 BF16 = {"precision": "bf16"}
 
@@ -13,8 +13,8 @@ BF16 = {"precision": "bf16"}
 def test_a_convolution_and_its_gradients_are_counted_by_hand():
     net = nn.Conv2d(3, 8, 3, padding=1, bias=False)
     forward = 2 * 8 * 27 * 20 * 30  # an image that needs no gradient: the backward has the weight's alone
-    task = Task("-", (1, 3, 20, 30), training=False)
-    infer, train = count(net, task), count(net, Task("-", (1, 3, 20, 30)))
+    task = BenchTask("-", (1, 3, 20, 30), training=False)
+    infer, train = count(net, task), count(net, BenchTask("-", (1, 3, 20, 30)))
     assert infer.flops == forward and train.flops == 2 * forward
     image, weight, output = 3 * 600 * 4, net.weight.nbytes, 8 * 600 * 4
     assert (forward, image + weight + output, 1) in infer.ops
@@ -23,12 +23,14 @@ def test_a_convolution_and_its_gradients_are_counted_by_hand():
 def test_a_step_of_a_gpu_in_16_bits_is_counted_on_the_network_of_the_cpu():
     """`gigamorph bench` counts there; autocast of the GPU does not cast what is computed on the CPU."""
     net = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-    full, cpu, gpu = (count(net, Task("-", (1, 3, 20, 30), **more)) for more in ({}, BF16, BF16 | {"device": "cuda"}))
+    full, cpu, gpu = (
+        count(net, BenchTask("-", (1, 3, 20, 30), **more)) for more in ({}, BF16, BF16 | {"device": "cuda"})
+    )
     assert gpu == cpu != full
 
 
 def test_the_floor_is_the_larger_of_arithmetic_and_traffic_op_by_op():
-    work = Work(((2e9, 1e6, 1), (0.0, 4e9, 2)))
+    work = StepWork(((2e9, 1e6, 1), (0.0, 4e9, 2)))
     ceilings = {"tflop_per_s fp32": 1e-3, "gb_per_s": 1.0}
     assert work.seconds(ceilings, "fp32") == 2.0 + 2 * 4.0
     assert work.seconds({}, "fp32") is None and work.seconds(ceilings, "bf16") is None
@@ -39,7 +41,7 @@ def test_views_cost_nothing():
         def forward(self, x):
             return x.permute(0, 2, 3, 1)[:, ::2].unsqueeze(0)
 
-    assert count(Views(), Task("-", (1, 3, 8, 8), training=False)).ops == ()
+    assert count(Views(), BenchTask("-", (1, 3, 8, 8), training=False)).ops == ()
 
 
 @pytest.mark.parametrize("product, convolution", [(1.0, 1e9), (1e9, 1.0)])

@@ -7,10 +7,10 @@ import torch
 
 from gigamorph.engine.bench import runtimes
 from gigamorph.engine.bench.peers import INFERENCE, PEERS, TRAINING
-from gigamorph.engine.bench.results import Task
+from gigamorph.engine.bench.results import BenchTask
 from gigamorph.engine.bench.work import build, picture
 
-TASK = Task("lesionnet", (1, 1, 64, 48), training=False)
+TASK = BenchTask("lesionnet", (1, 1, 64, 48), training=False)
 
 
 @pytest.mark.parametrize("name", runtimes.NEEDS)

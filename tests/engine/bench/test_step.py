@@ -9,16 +9,16 @@ from torch import nn
 from gigamorph.engine.bench import step as bench_step
 from gigamorph.engine.bench.peers import PEERS
 from gigamorph.engine.bench.process import Child
-from gigamorph.engine.bench.results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, Task
-from gigamorph.engine.bench.step import Options, measure
-from gigamorph.engine.bench.work import Work, build
+from gigamorph.engine.bench.results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, BenchTask
+from gigamorph.engine.bench.step import StepOptions, measure
+from gigamorph.engine.bench.work import PeerWork, build
 
-TASK = Task("lesionnet", (1, 1, 96, 64))
+TASK = BenchTask("lesionnet", (1, 1, 96, 64))
 
 
 def test_a_network_for_masks_has_no_thousand_maps():
     """They took 3 GB of a 0.8 megapixel image, where `gigamorph plan` said 134 MiB."""
-    network = build(Task("unet?width=2&depth=1", (1, 1, 8, 8)))
+    network = build(BenchTask("unet?width=2&depth=1", (1, 1, 8, 8)))
     assert network(torch.zeros(1, 1, 8, 8)).shape == (1, 2, 8, 8)
 
 
@@ -69,7 +69,7 @@ def test_peers_take_turns_and_keep_their_status(pretended):
     peers = ("stock", "channels-last", "compile", "checkpoint", "gigamorph", "lightstream")
     live = dataclasses.replace(TASK, batch_norm="live")
     said = []
-    rows = measure(live, Options(peers, rounds=2, cap=1000), {}, said.append)
+    rows = measure(live, StepOptions(peers, rounds=2, cap=1000), {}, said.append)
     status = {row.peer: row.status for row in rows}
     assert status == {
         "stock": OK,
@@ -91,7 +91,7 @@ def test_peers_take_turns_and_keep_their_status(pretended):
 
 @pytest.mark.parametrize("box, turns", [(0.1, 1), (1.5, 1), (2.5, 2)])
 def test_a_box_of_time_ends_the_turns_but_not_before_the_first(pretended, box, turns):
-    (row,) = measure(TASK, Options(("stock",), rounds=9, box=box), {})
+    (row,) = measure(TASK, StepOptions(("stock",), rounds=9, box=box), {})
     assert len(row.seconds) == turns
 
 
@@ -100,17 +100,17 @@ def test_lightstream_gets_a_second_row_in_what_gigamorph_took(pretended, monkeyp
     monkeypatch.setattr(bench_step, "tiles_to_try", lambda *_: [64])
     monkeypatch.setattr(bench_step, "tile_within", lambda network, task, budget: budget // 10)
     peers = ("stock", "lightstream", "gigamorph")
-    rows = measure(TASK, Options(peers, rounds=1, cap=1000), {})
+    rows = measure(TASK, StepOptions(peers, rounds=1, cap=1000), {})
     assert [row.peer for row in rows] == [*peers, EQUAL_MEMORY]
     assert [row.cap_bytes for row in rows] == [1000, 1000, 1000, 900]
     assert (rows[-1].settings, rows[-1].status, rows[-1].base_peer) == ({"tile": 90}, OK, "lightstream")
     monkeypatch.undo()
     monkeypatch.setattr(bench_step, "Child", Pretended)
     monkeypatch.setattr("gigamorph.engine.bench.peers.importlib.util.find_spec", lambda name: name)
-    last = measure(TASK, Options(peers, rounds=1, cap=10**9), {})[-1]
+    last = measure(TASK, StepOptions(peers, rounds=1, cap=10**9), {})[-1]
     assert last.status == OUT_OF_MEMORY and "no lightstream tile" in (last.reason or "") and not last.seconds
     monkeypatch.setattr("gigamorph.engine.bench.peers.importlib.util.find_spec", lambda name: None)
-    assert [row.peer for row in measure(TASK, Options(peers, rounds=1), {})] == list(peers)
+    assert [row.peer for row in measure(TASK, StepOptions(peers, rounds=1), {})] == list(peers)
 
 
 def test_the_first_step_of_what_compiles_is_no_time_of_a_step(pretended, monkeypatch):
@@ -128,15 +128,15 @@ def test_the_first_step_of_what_compiles_is_no_time_of_a_step(pretended, monkeyp
         },
     )
     clock = iter((30.0, 2.0, 30.0))
-    (row,) = measure(TASK, Options(("compile",), rounds=1, box=1.0), {})
+    (row,) = measure(TASK, StepOptions(("compile",), rounds=1, box=1.0), {})
     assert (row.seconds, row.first_seconds) == ([2.0], 30.0)
-    (row,) = measure(TASK, Options(("stock",), rounds=1, box=1.0), {})
+    (row,) = measure(TASK, StepOptions(("stock",), rounds=1, box=1.0), {})
     assert row.seconds == [30.0]
 
 
 def test_predictions_and_the_floor_stand_beside_the_measured(pretended):
     ceilings = {"gb_per_s": 1.0, "tflop_per_s fp32": 1e-3}
-    stock, ours = measure(TASK, Options(("stock", "gigamorph"), rounds=1, tile=32), ceilings)
+    stock, ours = measure(TASK, StepOptions(("stock", "gigamorph"), rounds=1, tile=32), ceilings)
     assert stock.predicted_bytes and ours.predicted_bytes and ours.settings["tile"] == [32, 32]
     assert stock.flops == ours.flops and stock.roofline_seconds
     assert stock.roofline_seconds >= (stock.flops or 0) / 1e9
@@ -146,7 +146,7 @@ def test_predictions_and_the_floor_stand_beside_the_measured(pretended):
 def test_real_processes_agree_in_float64(tmp_path):
     """The whole way: processes, small tiles, results compared, a trace written."""
     task = dataclasses.replace(TASK, precision="fp64")
-    options = Options(("stock", "checkpoint", "gigamorph"), rounds=1, tile=32, cap=2**30, folder=tmp_path)
+    options = StepOptions(("stock", "checkpoint", "gigamorph"), rounds=1, tile=32, cap=2**30, folder=tmp_path)
     stock, checkpoint, ours = measure(task, options, {})
     assert stock.status == OK and stock.check is None, stock.reason
     assert ours.status == OK and ours.check is not None, ours.reason
@@ -202,7 +202,7 @@ def test_every_peer_says_why_it_cannot_run(monkeypatch):
     ],
 )
 def test_precision_and_memory_order_are_those_of_the_peers_name(peer, dtype, last, limits):
-    ordinary, work = (Work(TASK, name, {}, None) for name in ("stock", peer))
+    ordinary, work = (PeerWork(TASK, name, {}, None) for name in ("stock", peer))
     seen = []
 
     def look(module: nn.Module, args: object, output: torch.Tensor) -> None:
@@ -227,8 +227,8 @@ def test_compiling_needs_a_compiler_on_the_cpu(monkeypatch):
 @pytest.mark.usefixtures("forked_peers")
 @pytest.mark.skipif(PEERS["compile"].missing(TASK) is not None, reason="no C++ compiler")
 def test_real_processes_compile():
-    task = Task("unet?width=2&depth=1", (1, 1, 32, 32))  # inductor compiles each of a network's few kernels by g++
-    stock, compiled = measure(task, Options(("stock", "compile"), rounds=1), {})
+    task = BenchTask("unet?width=2&depth=1", (1, 1, 32, 32))  # inductor compiles each of a network's few kernels by g++
+    stock, compiled = measure(task, StepOptions(("stock", "compile"), rounds=1), {})
     assert compiled.status == OK and compiled.seconds and compiled.check, compiled.reason
     assert compiled.check.against == "stock" and compiled.first_seconds > 2 * compiled.seconds[0]
     assert stock.status == OK
@@ -250,6 +250,6 @@ def test_checkpointing_a_vgg_keeps_its_function():
 @pytest.mark.usefixtures("forked_peers")
 def test_the_exactness_of_a_network_of_one_size_is_looked_at_on_that_size():
     model = "timm:vit_tiny_patch16_224?img_size=64&depth=1&embed_dim=24&num_heads=2&num_classes=2"
-    rows = bench_step.exactness(Task(model, (1, 1, 64, 64), training=False))
+    rows = bench_step.exactness(BenchTask(model, (1, 1, 64, 64), training=False))
     assert {row.peer: row.status for row in rows} == {"stock": OK, "gigamorph": OK}
     assert all(row.task.image == (1, 1, 64, 64) and row.task.precision == "fp64" for row in rows)

@@ -44,7 +44,7 @@ class Remembered:
     def __init__(self) -> None:
         self.on = True
         self.captured = self.replayed = 0
-        self.benches: list[recording.Bench] = []
+        self.benches: list[recording.RecordingPool] = []
 
     def tensors(self) -> list[Tensor]:
         found: list[Tensor] = []
@@ -73,7 +73,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
     executor = Remembered()
     plain_load = buffers.GraphBuffers.load
 
-    class Bench(recording.Bench):
+    class Bench(recording.RecordingPool):
         def __init__(self, *args: Any):
             super().__init__(*args)
             executor.benches.append(self)
@@ -83,7 +83,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> Remembered:
             poison(tensor)
         plain_load(self, tensors)
 
-    monkeypatch.setattr(replay, "Bench", Bench)
+    monkeypatch.setattr(replay, "RecordingPool", Bench)
     monkeypatch.setattr(whole_passes, "MOST_TILES", 0)
     monkeypatch.setattr(step_checks, "MOST_TILES", 0)
     monkeypatch.setattr(buffers.GraphBuffers, "load", load)
@@ -384,7 +384,7 @@ def test_a_stale_input_is_seen(remembered: Remembered, monkeypatch: pytest.Monke
 
 def test_a_tensor_of_the_step_is_seen(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the work reads a vector where this step has it."""
-    monkeypatch.setattr(recording.Bench, "vectors", lambda bench: {v: t.clone() for v, t in kept.items()})
+    monkeypatch.setattr(recording.RecordingPool, "vectors", lambda bench: {v: t.clone() for v, t in kept.items()})
     kept: dict[int, Tensor] = {}
     begin = replay.Replays.forward
 
@@ -464,7 +464,7 @@ def test_the_plan_counts_static_tensors(remembered: Remembered, norm: type[nn.Mo
 
 
 def test_an_arena_is_used_from_its_beginning_by_each() -> None:
-    arena, pattern = buffers.Arena(), torch.zeros(3, 5, 1000)
+    arena, pattern = buffers.SharedBuffers(), torch.zeros(3, 5, 1000)
     holders = [buffers.GraphBuffers(arena) for _ in range(2)]
     for holder in holders:
         for name in range(3):

@@ -17,7 +17,7 @@ from gigamorph.engine.datasets.elastic import Elastic
 from gigamorph.engine.datasets.intensity import Intensity, IntensitySource
 from gigamorph.engine.datasets.sampling import SampledSource
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.affine import Affine, Chain
+from gigamorph.engine.images.affine import Affine, ComposedMap
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import PixelSource, steps_of, to_original
 
@@ -76,7 +76,7 @@ def test_geometry_is_the_whole_image_sampled_by_torch(index: int) -> None:
     """Bilinear sampling of the whole image in float64 with a grid from the formulas."""
     augment = Augment.parse("rotate=20,scale=0.3,shear=10,translate=40,elastic=9:60")
     source = augmented(open_pixels(IMAGE), augment, seed=3, epoch=0, index=index)
-    assert isinstance(source, SampledSource) and isinstance(source.back, Chain)
+    assert isinstance(source, SampledSource) and isinstance(source.back, ComposedMap)
     affine, elastic = source.back.maps
     assert isinstance(affine, Affine) and isinstance(elastic, Elastic)
     height, width = IMAGE.shape[1:]

@@ -16,7 +16,7 @@ from gigamorph.engine.datasets.unknown_views import unplaced
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.mammography.recipes.siamese.pairs import find_pairs
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.predict.run import PredictOptions, predict
 from gigamorph.engine.train.metrics import Prediction, scores
 
 HEADER = "image_path patient_id exam_id laterality view label log_odds_0 log_odds_1".split()
@@ -126,7 +126,7 @@ def test_a_training_and_a_prediction_count_the_same_breasts(tmp_path, caplog):
         writer = csv.DictWriter(file, list(own[0]))
         writer.writeheader()
         writer.writerows(own)
-    predict(archives.stub, [table], tmp_path / "out", Options("m", workers=0))
+    predict(archives.stub, [table], tmp_path / "out", PredictOptions("m", workers=0))
     breasts, exams = rows(tmp_path / "out" / "breasts.csv"), rows(tmp_path / "out" / "exams.csv")
     assert [(row["patient_id"], row["laterality"]) for row in breasts] == [
         ("p0", "L"),

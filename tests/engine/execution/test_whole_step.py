@@ -26,7 +26,7 @@ from gigamorph.engine.cuda_graphs.step_checks import MARGIN
 from gigamorph.engine.cuda_graphs.whole_passes import MEMORY_SHARE
 from gigamorph.engine.errors import ChangedError, GigamorphError
 from gigamorph.engine.execution import prepared
-from gigamorph.engine.planning.estimate import Estimate
+from gigamorph.engine.planning.estimate import Estimator
 
 
 class Graphs:
@@ -146,7 +146,7 @@ def test_tiles_keep_their_graphs_where_memory_allows(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch, ample: bool, budget: bool
 ) -> None:
     """Else the backward computes again what follows norms. Under a budget, what it leaves is free."""
-    monkeypatch.setattr(Estimate, "_retainable", lambda *args: [])  # as on a GPU
+    monkeypatch.setattr(Estimator, "_retainable", lambda *args: [])  # as on a GPU
     stock = build(live=True)
     fast = accelerate(copy.deepcopy(stock), tile=64, memory_budget=10**9 if budget else None)
     plan = fast.plan_for((2, 1, 41, 34), torch.float64, torch.device("cpu"))

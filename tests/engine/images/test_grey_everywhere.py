@@ -18,7 +18,7 @@ from gigamorph.engine.datasets.grey import grey_warnings
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import as_stored
-from gigamorph.engine.mammography.view.exams import View
+from gigamorph.engine.mammography.view.exams import ExamImage
 from gigamorph.engine.models.folder import Preprocessing
 from gigamorph.engine.predict.job import opened_with_white
 from gigamorph.engine.predict.predictor import Classifier
@@ -101,7 +101,7 @@ def test_all_commands_see_the_same_grey_values(tmp_path: Path, kind: str, white:
     opened = opened_with_white(lambda device: published, white, device="cpu")
     seen["predict"] = opened.open_images([record])[0]["image"]
     seen["explain"] = as_stored(seen["predict"])
-    seen["view"] = View(record, {}, grey=grey_of(trained)).open()
+    seen["view"] = ExamImage(record, {}, grey=grey_of(trained)).open()
     _, height, width = seen["train"].shape
     values = {name: source.read(0, height, 0, width) for name, source in seen.items()}
     for name, found in values.items():

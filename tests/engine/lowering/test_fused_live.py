@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gigamorph import accelerate, kernels
 from gigamorph.engine.lowering.fused import conv as fused_conv
 from gigamorph.engine.lowering.fused import normalize as fused_norm
-from gigamorph.engine.lowering.stages import Stage
+from gigamorph.engine.lowering.stages import ProgramStage
 from gigamorph.engine.planning.strategy import strategies
 from gigamorph.kernels import choice, moments
 
@@ -91,7 +91,7 @@ def image(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
-def stages(net: nn.Module) -> list[Stage]:
+def stages(net: nn.Module) -> list[ProgramStage]:
     (prepared,) = net._runner.programs
     return prepared.staged.stages  # pyright: ignore
 

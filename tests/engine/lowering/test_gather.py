@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from gigamorph import accelerate, kernels
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.rewrites import prepare
-from gigamorph.engine.lowering.stages import Stage, lower
+from gigamorph.engine.lowering.stages import ProgramStage, lower
 from gigamorph.engine.tiling import tile
 from gigamorph.kernels import choice, conv2d
 
@@ -69,7 +69,7 @@ def image(height: int, width: int) -> Tensor:
     return torch.randn(1, 1, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def stage_of(model: nn.Module) -> Stage:
+def stage_of(model: nn.Module) -> ProgramStage:
     staged = lower(capture(model, (1, 1, 96, 96), torch.float64, "cpu"))
     prepare(staged, training=True)
     (stage,) = staged.stages

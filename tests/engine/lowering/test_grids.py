@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from gigamorph import accelerate
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.geometry import Cells
-from gigamorph.engine.lowering.stages import Stage, lower
+from gigamorph.engine.lowering.stages import ProgramStage, lower
 
 
 def network(name: str, seed: int = 0) -> nn.Module:
@@ -110,9 +110,9 @@ def largest_small(model: nn.Module, height: int, width: int) -> int:
     """The most values, for each image and channel, of what is neither image nor read tile by tile."""
     network = lower(capture(model, (2, 2, height, width), torch.float64, "cpu"))
     values = network.program.values
-    made = [v for step in network.steps if not isinstance(step, Stage) for v in step.outputs]
+    made = [v for step in network.steps if not isinstance(step, ProgramStage) for v in step.outputs]
     stored = [v for stage in network.stages for v in (*stage.stored, *(o for r in stage.reductions for o in r.outputs))]
-    lost = {v for step in network.steps if not isinstance(step, Stage) for v in step.inputs}
+    lost = {v for step in network.steps if not isinstance(step, ProgramStage) for v in step.inputs}
     return max((math.prod(values[v].shape[2:]) for v in (*made, *(v for v in stored if v in lost))), default=0)
 
 

@@ -222,13 +222,13 @@ def test_without_onednn_the_same_is_computed(monkeypatch):
 
 
 def test_packed_weights_are_counted():
-    from gigamorph.engine.planning.estimate import Estimate
+    from gigamorph.engine.planning.estimate import Estimator
 
     staged = lower(capture(network(), (1, 1, 40, 40), torch.float32, "cpu"))
-    before = Estimate(staged, False, False).parameter_bytes
+    before = Estimator(staged, False, False).parameter_bytes
     prepare(staged, False)
     # They take the place of copies in the memory order of the maps.
-    assert Estimate(staged, False, False).parameter_bytes == before + 4 * 32 * 16
+    assert Estimator(staged, False, False).parameter_bytes == before + 4 * 32 * 16
 
 
 class Scaled(nn.Module):
@@ -252,7 +252,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("way", ["packed", "off", "infinity"])
 def test_norms_and_layer_scales_are_multiplied_in_as_weights_are_packed(way):
     """No scaled weight is there besides: neither while tiles are computed, nor in what the plan counts."""
-    from gigamorph.engine.planning.estimate import Estimate
+    from gigamorph.engine.planning.estimate import Estimator
 
     torch.manual_seed(0)
     net, image = Scaled().eval(), torch.randn(1, 1, 50, 60)
@@ -272,4 +272,4 @@ def test_norms_and_layer_scales_are_multiplied_in_as_weights_are_packed(way):
     own = sum(t.nbytes for t in net.state_dict().values())
     values, packings = staged.program.values, staged.stages[0].packings
     packed = sum(p.nbytes(values[p.weight].shape, torch.float32) for p in packings)
-    assert Estimate(staged, False, False).parameter_bytes <= own + packed + 8 * 32 * 4
+    assert Estimator(staged, False, False).parameter_bytes <= own + packed + 8 * 32 * 4

@@ -15,7 +15,7 @@ from gigamorph import accelerate
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.lowering.ops.base import Local, Whole
-from gigamorph.engine.lowering.stages import Stage, lower
+from gigamorph.engine.lowering.stages import ProgramStage, lower
 
 H, W, WIDTH, HEADS = 12, 20, 8, 2
 POSITIONS = (H // 2) * (W // 2)
@@ -290,7 +290,7 @@ def test_biases_are_made_when_they_are_read():
     net = Table(3).double()
     assert_exact(net, image(), tile=(6, 8))
     staged = lower(capture(net, (1, 2, H, W), torch.float64, torch.device("cpu")))
-    stages = [n for n, step in enumerate(staged.steps) if isinstance(step, Stage)]
+    stages = [n for n, step in enumerate(staged.steps) if isinstance(step, ProgramStage)]
     made = [n for n, step in enumerate(staged.steps) if getattr(step, "name", "") == "unsqueeze"]
     assert len(made) == 3 and stages[0] < made[0] < stages[1] < made[1] < stages[2] < made[2] < stages[3]
 

@@ -10,7 +10,7 @@ from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.recipe import Fingerprint, Morph, Recipe, _shapes, grow_file
 from gigamorph.engine.morph.step import Step
-from gigamorph.engine.morph.store import Computed, Layout, layout, write_state
+from gigamorph.engine.morph.store import Computed, TensorSpec, layout, write_state
 from gigamorph.engine.morph.widen import WidenStep, widen
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
@@ -29,13 +29,13 @@ def network(width: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), *body)
 
 
-def wide(op: str) -> tuple[Step, dict[str, Layout]]:
+def wide(op: str) -> tuple[Step, dict[str, TensorSpec]]:
     """The step of the wide network, made on a narrow one, and names and shapes of its child."""
     child, report = GROW[op](network(4))
     step, parts = report.step, {}
     for name, part in layout(child.state_dict()).items():
         shape = [width if n == 4 else width + more if n == 5 and op == "widen" else n for n in part.shape]
-        parts[name] = Layout(tuple(shape), part.dtype)
+        parts[name] = TensorSpec(tuple(shape), part.dtype)
     if isinstance(step, WidenStep):
         (key,) = step.copies
         step.copies[key] = (1,) * (width - more) + (2,) * more

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.morph import op_rules, tracer
 from gigamorph.engine.morph.child_check import ChildCheck
-from gigamorph.engine.morph.lookup import Bags, Join, Rows, Table
+from gigamorph.engine.morph.lookup import Bags, Join, PositionTable, SlabRows
 from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.parent_run import ParentRun
 from gigamorph.engine.morph.planner import plan_growth
@@ -47,7 +47,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Excep
 
 
 STEPS = "elementwise rows statistic linear parameter_label begin _move _setitem constant_vid group_count".split()
-LOOKUPS = [(Join, "find"), (Rows, "find"), (Bags, "find"), (Table, "find")]
+LOOKUPS = [(Join, "find"), (SlabRows, "find"), (Bags, "find"), (PositionTable, "find")]
 PLACES = [(ChildCheck, step) for step in [*STEPS, "constant_vid", "group_count"]] + [
     (tracer, "output_labels"),
     *LOOKUPS,

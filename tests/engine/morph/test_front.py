@@ -18,13 +18,13 @@ from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import LesionNet, resnet18
 from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.front import front, plan_front
-from gigamorph.engine.morph.stem import Stem, find_stem, record, view
+from gigamorph.engine.morph.stem import ImageReaders, find_stem, record, view
 
 LIMIT = 1e-12
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
-def stem_of(network: nn.Module, example: torch.Tensor) -> Stem:
+def stem_of(network: nn.Module, example: torch.Tensor) -> ImageReaders:
     return find_stem(network, record(network, tuple(example.shape), example))
 
 

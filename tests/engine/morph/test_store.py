@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import resnet18
-from gigamorph.engine.morph.store import _DTYPES, Computed, Layout, SafetensorsFile, layout, read_state, write_state
+from gigamorph.engine.morph.store import _DTYPES, Computed, SafetensorsFile, TensorSpec, layout, read_state, write_state
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -98,12 +98,12 @@ class TestLazy:
             made.append(name)
             return torch.full((2,), float(len(name)))
 
-        source = Computed({"a": Layout((2,), torch.float32), "bb": Layout((2,), torch.float32)}, make)
+        source = Computed({"a": TensorSpec((2,), torch.float32), "bb": TensorSpec((2,), torch.float32)}, make)
         assert len(source) == 2 and list(source) == ["a", "bb"] and not made
         write_state(tmp_path / "a.safetensors", source)
         assert sorted(made) == ["a", "bb"]
         assert load_file(tmp_path / "a.safetensors")["bb"].tolist() == [2, 2]
-        wrong = Computed({"a": Layout((3,), torch.float32)}, make)
+        wrong = Computed({"a": TensorSpec((3,), torch.float32)}, make)
         with pytest.raises(MorphError, match=r"tensor 'a' is torch\.float32"):
             write_state(tmp_path / "a.safetensors", wrong)
         assert load_file(tmp_path / "a.safetensors").keys() == {"a", "bb"}
@@ -225,7 +225,7 @@ class TestRefusals:
             return torch.zeros(2)
 
         with pytest.raises(MorphError, match="no b"):
-            write_state(path, Computed({n: Layout((2,), torch.float32) for n in "ab"}, fails))
+            write_state(path, Computed({n: TensorSpec((2,), torch.float32) for n in "ab"}, fails))
         with pytest.raises(MorphError, match=r"complex128.*does not support"):
             write_state(path, {"a": torch.zeros(2, dtype=torch.complex128)})
         with pytest.raises(MorphError, match=r"\.safetensors, \.pt or \.pth"):

@@ -23,16 +23,16 @@ from gigamorph.engine.execution.prepared import Prepared
 from gigamorph.engine.lowering import onednn
 from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.lowering.rewrites import prepare
-from gigamorph.engine.lowering.stages import Stage, lower
+from gigamorph.engine.lowering.stages import ProgramStage, lower
 from gigamorph.engine.models import create_model
 from gigamorph.engine.planning import constants
 from gigamorph.engine.planning.candidate_tiles import sides_worth_trying
-from gigamorph.engine.planning.estimate import Estimate
+from gigamorph.engine.planning.estimate import Estimator
 from gigamorph.engine.planning.library_overhead import cpu_libraries
 from gigamorph.engine.planning.lower_bound import least_bytes
 from gigamorph.engine.planning.request import Request
 from gigamorph.engine.planning.search import arrange
-from gigamorph.engine.planning.simulate import Meter
+from gigamorph.engine.planning.simulate import StorageMeter
 from gigamorph.engine.planning.strategy import strategies
 from gigamorph.engine.tiling.stage import TiledStage
 
@@ -64,7 +64,7 @@ def test_a_bias_for_each_pair_is_counted_once() -> None:
     net, image = net.double(), torch.randn(1, 1, SIDE, SIDE, dtype=torch.float64)
     fast = accelerate(net)
     fast(image)  # records
-    with Meter() as meter:
+    with StorageMeter() as meter:
         meter.ignore(image, *net.parameters(), *net.buffers())
         fast(image).sum().backward()
     made = plan(net, tuple(image.shape), dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_no_plan_holds_less_than_what_is_refused_at_once(drawn: Drawn, training:
     records = len(program.values) * (constants.VALUE_BYTES + constants.CHOICE_BYTES)
     for strategy in strategies(maps, nodes, training, False):
         prepare(strategy.staged, training)
-        estimate = Estimate(strategy.staged, training, False, records=records)
+        estimate = Estimator(strategy.staged, training, False, records=records)
         for side in sides_worth_trying(strategy.staged, None, training):
             for place in ("device", "disk"):
                 bare = estimate.plan(side, place, 1, count_tile=False).peak_bytes
@@ -193,7 +193,7 @@ def test_folded_weights_go_after_their_stage() -> None:
     tiled = tuple(TiledStage(stage, (64, 64)) for stage in staged.stages)
     prepared = Prepared(staged, tiled, arrange(excited(2), Request(None, None, False))[1])
     for number, step in enumerate(staged.steps):
-        if isinstance(step, Stage) and step.prelude:
+        if isinstance(step, ProgramStage) and step.prelude:
             assert {v for op in step.prelude for v in op.outputs} <= set(prepared.last_use[number])
 
 

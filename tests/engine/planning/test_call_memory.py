@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gigamorph import accelerate
 from gigamorph.engine.capture.program import Op
 from gigamorph.engine.planning.call_memory import CallMemory, call_memory
-from gigamorph.engine.planning.simulate import Meter
+from gigamorph.engine.planning.simulate import StorageMeter
 from gigamorph.engine.versions import release
 
 RELEASE = release(torch.__version__)
@@ -50,7 +50,7 @@ def calls_of(net: Any, side: int) -> tuple[Any, list[CallMemory]]:
 def allocated(head: Callable[[Tensor], Tensor]) -> int:
     """What the backward of stock makes, all that it reads being there until its end."""
     y = torch.rand(1, 8, SIDE, SIDE, requires_grad=True)
-    with Meter() as meter:
+    with StorageMeter() as meter:
         out = head(y).sum()
         before = meter.peak = meter.alive
         out.backward(retain_graph=True)
@@ -62,7 +62,7 @@ def test_as_many_bytes_as_in_stock(name: str) -> None:
     """All that is there at the peak of the backward beside the map: its gradient, and what was not counted before."""
     prepared, found = calls_of(accelerate(Net(HEADS[name]), fallback="untiled"), SIDE)
     y = torch.rand(1, 8, SIDE, SIDE, requires_grad=True)
-    with Meter() as meter:
+    with StorageMeter() as meter:
         meter.ignore(y)
         out = HEADS[name](y)
         kept = meter.peak = meter.alive

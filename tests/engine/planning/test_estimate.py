@@ -13,7 +13,7 @@ from gigamorph import plan
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.planning import constants
-from gigamorph.engine.planning.estimate import Estimate
+from gigamorph.engine.planning.estimate import Estimator
 from gigamorph.engine.tiling import stored_maps
 from gigamorph.engine.tiling.memory import used_bytes
 from gigamorph.engine.tiling.stage import TiledStage
@@ -24,7 +24,7 @@ def test_scratch_of_a_gpu_is_counted():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 64, 1), nn.AdaptiveAvgPool2d(1))
     staged = lower(capture(model, (2, 3, 256, 256), torch.float32, "cpu"))
     tiles = [TiledStage(stage, (64, 64)) for stage in staged.stages]
-    estimate = Estimate(staged, training=True, image_grad=False)
+    estimate = Estimator(staged, training=True, image_grad=False)
     estimate.image = dataclasses.replace(estimate.image, device=torch.device("cuda"))
     scratch = estimate._library(tiles, 1)
     pixels = 2 * 64 * 64 * 4
@@ -32,7 +32,7 @@ def test_scratch_of_a_gpu_is_counted():
     sums = 4 * constants.WGRAD_SPLITS * 8 * 64
     assert scratch >= constants.GPU_LIBRARIES + heaviest + sums
     assert scratch <= constants.GPU_LIBRARIES + 1.2 * heaviest + sums, "not of the whole map"
-    inference = Estimate(staged, training=False, image_grad=False)._library(tiles, 1)
+    inference = Estimator(staged, training=False, image_grad=False)._library(tiles, 1)
     assert inference < constants.GPU_LIBRARIES
 
 
@@ -59,7 +59,7 @@ def test_a_narrow_tile_of_a_map_in_a_file_is_counted_as_a_row_of_tiles() -> None
     net = nn.Sequential(*(nn.Sequential(nn.Conv2d(n, 8, 3, padding=1), nn.BatchNorm2d(8)) for n in (1, 8)))
     staged = lower(capture(net.append(nn.AdaptiveAvgPool2d(1)), (1, 1, 512, 4096), torch.float32, "cpu"))
     staged.place = "disk"
-    estimate, part = Estimate(staged, training=True, image_grad=False), 128 * 128 * 8 * 4
+    estimate, part = Estimator(staged, training=True, image_grad=False), 128 * 128 * 8 * 4
     counted = [estimate._cut(tile).away_bytes for tile in ((128, 128), (128, 4096))]
     assert counted[0] == counted[1] and max(counted[0]) >= 2 * 32 * part
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate, plan
-from gigamorph.engine.planning.simulate import Meter
+from gigamorph.engine.planning.simulate import StorageMeter
 from gigamorph.engine.tiling import memory_limit
 from gigamorph.engine.tiling.arena import arena
 from gigamorph.engine.tiling.arena_limit import ArenaLimit
@@ -151,7 +151,7 @@ def test_the_tensors_of_a_step_are_those_predicted(share: float) -> None:
     made = plan(net, tuple(image.shape), budget, tile=32, dtype=torch.float64)
     fast = accelerate(net, tile=32, memory_budget=budget)
     fast(image).sum().backward()  # gradients, and what is kept from step to step
-    with Meter() as meter:
+    with StorageMeter() as meter:
         meter.ignore(image, net.state_dict(), [p.grad for p in net.parameters()])
         fast(image).sum().backward()
     parameters = 2 * sum(p.nbytes for p in net.parameters())

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from gigamorph import accelerate
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.nodes import sort
-from gigamorph.engine.lowering.stages import Stage, crossing, split
+from gigamorph.engine.lowering.stages import ProgramStage, crossing, split
 from gigamorph.engine.models.resnet import resnet18, resnet50
 from gigamorph.engine.planning import lifetimes
 from gigamorph.engine.planning.lifetimes import stored_peak
@@ -53,7 +53,7 @@ def arbitrary(seed: int):
         stored = [v for v in crossing(maps, nodes, cuts) if v in cuts or v in drawn or dice.random() < 0.5]
         network = split(maps, nodes, stored, cuts)
         if training:
-            stages = [n for n, step in enumerate(network.steps) if isinstance(step, Stage)]
+            stages = [n for n, step in enumerate(network.steps) if isinstance(step, ProgramStage)]
             ends = sorted({dice.choice(stages) for _ in range(3)})
             network.segments = [range(a, b) for a, b in zip([stages[0], *ends], ends, strict=False) if b > a]
         yield Strategy("arbitrary", network, 0.0, 0)
@@ -246,7 +246,7 @@ def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch
     cuts = cut_maps(maps, nodes)
     ranged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
     ranged.segments = segments_between(ranged, cuts)
-    assert [type(step).__name__ for step in ranged.steps].count("Stage") == 4
+    assert [type(step).__name__ for step in ranged.steps].count("ProgramStage") == 4
     assert program_cost(ranged, True) > program_cost(network, True)
 
 

@@ -24,12 +24,12 @@ from gigamorph.engine.images import dicomweb
 from gigamorph.engine.images.dicom_results import own_code
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.remote import RemoteFile
-from gigamorph.engine.predict.masks import Classes, MaskOptions, Segmenter, predict_masks
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.predict.masks import MaskOptions, MostProbableClass, Segmenter, predict_masks
+from gigamorph.engine.predict.run import PredictOptions, predict
 from gigamorph.engine.train.mask_target import MaskTarget
 from gigamorph.engine.train.record import with_splits
 
-HERE = Options("m" * 64, "best.ckpt", workers=0)
+HERE = PredictOptions("m" * 64, "best.ckpt", workers=0)
 FORGIVING = replace(HERE, max_failures=1.0, resume=True)
 
 
@@ -177,7 +177,7 @@ def test_results_of_files_go_to_a_store_if_they_are_dicom(store, files, tmp_path
 
 def segmenter(*, device: str) -> Segmenter:
     torch.manual_seed(0)
-    net = accelerate(Classes(nn.Conv2d(1, 3, 3, padding=1)), tile=64)
+    net = accelerate(MostProbableClass(nn.Conv2d(1, 3, 3, padding=1)), tile=64)
     return Segmenter(
         net, MaskTarget(("background", "gland", "a lesion")), functools.partial(ImageDataset, channels=1), 0
     )

@@ -9,11 +9,10 @@ from commands import rows
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.evaluate.compare import common
 from gigamorph.engine.evaluate.read import read_cases, read_marks
-from gigamorph.engine.explain import Options as ExplainOptions
-from gigamorph.engine.explain import explain
+from gigamorph.engine.explain import ExplainOptions, explain
 from gigamorph.engine.mammography.view.exams import read_exams
-from gigamorph.engine.mammography.view.site import Site
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.mammography.view.site import ViewerFiles
+from gigamorph.engine.predict.run import PredictOptions, predict
 
 MADE = {"model": "sha", "checkpoint": "net", "device": "cpu", "workers": 0}
 HOW = ("white", "chest_wall")
@@ -41,7 +40,7 @@ def tables(tmp_path):
 
 
 def predicted(table, out):
-    predict(archives.tiny, [table], out, Options(**MADE))
+    predict(archives.tiny, [table], out, PredictOptions(**MADE))
     return out / "predictions.csv"
 
 
@@ -52,7 +51,7 @@ def odds(path):
 def pictures(predictions, table=None):
     """The tile of each image, in the order of the predictions."""
     exams = read_exams(predictions, table=table)
-    site = Site(exams, None, identifiers=True)
+    site = ViewerFiles(exams, None, identifiers=True)
     by_label = sorted(range(len(site.views)), key=lambda number: site.views[number].truth["1"])
     return [site.tiles_of(number).tile(0, 0, 0) for number in by_label], exams
 

@@ -17,7 +17,7 @@ from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.predict import parts as parts_module
 from gigamorph.engine.predict import runner as run_module
 from gigamorph.engine.predict.parts import read_parts
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.predict.run import PredictOptions, predict
 
 IMAGES = 40
 
@@ -51,12 +51,12 @@ def test_runs_that_are_killed_at_random_moments_lose_and_double_nothing(tmp_path
     monkeypatch.setattr(run_module, "Parts", functools.partial(parts_module.Parts, rows=5))
     table = archives.make_archive(tmp_path / "images", IMAGES)
     (tmp_path / "images" / "0007.npy").write_bytes(b"damaged")
-    expected = predict(archives.tiny, [table], tmp_path / "whole", Options("m", max_failures=0.5, workers=0))
+    expected = predict(archives.tiny, [table], tmp_path / "whole", PredictOptions("m", max_failures=0.5, workers=0))
     began = time.monotonic()
-    predict(archives.tiny, [table], tmp_path / "again", Options("m", max_failures=0.5, workers=workers))
+    predict(archives.tiny, [table], tmp_path / "again", PredictOptions("m", max_failures=0.5, workers=workers))
     longest = time.monotonic() - began
     assert (expected.done, expected.failed) == (IMAGES - 1, 1)
-    options = Options("m", max_failures=0.5, workers=workers, resume=True)
+    options = PredictOptions("m", max_failures=0.5, workers=workers, resume=True)
     out, drawn = tmp_path / "out", random.Random(workers)
     before: list[str] = []
     kills = kept = 0
@@ -93,7 +93,7 @@ def test_a_kill_at_every_write_of_a_run(tmp_path, monkeypatch):
     """Calls of the system that change files, each once the last one of a run."""
     table = archives.make_archive(tmp_path / "images", 5)
     (tmp_path / "images" / "0003.npy").write_bytes(b"damaged")
-    options = Options("m", max_failures=0.5, workers=0, resume=True)
+    options = PredictOptions("m", max_failures=0.5, workers=0, resume=True)
     predict(archives.stub, [table], tmp_path / "whole", options)
     monkeypatch.setattr(run_module, "Parts", functools.partial(parts_module.Parts, rows=2))
     names = ("write", "fsync", "replace", "link", "ftruncate", "unlink", "pwrite")
@@ -130,7 +130,7 @@ def test_a_kill_at_every_write_of_a_run(tmp_path, monkeypatch):
 def test_processes_that_read_end_when_the_run_is_killed(tmp_path):
     table = archives.make_archive(tmp_path / "images", 4)
     opener = functools.partial(archives.stub, seconds=30)
-    child = in_child(lambda: predict(opener, [table], tmp_path / "out", Options("m", workers=2)))
+    child = in_child(lambda: predict(opener, [table], tmp_path / "out", PredictOptions("m", workers=2)))
     readers: list[int] = []
     deadline = time.monotonic() + 30
     while len(readers) < 2 and time.monotonic() < deadline:
@@ -148,17 +148,17 @@ def test_a_second_run_says_which_process_writes_there(tmp_path):
     table = archives.make_archive(tmp_path / "images", 3)
     out = tmp_path / "out"
     opener = functools.partial(archives.stub, seconds=30)
-    child = in_child(lambda: predict(opener, [table], out, Options("m", workers=0)))
+    child = in_child(lambda: predict(opener, [table], out, PredictOptions("m", workers=0)))
     try:
         deadline = time.monotonic() + 30
         while not (out / "run.json").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        for options in (Options("m", resume=True), Options("m", shard=(2, 3), resume=True)):
+        for options in (PredictOptions("m", resume=True), PredictOptions("m", shard=(2, 3), resume=True)):
             with pytest.raises(GigamorphError, match=rf"out: process {child} on .* writes to it; wait for it"):
                 predict(archives.stub, [table], out, options)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert predict(archives.stub, [table], out, Options("m", workers=0, resume=True)).done == 3
+    assert predict(archives.stub, [table], out, PredictOptions("m", workers=0, resume=True)).done == 3
     with (out / "predictions.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3

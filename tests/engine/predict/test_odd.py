@@ -10,7 +10,7 @@ from commands import rows
 from PIL import Image
 
 from gigamorph.engine.datasets.dataset import ImageDataset
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.predict.run import PredictOptions, predict
 
 ODD = (7, 17)  # none of the four that are sampled
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def predicted(folder, out, **how):
-    return predict(archives.tiny, [folder], out, Options(model="sha", checkpoint="net", device="cpu", **how))
+    return predict(archives.tiny, [folder], out, PredictOptions(model="sha", checkpoint="net", device="cpu", **how))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -47,6 +47,6 @@ def test_a_white_level_that_fits_removes_the_list(folder, tmp_path):
     predicted(folder, out, workers=1)
     assert len(rows(out / "odd.csv")) == len(ODD)
     opened = replace(archives.tiny(device="cpu"), open_images=functools.partial(ImageDataset, white=4095))
-    options = Options(model="sha", checkpoint="net", device="cpu", workers=0, white=4095, overwrite=True)
+    options = PredictOptions(model="sha", checkpoint="net", device="cpu", workers=0, white=4095, overwrite=True)
     predict(lambda *, device: opened, [folder], out, options)
     assert not (out / "odd.csv").exists()

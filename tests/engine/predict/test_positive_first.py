@@ -16,13 +16,12 @@ from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.evaluate.recalibration import Calibration, read_calibration
-from gigamorph.engine.explain import Options as ExplainOptions
-from gigamorph.engine.explain import explain
+from gigamorph.engine.explain import ExplainOptions, explain
 from gigamorph.engine.mammography.view import evidence
-from gigamorph.engine.mammography.view.exams import View
+from gigamorph.engine.mammography.view.exams import ExamImage
 from gigamorph.engine.models.outputs import Outputs
 from gigamorph.engine.predict.predictor import Classifier
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.predict.run import PredictOptions, predict
 from gigamorph.engine.predict.tables import combined
 from gigamorph.engine.train.metrics import Prediction
 
@@ -73,10 +72,10 @@ def test_calibration_is_of_the_class_that_it_names(table, tmp_path):
     written = []
     for number, classes in enumerate(ORDERS):
         out = tmp_path / str(number)
-        options = Options(**MADE, heatmaps=True, calibration=calibration(tmp_path, classes))
+        options = PredictOptions(**MADE, heatmaps=True, calibration=calibration(tmp_path, classes))
         predict(functools.partial(net, classes), [table], out, options)
         written.append({name: rows(out / name) for name in ("predictions.csv", "breasts.csv", "exams.csv")})
-    plain = predict(functools.partial(net, ORDERS[1]), [table], tmp_path / "plain", Options(**MADE))
+    plain = predict(functools.partial(net, ORDERS[1]), [table], tmp_path / "plain", PredictOptions(**MADE))
     assert plain.done == 6
     for before, after in zip(rows(tmp_path / "plain" / "predictions.csv"), written[1]["predictions.csv"], strict=True):
         z = float(before["log_odds_cancer"])
@@ -112,8 +111,8 @@ def test_evidence_in_the_viewer_is_of_the_positive_class(table, monkeypatch, tmp
     for classes in ORDERS:
         one = net(classes, device="cpu")
         monkeypatch.setattr(evidence, "open_classifier", lambda *a, one=one, **k: one)
-        maps = evidence.Evidence(checkpoint, memory_budget=None, device="cpu")
-        found.append(maps.of(View(Record(path, -1, "p"), {}), open_pixels(path)))
+        maps = evidence.MapServer(checkpoint, memory_budget=None, device="cpu")
+        found.append(maps.of(ExamImage(Record(path, -1, "p"), {}), open_pixels(path)))
     assert found[0].any() and (np.abs(found[0].astype(int) - found[1]) <= 1).all()
 
 

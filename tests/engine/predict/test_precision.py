@@ -17,9 +17,9 @@ from gigamorph.engine.predict.devices import DeviceSettings, compute_here
 from gigamorph.engine.predict.job import started
 from gigamorph.engine.predict.predictor import PredictionUnit, Wanted
 from gigamorph.engine.predict.rows import Row, Work
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.predict.run import PredictOptions, predict
 
-HERE = Options("m", workers=0)
+HERE = PredictOptions("m", workers=0)
 
 
 @pytest.fixture(scope="module")

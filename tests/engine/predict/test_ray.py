@@ -24,10 +24,10 @@ from gigamorph.engine.predict import by_ray
 from gigamorph.engine.predict.devices import DeviceSettings, Outcome
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.predict.rows import Row, Work
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.predict.run import PredictOptions, predict
 
 COUNT = 60
-RAY = Options("m", workers=0, max_failures=0.5, engine="ray", devices=2)
+RAY = PredictOptions("m", workers=0, max_failures=0.5, engine="ray", devices=2)
 
 
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):

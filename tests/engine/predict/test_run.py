@@ -33,13 +33,13 @@ from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.decoders import Ahead
-from gigamorph.engine.predict.index import Index
+from gigamorph.engine.predict.index import RunDatabase
 from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.rows import Row, Work
-from gigamorph.engine.predict.run import Options, Summary, Watch, predict
+from gigamorph.engine.predict.run import PredictOptions, Summary, Watch, predict
 
-HERE = Options("m", workers=0)
+HERE = PredictOptions("m", workers=0)
 FORGIVING = replace(HERE, max_failures=1.0, resume=True)
 
 
@@ -561,7 +561,7 @@ def test_a_folder_that_cannot_be_written_is_no_full_disk(table):
 
 
 def index_of(sizes, shards):
-    with Index(lambda row: row.key("m")) as index:
+    with RunDatabase(lambda row: row.key("m")) as index:
         records = [
             Record(Path(f"{n}.npy"), -1, f"{n}", extra={"rows": str(size), "columns": "10"})
             for n, size in enumerate(sizes)
@@ -660,7 +660,7 @@ def test_patients_whom_only_headers_name_are_numbered_alike_after_a_resume(tmp_p
 
 
 def test_names_of_heat_maps_are_unique(tmp_path):
-    with Index(lambda row: row.key("m")) as index:
+    with RunDatabase(lambda row: row.key("m")) as index:
         paths = ["a/x.npy", "b/x.npy", "c/x-2.npy", "d/X.npy"]
         index.fill([Record(Path(path), -1, path) for path in paths], ["0"], check_files=False)
         index.name_files(lambda row: row.record.path.stem)
@@ -670,7 +670,7 @@ def test_names_of_heat_maps_are_unique(tmp_path):
 def test_names_that_no_file_of_ours_could_have(tmp_path):
     """A name of 255 bytes leaves no room for an ending, and SQLite takes UTF-8 alone."""
     paths = [f"{251 * 'n'}.npy", f"{251 * 'n'}.dcm", f"{125 * 'ü'}.npy", "\udce9.npy"]
-    with Index(lambda row: row.key("m")) as index:
+    with RunDatabase(lambda row: row.key("m")) as index:
         index.fill([Record(Path(path), -1, "p") for path in paths], ["0"], check_files=False)
         index.name_files(lambda row: row.stem)
         names = [200 * "n", f"{200 * 'n'}-2", 100 * "ü", "\\udce9"]

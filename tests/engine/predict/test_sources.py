@@ -10,9 +10,9 @@ import pytest
 from commands import rows
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.predict.run import Options, Watch, predict
+from gigamorph.engine.predict.run import PredictOptions, Watch, predict
 
-HERE = Options("m", workers=0)
+HERE = PredictOptions("m", workers=0)
 FORGIVING = replace(HERE, max_failures=1.0, resume=True)
 
 
@@ -73,7 +73,7 @@ def test_what_is_left_out_of_a_folder_is_told_once(tmp_path, caplog):
     run.mkdir(parents=True)
     (run.parent / "x.bmp").write_bytes(b"")
     (run / "last.ckpt").write_bytes(b"")
-    found = predict(archives.tiny, [tmp_path / "images"], tmp_path / "out", Options("m", workers=0))
+    found = predict(archives.tiny, [tmp_path / "images"], tmp_path / "out", PredictOptions("m", workers=0))
     assert found.done == 2
     told = [record.getMessage() for record in caplog.records]
     assert sum("results of gigamorph train" in line for line in told) == 1 and sum(".bmp" in line for line in told) == 1

@@ -12,7 +12,7 @@ from gigamorph import create_model
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.models.folder import Description, Preprocessing, read_description
 from gigamorph.engine.models.outputs import Outputs
-from gigamorph.engine.published.export import Source, export_hub, export_onnx, open_source
+from gigamorph.engine.published.export import ExportSource, export_hub, export_onnx, open_source
 from gigamorph.engine.published.importing import Wishes, import_network
 
 timm = pytest.importorskip("timm")
@@ -161,7 +161,7 @@ def test_our_resnets_are_timms(tmp_path):
     network = create_model("resnet18", 2, 1).eval()
     taken = Preprocessing(1, (0.3,), (0.1,))
     description = Description("resnet18", Outputs.of("softmax", 2), taken, reference={"image": [1, 1, 64, 96]})
-    assert export_hub(Source(tmp_path, network, description), tmp_path / "hub") <= 1e-5
+    assert export_hub(ExportSource(tmp_path, network, description), tmp_path / "hub") <= 1e-5
     theirs = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     image = torch.rand(1, 1, 70, 66)
     with torch.no_grad():

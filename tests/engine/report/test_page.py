@@ -15,7 +15,7 @@ from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.evaluate import Settings, evaluate
 from gigamorph.engine.evaluate.report import write_report as write_evaluation
 from gigamorph.engine.report.figure import panel, png
-from gigamorph.engine.report.page import Table, render, write_page
+from gigamorph.engine.report.page import TextTable, render, write_page
 
 BAD = "<img src=x onerror=alert(1)>\"'&"
 ESCAPED = "&lt;img src=x onerror=alert(1)&gt;&#34;&#39;&amp;"
@@ -23,14 +23,14 @@ ESCAPED = "&lt;img src=x onerror=alert(1)&gt;&#34;&#39;&amp;"
 
 def test_a_table_omits_empty_columns_and_tells_words_from_numbers():
     rows = [{"peer": "stock", "time": "1.5 (9%)", "first": "", "remark": "tile 64"}] * 2
-    table = Table.of([*rows, {"peer": "7", "time": "never", "first": "", "remark": ""}])
+    table = TextTable.of([*rows, {"peer": "7", "time": "never", "first": "", "remark": ""}])
     assert table.head == ["peer", "time", "remark"] and table.rows[2] == ["7", "never", ""]
     assert table.styles == ["words", "number", "words"]
-    assert Table(["", "a"], [["x" * 20, "y" * 50]]).styles == ["words broad", "words wide"]
-    assert Table(["", "a"], [["x", "0.5"], ["y", "above all scores"]]).styles == ["words", "number"]
-    commits = Table(["", "commit"], [["1", "9528d9e984a3"], ["2", "270409fa7f07, with changes"]])
+    assert TextTable(["", "a"], [["x" * 20, "y" * 50]]).styles == ["words broad", "words wide"]
+    assert TextTable(["", "a"], [["x", "0.5"], ["y", "above all scores"]]).styles == ["words", "number"]
+    commits = TextTable(["", "commit"], [["1", "9528d9e984a3"], ["2", "270409fa7f07, with changes"]])
     assert commits.styles == ["words", "words broad"]
-    assert Table.of([]).rows == []
+    assert TextTable.of([]).rows == []
 
 
 def test_pictures_lie_in_the_page_and_beside_it(tmp_path):

@@ -18,7 +18,7 @@ from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.parallel.lock import hold
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.fit import Watch, fit
+from gigamorph.engine.train.fit import FitWatch, fit
 from gigamorph.engine.train.network import restore_network
 from gigamorph.engine.train.options import Loss, Optimizer, Schedule, TrainOptions
 from gigamorph.engine.train.target import Target
@@ -295,7 +295,7 @@ def test_refusals_name_the_culprit(data, tmp_path):
     with pytest.raises(DataError, match="no training images"):
         fit(replace(data, train=Images([])), OPTIONS, tmp_path / "run")
     said = []
-    fit(data, replace(OPTIONS, epochs=1), tmp_path / "run", resume=True, watch=Watch(say=said.append))
+    fit(data, replace(OPTIONS, epochs=1), tmp_path / "run", resume=True, watch=FitWatch(say=said.append))
     assert f"{tmp_path / 'run' / 'last.ckpt'}: not found, so the run starts from the beginning" in said
     with pytest.raises(GigamorphError, match="already holds a run; continue it with --resume"):
         fit(data, replace(OPTIONS, epochs=1), tmp_path / "run")

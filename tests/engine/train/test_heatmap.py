@@ -17,7 +17,7 @@ from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import Normalize, to_original
 from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.predictor import Classifier
-from gigamorph.engine.predict.run import Options, predict
+from gigamorph.engine.predict.run import PredictOptions, predict
 from gigamorph.engine.train.explanation import Explanation
 from gigamorph.engine.train.heatmap import overlay_name, write_overlay
 
@@ -185,7 +185,7 @@ def test_evidence_of_a_cluster_lies_in_its_box_in_the_file(tmp_path):
         linear.bias.copy_(torch.tensor([7.0, -8.0]))
     net = accelerate(nn.Sequential(conv, nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), linear))
     classifier = Classifier(net, ["0", "1"], lambda records: ImageDataset(records, channels=1))
-    predict(lambda device: classifier, records, tmp_path / "out", Options("model", heatmaps=True))
+    predict(lambda device: classifier, records, tmp_path / "out", PredictOptions("model", heatmaps=True))
     for record in records:
         found = colour(tmp_path / "out" / "heatmaps" / f"{record.path.stem}.png")
         top, bottom, left, right = record.findings[0].box

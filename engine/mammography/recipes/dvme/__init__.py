@@ -1,11 +1,11 @@
 """Truong et al.: how transferable are self-supervised features; their fusion by attention (arXiv 2108.10048)."""
 
-from ..recipe import Recipe
+from ..recipe import MethodRecipe
 from .config import DvmeConfig, ExtractorConfig
 from .synthetic import SYNTHETIC
 from .train import restore, train
 
-RECIPE = Recipe(
+RECIPE = MethodRecipe(
     name="dvme",
     title="Dynamic visual meta-embedding",
     paper="Truong, Mohammadi, Lenga: How Transferable Are Self-supervised Features in Medical Image Classification "

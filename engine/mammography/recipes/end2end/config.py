@@ -36,7 +36,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Block:
+class TopBlock:
     """A block on top of the whole-image network; each halves the resolution."""
 
     kind: Literal["residual", "vgg"]
@@ -57,7 +57,7 @@ class Model:
     """Weights file from which the patch network's backbone starts, or "random"."""
     layer: str | None = None
     """The module whose output is the features; None if the backbone defines them (a `forward_features`)."""
-    blocks: tuple[Block, ...] = (Block("residual", 512, 2, 2), Block("residual", 512, 2, 2))
+    blocks: tuple[TopBlock, ...] = (TopBlock("residual", 512, 2, 2), TopBlock("residual", 512, 2, 2))
     heatmap: bool = False
     """Whether the patch network's class maps (five) are inserted between features and blocks."""
     heatmap_pool: tuple[int, int] = (7, 5)
@@ -76,7 +76,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Config(ImagesConfig):
+class End2EndConfig(ImagesConfig):
     """Shen's all convolutional design: patch network, whole-image network, ensemble, transfer."""
 
     resize: tuple[int, ...] = (1152, 896)

@@ -23,15 +23,15 @@ from ....errors import DataError
 from ....files import write_atomically
 from ....images.open import open_pixels
 from ....images.pixels import PixelSource
-from ..sized import RecipeImages, Size, Window, open_images, read_sized
-from .config import CLASSES, Config, Sampling
+from ..sized import PaddedRegion, RecipeImages, Size, open_images, read_sized
+from .config import CLASSES, End2EndConfig, Sampling
 
 Mask = NDArray[np.bool_]
 _TRIES = 1000  # consecutive failures before the rule is relaxed
 
 
 @dataclass(frozen=True)
-class Lesion:
+class LesionMask:
     """One lesion of an image."""
 
     mask: Mask
@@ -62,7 +62,7 @@ def breast_box(image: NDArray[np.float32]) -> tuple[int, int, int, int]:
 
 
 def sample(
-    box: tuple[int, int, int, int], lesions: Sequence[Lesion], sampling: Sampling, rng: np.random.Generator
+    box: tuple[int, int, int, int], lesions: Sequence[LesionMask], sampling: Sampling, rng: np.random.Generator
 ) -> list[Patch]:
     """Sample the patches of an image: those of each lesion in order, then background (Shen et al., 2019).
 
@@ -135,12 +135,12 @@ _FULL = 65535
 _SCALE_TOLERANCE = 0.03  # allowed difference in the scales of a mask's sides
 
 
-def open_unmirrored(record: Record, config: Config) -> PixelSource:
+def open_unmirrored(record: Record, config: End2EndConfig) -> PixelSource:
     """Open the image without mirroring, so that findings are at the table's coordinates."""
     return open_record(record, voi=config.voi, flip=False, channels=config.channels)
 
 
-def write_resized(records: Sequence[Record], config: Config, folder: Path) -> list[Record]:
+def write_resized(records: Sequence[Record], config: End2EndConfig, folder: Path) -> list[Record]:
     """Write images at the configured size once as 16-bit ``.npy``; at native size, return the records themselves.
 
     Files are written atomically, so that an interrupted run continues with the missing images.
@@ -198,7 +198,7 @@ def _no_location(record: Record) -> DataError:
     return DataError(f"{record.path}: a finding has neither mask nor box; add one, or remove the finding")
 
 
-def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
+def lesions(record: Record, shape: tuple[int, int]) -> list[LesionMask]:
     """Return the lesions of an image from its findings, as masks of ``shape``; findings without pathology are omitted.
 
     A finding's mask is its mask file, or else its box. Kinds that begin with calc are calcifications, others masses.
@@ -217,7 +217,7 @@ def lesions(record: Record, shape: tuple[int, int]) -> list[Lesion]:
             if not mask.any():
                 what = f"contains no pixel of a lesion ({CLASSES[label]})"
                 raise DataError(f"{finding.mask or record.path}: {what}; remove the finding")
-            found.append(Lesion(mask, label))
+            found.append(LesionMask(mask, label))
     return found
 
 
@@ -240,7 +240,9 @@ ImagePatch = tuple[int, Patch]
 """The number of an image, and a patch of it."""
 
 
-def sample_all(originals: Sequence[Record], records: Sequence[Record], config: Config, seed: int) -> list[ImagePatch]:
+def sample_all(
+    originals: Sequence[Record], records: Sequence[Record], config: End2EndConfig, seed: int
+) -> list[ImagePatch]:
     """Sample the patches of images; every image has its own random numbers.
 
     Args:
@@ -261,7 +263,13 @@ class Patches:
     """Patches of images as a sequence of (pixels (C, side, side) float32, class); augmented again in each epoch."""
 
     def __init__(
-        self, records: Sequence[Record], places: Sequence[ImagePatch], config: Config, *, augment: bool, seed: int = 0
+        self,
+        records: Sequence[Record],
+        places: Sequence[ImagePatch],
+        config: End2EndConfig,
+        *,
+        augment: bool,
+        seed: int = 0,
     ) -> None:
         self.records, self.places, self.config, self.seed, self.epoch = records, places, config, seed, 0
         self.augment = Augment.parse(config.augment) if augment and config.augment else None
@@ -273,7 +281,7 @@ class Patches:
         (image, patch), side = self.places[index], self.config.sampling.side
         # All channels are the grey values: only one is augmented, which takes most of the time.
         source: PixelSource = open_unmirrored(self.records[image], replace(self.config, channels=1))
-        source = Window(source, patch.top, patch.left, side)
+        source = PaddedRegion(source, patch.top, patch.left, side)
         if self.augment is not None:
             source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index)
         grey = source.read(0, side, 0, side)
@@ -281,11 +289,13 @@ class Patches:
         return ((grey - mean) / std).expand(self.config.channels, -1, -1), patch.label
 
 
-def whole_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> RecipeImages:
+def whole_images(
+    records: Sequence[Record], config: End2EndConfig, *, augment: bool = False, seed: int = 0
+) -> RecipeImages:
     """Return the images for the whole-image network, which already have its size."""
     return open_images(records, config, flip=False, augment=config.augment if augment else None, seed=seed)
 
 
-def sized_images(records: Sequence[Record], config: Config) -> RecipeImages:
+def sized_images(records: Sequence[Record], config: End2EndConfig) -> RecipeImages:
     """Return images of any size, resized for the whole-image network."""
     return open_images(records, config, flip=False, view=Size(config.resize).view)

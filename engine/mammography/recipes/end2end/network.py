@@ -20,10 +20,10 @@ from ....models.resnet import ResNet
 from ....morph.running import eval_mode
 from ..features import UpTo
 from ..weights import load_pretrained
-from .config import CLASSES, Block, Model
+from .config import CLASSES, Model, TopBlock
 
 
-class Maps(nn.Module):
+class FeatureMaps(nn.Module):
     """A network up to its last maps, by its ``forward_features`` (as in timm)."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -46,7 +46,7 @@ def features(spec: str, channels: int, weights: str | Path | None = None, layer:
         parts = [(name, part) for name, part in net.named_children() if name not in ("avgpool", "fc")]
         named = maps = nn.Sequential(OrderedDict(parts))
     elif hasattr(net, "forward_features"):
-        maps, named = Maps(net), net
+        maps, named = FeatureMaps(net), net
     else:
         raise GigamorphError(f"backbone {spec!r} does not define its features; set layer to a module")
     if weights is not None:
@@ -66,7 +66,7 @@ class PatchNet(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
-class Bottleneck(nn.Module):
+class StridedBottleneck(nn.Module):
     """1x1 (with the stride), 3x3, 1x1 convolutions; the skip is a strided projection in a block's first unit."""
 
     def __init__(self, inputs: int, depth: int, expand: int, stride: int) -> None:
@@ -91,13 +91,13 @@ class Bottleneck(nn.Module):
         return self.dropout(self.relu(self.body(x) + self.skip(x)))
 
 
-def top_blocks(inputs: int, blocks: Sequence[Block]) -> tuple[nn.Sequential, int]:
+def top_blocks(inputs: int, blocks: Sequence[TopBlock]) -> tuple[nn.Sequential, int]:
     """Build the blocks on top of the features with He's initialisation; return them and their number of maps."""
     layers = nn.Sequential()
     for block in blocks:
         if block.kind == "residual":
             for unit in range(block.repeat):
-                layers.append(Bottleneck(inputs, block.depth, block.expand, 2 if unit == 0 else 1))
+                layers.append(StridedBottleneck(inputs, block.depth, block.expand, 2 if unit == 0 else 1))
                 inputs = block.depth * block.expand
         else:
             for _ in range(block.repeat):

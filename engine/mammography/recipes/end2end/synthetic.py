@@ -21,7 +21,7 @@ from ....train.run import Run
 from ....train.stages import Stage
 from ...phantom import PhantomImage
 from ..claims import Effect, Rule, Synthetic
-from .config import Block, Config, Model, Sampling
+from .config import End2EndConfig, Model, Sampling, TopBlock
 from .train import train
 
 HEIGHT, WIDTH = 128, 96
@@ -29,9 +29,9 @@ IMAGES = {"train": 120, "val": 48, "test": 160}
 _FULL = 65535
 _MASS, _SPICULES = 0.2, (0.1, 0.2)  # of the full grey range; those of rays are drawn: some are too faint to see
 _NET = f"{__name__}:SmallNet"
-_BLOCKS = (Block("residual", 16, 1, 2), Block("residual", 16, 1, 2))
+_BLOCKS = (TopBlock("residual", 16, 1, 2), TopBlock("residual", 16, 1, 2))
 
-CONFIG = Config(
+CONFIG = End2EndConfig(
     resize=(),
     channels=1,
     mean=(0.3,),

@@ -22,7 +22,7 @@ from ....images.parallel import available_cpus
 from ....morph.files import Grown, save_network
 from ....morph.recipe import Recipe, apply
 from ....train.checkpoint import save_torch
-from ....train.loop import Trained, run_stages
+from ....train.loop import RunResult, run_stages
 from ....train.option_checks import check_stages
 from ....train.run import Run
 from ....train.stages import Stage
@@ -30,12 +30,12 @@ from ....train.target import Target, batch_weights
 from ....train.task import Score, Task
 from ..classify import ClassifierTask, auc_of, averaged, classifier_record, read_target, results
 from ..features import shape_of_maps
-from ..morphhr.config import Config as MorphConfig
+from ..morphhr.config import MorphHRConfig
 from ..morphhr.grow import grow, without_decay
 from ..recipe import begin, finish
 from ..tensors import ReadAhead
 from ..weights import find_weights
-from .config import CLASSES, Config, Model
+from .config import CLASSES, End2EndConfig, Model
 from .images import Patches, check_findings, sample_all, sized_images, whole_images, write_resized
 from .network import PatchNet, WholeNet, convert, features
 
@@ -84,7 +84,7 @@ class PatchTask(Task):
         return self.module(x.to(device)), torch.tensor(labels, device=device)
 
 
-def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
+def train(table: Path, config: End2EndConfig, run: Run) -> dict[str, Any]:
     """Run Shen's method on a table of images with two classes; ``docs/recipes/end2end.md`` lists the written files.
 
     Args:
@@ -139,7 +139,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     return finish(run, metrics)
 
 
-def _check_model(model: Model, config: Config, run: Run) -> None:
+def _check_model(model: Model, config: End2EndConfig, run: Run) -> None:
     """Refuse unknown networks, weights and stages, before any work."""
     if config.start is not None:
         check_stages(
@@ -156,12 +156,14 @@ def _check_model(model: Model, config: Config, run: Run) -> None:
         check_stages(config.native, run.group.at_once, child.network)
 
 
-def _resized(parts: Parts, config: Config, folder: Path) -> Parts:
+def _resized(parts: Parts, config: End2EndConfig, folder: Path) -> Parts:
     sized = iter(write_resized([record for split in SPLITS for record in parts[split]], config, folder))
     return {split: [next(sized) for _ in parts[split]] for split in SPLITS}
 
 
-def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, target: Target, run: Run) -> dict[str, Any]:
+def _with_front(
+    net: WholeNet, parts: Parts, model: Model, config: End2EndConfig, target: Target, run: Run
+) -> dict[str, Any]:
     """Add a front for larger images to the trained network, exactly, and train it further on them."""
     larger = replace(config, resize=tuple(model.front * side for side in config.resize))
     images = _resized(parts, larger, run.out / f"images_{model.front}")
@@ -175,8 +177,8 @@ def _with_front(net: WholeNet, parts: Parts, model: Model, config: Config, targe
     return _results(task, images, parts, larger, own, trained)[0]
 
 
-def _add_front(parent: Grown, model: Model, config: Config, seed: int) -> tuple[Grown, Any]:
-    return grow(parent, MorphConfig(channels=config.channels, factor=model.front), seed)
+def _add_front(parent: Grown, model: Model, config: End2EndConfig, seed: int) -> tuple[Grown, Any]:
+    return grow(parent, MorphHRConfig(channels=config.channels, factor=model.front), seed)
 
 
 def _patch_key(model: Model) -> Any:
@@ -185,7 +187,7 @@ def _patch_key(model: Model) -> Any:
 
 
 def _patch_network(
-    parts: Parts, images: Parts, model: Model, config: Config, run: Run
+    parts: Parts, images: Parts, model: Model, config: End2EndConfig, run: Run
 ) -> tuple[PatchNet, float | None]:
     sets, stages = {}, model.patch or config.patch
     for number, split in enumerate(("train", "val")):
@@ -203,7 +205,7 @@ def _patch_network(
 
 
 def _task(
-    net: nn.Module, images: Parts, target: Target, config: Config, run: Run, stages: Sequence[Stage], **more: Any
+    net: nn.Module, images: Parts, target: Target, config: End2EndConfig, run: Run, stages: Sequence[Stage], **more: Any
 ) -> ClassifierTask:
     train = whole_images(images["train"], config, augment=True, seed=run.seed)
     val, record = whole_images(images["val"], config), classifier_record("end2end", config, target, **more)
@@ -212,7 +214,7 @@ def _task(
 
 def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
     """Return the whole-image network of a checkpoint's record, and an opener of its images."""
-    config = from_plain(record["config"], Config, "checkpoint")
+    config = from_plain(record["config"], End2EndConfig, "checkpoint")
     model = next(model for model in config.models if model.name == record["model"])
     network: nn.Module = _untrained(model, config)
     if "morphs" in record:
@@ -221,7 +223,7 @@ def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 
 def _results(
-    task: ClassifierTask, images: Parts, parts: Parts, config: Config, run: Run, trained: Trained | None
+    task: ClassifierTask, images: Parts, parts: Parts, config: End2EndConfig, run: Run, trained: RunResult | None
 ) -> tuple[dict[str, Any], Cases]:
     """Return the content of metrics.json, and the predictions with the names of the table's images (`parts`)."""
     test, names = whole_images(images["test"], config), [record.path for record in parts["test"]]
@@ -233,7 +235,7 @@ def _results(
     return found, cases
 
 
-def _transfer(images: Parts, parts: Parts, target: Target, config: Config, run: Run) -> dict[str, Any]:
+def _transfer(images: Parts, parts: Parts, target: Target, config: End2EndConfig, run: Run) -> dict[str, Any]:
     """Train the networks of a finished run further, at a small rate, with increasing numbers of patients."""
     assert config.start is not None
     metrics: dict[str, Any] = {"curve": []}
@@ -274,16 +276,16 @@ def _patients(records: Sequence[Record], seed: int) -> list[str]:
     return [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
 
 
-def _patch_net(model: Model, config: Config, weights: Path | None = None) -> PatchNet:
+def _patch_net(model: Model, config: End2EndConfig, weights: Path | None = None) -> PatchNet:
     maps = features(model.backbone, config.channels, weights, model.layer)
     return PatchNet(maps, shape_of_maps(maps, config.channels)[1])
 
 
-def _untrained(model: Model, config: Config) -> WholeNet:
+def _untrained(model: Model, config: End2EndConfig) -> WholeNet:
     return convert(_patch_net(model, config), model, config.resize, config.channels)
 
 
-def _load(path: Path, model: Model, config: Config) -> WholeNet:
+def _load(path: Path, model: Model, config: End2EndConfig) -> WholeNet:
     net = _untrained(model, config)
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -14,7 +14,7 @@ Arm = Literal["finetune", "direct", "scratch", "morph"]
 
 
 @dataclass(frozen=True)
-class Config(ImagesConfig):
+class MorphHRConfig(ImagesConfig):
     """MorphHR: fine-tune at low resolution, morph the front, continue at high resolution."""
 
     model: str = "resnet50"

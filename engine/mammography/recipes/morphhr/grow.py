@@ -17,10 +17,10 @@ from ....morph.step import Report
 from ....morph.widen import widen
 from ....train.run import seed_of
 from ....train.stages import Stage
-from .config import Config
+from .config import MorphHRConfig
 
 
-def grow(parent: Grown, config: Config, seed: int, *, renew: bool = False) -> tuple[Grown, list[Report]]:
+def grow(parent: Grown, config: MorphHRConfig, seed: int, *, renew: bool = False) -> tuple[Grown, list[Report]]:
     """Return the morphed child of a parent: child(x) == parent(mean of r x r pixels of x), in evaluation mode.
 
     Every morph is verified in float64 and in the network's own dtype; see `gigamorph.engine.morph`. With ``renew`` the

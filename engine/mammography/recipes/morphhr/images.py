@@ -8,11 +8,11 @@ from functools import partial
 from ....datasets.tables import Record
 from ....errors import DataError
 from ....images.pixels import PixelSource
-from ..sized import RecipeImages, Window, open_images
-from .config import Config
+from ..sized import PaddedRegion, RecipeImages, open_images
+from .config import MorphHRConfig
 
 
-class WholeCells(Window):
+class WholeCells(PaddedRegion):
     """An image without the rows and columns at its lower and right border that do not fill a cell of r x r pixels."""
 
     def __init__(self, source: PixelSource, r: int) -> None:
@@ -23,13 +23,17 @@ class WholeCells(Window):
         self.added = (f"cropped to whole cells of {r} x {r} pixels",)
 
 
-def parent_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> RecipeImages:
+def parent_images(
+    records: Sequence[Record], config: MorphHRConfig, *, augment: bool = False, seed: int = 0
+) -> RecipeImages:
     """Return the parent's images: the mean of each cell of r x r pixels."""
     varied = config.augment if augment else None
     return open_images(records, config, augment=varied, seed=seed, downsample=config.factor)
 
 
-def child_images(records: Sequence[Record], config: Config, *, augment: bool = False, seed: int = 0) -> RecipeImages:
+def child_images(
+    records: Sequence[Record], config: MorphHRConfig, *, augment: bool = False, seed: int = 0
+) -> RecipeImages:
     """Return the child's images: every pixel of the same cells."""
     varied = config.augment if augment else None
     return open_images(records, config, augment=varied, seed=seed, view=partial(WholeCells, r=config.factor))

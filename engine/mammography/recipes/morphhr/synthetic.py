@@ -33,7 +33,7 @@ from ....train.target import Target
 from ...phantom import PhantomImage
 from ..claims import Effect, Rule, Synthetic
 from ..classify import ClassifierTask
-from .config import Config
+from .config import MorphHRConfig
 from .images import parent_images
 from .train import train
 
@@ -45,7 +45,7 @@ FAINT = 0.1  # what a cell of the task is brighter than the tissue, in the mean
 _BLANK = 0.3  # share of the images of the task that show no row, so that no network can be perfect
 _FULL = 65535
 
-CONFIG = Config(
+CONFIG = MorphHRConfig(
     model=f"{__name__}:SmallNet",
     channels=1,
     mean=(0.3,),
@@ -61,7 +61,7 @@ CONFIG = Config(
 _PARENT = (Stage("source", 4, 3e-3, optimizer="adamw", batch_size=8, schedule="cosine", clip=1.0),)
 
 
-class SmallNet(LesionNet):
+class MeanPooledNet(LesionNet):
     """LesionNet with mean pooling, so that every place of the image has a gradient from the first step on."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _first_training(run: Run) -> Path:
     records = _write(run.out / "source", run.seed, "source", IMAGES["source"])
     torch.manual_seed(run.seed)
     images = parent_images(records, CONFIG)
-    task = ClassifierTask(SmallNet(), images, images, Target(("across", "upright")), run, _PARENT)
+    task = ClassifierTask(MeanPooledNet(), images, images, Target(("across", "upright")), run, _PARENT)
     task.score = lambda: None  # all of its images are training images
     run_stages(task, _PARENT, run.part("source-run"))
     path = run.out / "parent.pt"

@@ -20,7 +20,7 @@ from ....evaluate.roc import delong_interval
 from ....models import build_model
 from ....morph.files import Grown, save_network
 from ....morph.recipe import Recipe, apply
-from ....train.loop import Trained, run_stages
+from ....train.loop import RunResult, run_stages
 from ....train.option_checks import check_stages
 from ....train.run import Run
 from ....train.stages import Stage
@@ -29,7 +29,7 @@ from ...data_sets.chestxray14 import FINDINGS
 from ..classify import ClassifierTask, auc_of, classifier_record, mirrorings, read_target, results
 from ..recipe import begin, finish
 from ..weights import build_pretrained, find_weights
-from .config import Config
+from .config import MorphHRConfig
 from .grow import grow, without_decay
 from .images import child_images, parent_images
 
@@ -41,7 +41,7 @@ _TOLERANCE = 1e-3  # of float32 logits, relative to the largest: sums over r² p
 class _Data:
     parts: dict[str, list[Record]]
     target: Target
-    config: Config
+    config: MorphHRConfig
     run: Run
 
     def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ClassifierTask:
@@ -55,13 +55,13 @@ class _Data:
 
 def restore(record: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
     """Return the network of a checkpoint's record, and an opener of its images."""
-    config, recipe = from_plain(record["config"], Config, "checkpoint"), Recipe.from_json(record["morphs"])
+    config, recipe = from_plain(record["config"], MorphHRConfig, "checkpoint"), Recipe.from_json(record["morphs"])
     network = build_model(config.model, len(record["classes"]), config.channels)
     images = child_images if record["full"] else parent_images
     return apply(recipe, network), lambda records: images(records, config)
 
 
-def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
+def train(table: Path, config: MorphHRConfig, run: Run) -> dict[str, Any]:
     """Run MorphHR on a table of images; ``docs/recipes/morphhr.md`` lists the written files.
 
     Args:
@@ -114,7 +114,7 @@ def train(table: Path, config: Config, run: Run) -> dict[str, Any]:
     return finish(run, {"auc": metrics[last]["auc"], **metrics})
 
 
-def _check_config(parent: Grown, config: Config, run: Run) -> None:
+def _check_config(parent: Grown, config: MorphHRConfig, run: Run) -> None:
     """Refuse invalid stages and fronts before the parent is trained."""
     check_stages(config.low, run.group.at_once, parent.network)
     if "direct" in config.arms:
@@ -150,7 +150,7 @@ def _compare(data: _Data, parent: Grown, child: Grown) -> float:
     return worst
 
 
-def _results(data: _Data, task: ClassifierTask, images: Any, trained: Trained, folder: str) -> dict[str, Any]:
+def _results(data: _Data, task: ClassifierTask, images: Any, trained: RunResult, folder: str) -> dict[str, Any]:
     test, own = images(data.parts["test"], data.config), data.run.part(folder)
     found, cases = results("morphhr", data.config, task, trained, data.parts, test, own, evidence=True)
     return found | _scores(cases) if len(cases) else found

@@ -1,11 +1,11 @@
 """Van Vorst and Shen: networks learn without labels which contralateral patches differ (arXiv 2401.05570)."""
 
-from ..recipe import Recipe
+from ..recipe import MethodRecipe
 from .config import SiameseConfig
 from .synthetic import SYNTHETIC
 from .train import train
 
-RECIPE = Recipe(
+RECIPE = MethodRecipe(
     name="siamese",
     title="Siamese networks with soft labels",
     paper="Van Vorst, Shen: Siamese Networks with Soft Labels for Unsupervised Lesion Detection and Patch Pretraining "

@@ -14,7 +14,7 @@ from ....datasets.tables import Record
 from ....datasets.unknown_views import unplaced
 from ....datasets.views import MirroredSource
 from ....errors import DataError
-from ....images.affine import Map
+from ....images.affine import CoordinateMap
 from ....images.pixels import Normalize, PixelSource, to_original
 
 
@@ -110,7 +110,7 @@ class StackedSource:
         self.shape, self.name = (2 * channels, height, width), first.name
 
     @property
-    def to_original(self) -> Map:
+    def to_original(self) -> CoordinateMap:
         """Map from this image's coordinates to those of the first one's file."""
         return to_original(self.first)
 

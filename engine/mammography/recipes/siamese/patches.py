@@ -148,7 +148,7 @@ def original_boxes(source: PixelSource, cells: NDArray[np.int64], side: int) -> 
     return to_original(source).boxes(np.stack([x, top, x + side, top + side], 1))
 
 
-class Patches:
+class PatchFiles:
     """Patches of files, float32 (..., C, h, w), read on access by an index, a slice or a list.
 
     Args:
@@ -169,21 +169,21 @@ class Patches:
         opened = {number: self.files[number].open() for number, _ in places}
         return torch.from_numpy(self.files[0].normalised(np.stack([opened[number][place] for number, place in places])))
 
-    def take(self, chosen: slice | Sequence[int]) -> Patches:
+    def take(self, chosen: slice | Sequence[int]) -> PatchFiles:
         """Return a selection without reading it."""
         places = self.places[chosen] if isinstance(chosen, slice) else [self.places[i] for i in chosen]
-        return Patches(self.files, places)
+        return PatchFiles(self.files, places)
 
 
-def patch_pairs(files: Sequence[PatchFile]) -> Patches:
+def patch_pairs(files: Sequence[PatchFile]) -> PatchFiles:
     """Return all patches of pairs in order, (n, 2, C, h, w)."""
     files = [file for file in files if len(file.cells)]
     if not files:
         raise DataError("no patch has enough tissue in both breasts; lower patch or tissue")
-    return Patches(files, [(number, cell) for number, file in enumerate(files) for cell in range(len(file.cells))])
+    return PatchFiles(files, [(number, cell) for number, file in enumerate(files) for cell in range(len(file.cells))])
 
 
-def single_patches(files: Sequence[PatchFile]) -> Patches:
+def single_patches(files: Sequence[PatchFile]) -> PatchFiles:
     """Return single patches of both breasts, (n, C, h, w): of each pair all left ones, then all right ones."""
     cells = ((number, range(len(file.cells))) for number, file in enumerate(files))
-    return Patches(files, [(number, (cell, side)) for number, own in cells for side in range(2) for cell in own])
+    return PatchFiles(files, [(number, (cell, side)) for number, own in cells for side in range(2) for cell in own])

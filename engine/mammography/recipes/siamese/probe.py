@@ -19,16 +19,16 @@ from ....evaluate.cases import Cases
 from ....morph.running import eval_mode
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
-from ..tensors import Inputs, TensorTask, logits_of
+from ..tensors import Sliceable, TensorTask, logits_of
 from .config import SiameseConfig
 from .network import Embedding
-from .patches import Patches, mirrored
+from .patches import PatchFiles, mirrored
 
 _C = 0.01  # inverse strength of the penalty; few labels should give a direction, not a perfect fit
 _MIRRORINGS = ((), (2,), (3,), (2, 3))  # axes of (N, C, h, w)
 
 
-def patch_cases(patches: Patches, y: Tensor, scores: NDArray[np.float64]) -> Cases:
+def patch_cases(patches: PatchFiles, y: Tensor, scores: NDArray[np.float64]) -> Cases:
     """Return predictions (log-odds, n) of patches with the truth (0 or 1, n), named by file and corner."""
     pairs = [(patches.files[f], side, cell) for f, (cell, side) in patches.places]
     own = [(file.pair.left, file.pair.right)[side] for file, side, _ in pairs]
@@ -44,7 +44,7 @@ def patch_cases(patches: Patches, y: Tensor, scores: NDArray[np.float64]) -> Cas
     )
 
 
-class Classifier(nn.Module):
+class LinearProbe(nn.Module):
     """The encoder of an embedding with a linear layer instead of the projection: patches -> logits of two classes."""
 
     def __init__(self, embedding: Embedding) -> None:
@@ -56,12 +56,12 @@ class Classifier(nn.Module):
         return self.fc(self.maps(x).mean((2, 3)))
 
 
-def _features(embedding: Embedding, x: Inputs, axes: Sequence[int] = ()) -> Tensor:
+def _features(embedding: Embedding, x: Sliceable, axes: Sequence[int] = ()) -> Tensor:
     """Return features (n, channels) of patches flipped along some axes."""
     return logits_of(embedding, x, lambda part: embedding.features(part.flip(list(axes))))
 
 
-def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[np.float64]:
+def probed(embedding: Embedding, x: Sliceable, y: Tensor, test: Sliceable) -> NDArray[np.float64]:
     """Return log-odds (n,) of test patches from logistic regression on the frozen encoder's features.
 
     It is fitted to the four flips of each labelled patch, as in fine-tuning; test patches are not flipped.
@@ -79,11 +79,11 @@ def probed(embedding: Embedding, x: Inputs, y: Tensor, test: Inputs) -> NDArray[
 
 
 def fine_tuned(
-    embedding: Embedding, x: Inputs, y: Tensor, test: Inputs, config: SiameseConfig, run: Run
+    embedding: Embedding, x: Sliceable, y: Tensor, test: Sliceable, config: SiameseConfig, run: Run
 ) -> NDArray[np.float64]:
     """Return log-odds (n,) of test patches from a copy of the encoder that is fine-tuned on the labelled ones."""
     torch.manual_seed(seed_of(run.seed, 7))
-    task = TensorTask(Classifier(embedding), x, y, vary=mirrored)
+    task = TensorTask(LinearProbe(embedding), x, y, vary=mirrored)
     few = {"epochs": config.probe_epochs, "batch_size": min(config.batch_size, 32), "accumulate": 1}
     stage = config.stage("fine-tune", **few, schedule="cosine")
     run_stages(task, [stage], run.undealt())

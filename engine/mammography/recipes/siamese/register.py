@@ -17,15 +17,15 @@ from scipy import ndimage
 from ....datasets.sampling import SampledSource
 from ....datasets.views import DownsampledSource
 from ....errors import DataError, GigamorphError
-from ....images.affine import Affine, Coordinates, Map
+from ....images.affine import Affine, CoordinateMap, Coordinates
 from ....images.pixels import PixelSource
-from ..sized import Window
+from ..sized import PaddedRegion
 
 _CLOSE, _INVERSE_STEPS = 1e-6, 200  # tolerance in pixels, and maximal iterations of the inverse
 
 
 @dataclass(frozen=True, eq=False)
-class FreeForm(Map):
+class FreeForm(CoordinateMap):
     """p -> p + sum over grid points g of moves[g] B((p - origin) / spacing - g); B is the cubic B-spline.
 
     moves: (2, rows, columns), displacements of the grid points in x and y, in pixels; constant beyond the grid.
@@ -47,12 +47,12 @@ class FreeForm(Map):
         found = [ndimage.map_coordinates(m, position, order=3, mode="nearest", prefilter=False) for m in self.moves]
         return found[0], found[1]
 
-    def inverse(self) -> Map:
+    def inverse(self) -> CoordinateMap:
         return _InverseFreeForm(self)
 
 
 @dataclass(frozen=True, eq=False)
-class _InverseFreeForm(Map):
+class _InverseFreeForm(CoordinateMap):
     """The inverse deformation, by fixed-point iteration."""
 
     forth: FreeForm
@@ -102,7 +102,7 @@ def itk_affine(fixed: Array, moving: Array) -> Affine:
     return Affine(xx - x0, xy - x0, x0, yx - y0, yy - y0, y0)
 
 
-def itk_free_form(fixed: Array, moving: Array) -> Map:
+def itk_free_form(fixed: Array, moving: Array) -> CoordinateMap:
     """Return a cubic B-spline deformation followed by `itk_affine`."""
     sitk = _require_simpleitk()
     first = itk_affine(fixed, moving)
@@ -163,7 +163,7 @@ def breast_mask(image: NDArray[Any]) -> NDArray[np.bool_]:
     return labels == 1 + int(sizes.argmax())
 
 
-def register(fixed: PixelSource, moving: PixelSource, method: Method = "auto") -> Map:
+def register(fixed: PixelSource, moving: PixelSource, method: Method = "auto") -> CoordinateMap:
     """Return the map from pixel coordinates of `fixed` to those of `moving`; affine unless the method is "bspline".
 
     Raises:
@@ -184,15 +184,17 @@ def resample_to(fixed: PixelSource, moving: PixelSource, method: Method = "auto"
     """Return `moving` in the geometry of `fixed`, read by region and black outside."""
     back = register(fixed, moving, method)
     if fixed.shape != moving.shape:
-        moving = Window(moving, 0, 0, max(fixed.shape[1], moving.shape[1]), max(fixed.shape[2], moving.shape[2]))
+        moving = PaddedRegion(moving, 0, 0, max(fixed.shape[1], moving.shape[1]), max(fixed.shape[2], moving.shape[2]))
     seen = moving if back == Affine() else SampledSource(moving, back, "registered to the other breast")
-    return seen if fixed.shape == seen.shape else Window(seen, 0, 0, *fixed.shape[1:])
+    return seen if fixed.shape == seen.shape else PaddedRegion(seen, 0, 0, *fixed.shape[1:])
 
 
 def downsampled(source: PixelSource, factor: int) -> PixelSource:
     """Return a `DownsampledSource`; registered images are sampled from averaged pixels instead of from each pixel."""
-    if isinstance(source, Window):
-        return Window(downsampled(source.source, factor), 0, 0, source.shape[1] // factor, source.shape[2] // factor)
+    if isinstance(source, PaddedRegion):
+        return PaddedRegion(
+            downsampled(source.source, factor), 0, 0, source.shape[1] // factor, source.shape[2] // factor
+        )
     if isinstance(source, SampledSource):
         back = Affine.scale(1 / factor) @ source.back @ Affine.scale(factor)
         return SampledSource(DownsampledSource(source.source, factor), back, *source.added)

@@ -18,11 +18,11 @@ from ....train.checkpoint import save_torch
 from ....train.loop import run_stages
 from ....train.run import Run, seed_of
 from ....train.task import Task
-from ..tensors import Inputs, ReadAhead
+from ..tensors import ReadAhead, Sliceable
 from ..weights import build_pretrained, find_weights
 from .config import SiameseConfig
 from .network import Embedding, at_least_float32, without_autocast
-from .patches import Patches, cropped, jittered, mirrored
+from .patches import PatchFiles, cropped, jittered, mirrored
 
 _CHECKED_PATCHES = 512  # patches in the check for collapse
 _COLLAPSED = 1e-3  # minimal standard deviation of projections, which is 1 / sqrt(dim) if evenly spread
@@ -50,7 +50,7 @@ class TwoViews(Task):
     """`trainable` of the `Stage`."""
     projected: Projected
 
-    def __init__(self, pairs: Inputs, config: SiameseConfig, device: str) -> None:
+    def __init__(self, pairs: Sliceable, config: SiameseConfig, device: str) -> None:
         self.pairs, self.config, self.device = pairs, config, device
         self._ahead = ReadAhead(self._read)
 
@@ -110,7 +110,7 @@ class SimCLRTask(TwoViews):
     The loss is `nt_xent` on projections of the encoder's features by a head of two linear layers.
     """
 
-    def __init__(self, embedding: Embedding, pairs: Inputs, config: SiameseConfig, device: str = "cpu") -> None:
+    def __init__(self, embedding: Embedding, pairs: Sliceable, config: SiameseConfig, device: str = "cpu") -> None:
         super().__init__(pairs, config, device)
         width = embedding.project.in_features
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
@@ -155,7 +155,7 @@ class BYOLTask(TwoViews):
 
     trainable = ("online", "predictor")
 
-    def __init__(self, embedding: Embedding, pairs: Inputs, config: SiameseConfig, device: str = "cpu") -> None:
+    def __init__(self, embedding: Embedding, pairs: Sliceable, config: SiameseConfig, device: str = "cpu") -> None:
         super().__init__(pairs, config, device)
         self.projected = Projected(embedding.maps, _mlp(embedding.project.in_features, config))
         self.target, self.predictor = copy.deepcopy(self.projected), _mlp(config.dim, config)
@@ -218,7 +218,7 @@ def _timm_network(config: SiameseConfig) -> nn.Module:
         ) from error
 
 
-def make_starts(siamese: Embedding, patches: Patches, config: SiameseConfig, run: Run) -> dict[str, Embedding]:
+def make_starts(siamese: Embedding, patches: PatchFiles, config: SiameseConfig, run: Run) -> dict[str, Embedding]:
     """Build the starts of the configuration, in its order.
 
     SimCLR and BYOL begin with the weights of the first Siamese network and store theirs in ``starts/NAME``.
@@ -238,7 +238,7 @@ def make_starts(siamese: Embedding, patches: Patches, config: SiameseConfig, run
     return found
 
 
-def self_supervised(name: str, embedding: Embedding, pairs: Inputs, config: SiameseConfig, run: Run) -> Embedding:
+def self_supervised(name: str, embedding: Embedding, pairs: Sliceable, config: SiameseConfig, run: Run) -> Embedding:
     """Train an embedding's encoder with "simclr" or "byol" on the patches (n, 2, C, h, w) of pairs, and return it.
 
     Epochs, steps, patches per step, rate and decay are those of the Siamese networks.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ....errors import GigamorphError
 from ....train.task import Task
-from ..tensors import Inputs, ReadAhead
+from ..tensors import ReadAhead, Sliceable
 from .config import SiameseConfig
 from .mixture import Judge, Mixture
 from .network import Embedding, distance, soft_contrastive
@@ -37,7 +37,7 @@ class SiameseTask(Task):
     def __init__(
         self,
         networks: Sequence[Embedding],
-        pairs: Inputs,
+        pairs: Sliceable,
         patients: Sequence[str],
         config: SiameseConfig,
         device: str = "cpu",

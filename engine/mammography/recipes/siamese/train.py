@@ -25,7 +25,7 @@ from .full_images import centres, classes_of, holds, label_pairs, localisation, 
 from .mixture import Judge
 from .network import Embedding
 from .pairs import find_pairs
-from .patches import Patches, PatchFile, patch_pairs, single_patches, write_patches
+from .patches import PatchFile, PatchFiles, patch_pairs, single_patches, write_patches
 from .probe import fine_tuned, patch_cases, probed
 from .starts import make_network, make_starts, write_encoder
 from .task import SiameseTask
@@ -117,7 +117,7 @@ def _image_lines(images: Any) -> list[str]:
     ]
 
 
-def _write_labels(run: Run, judges: Sequence[Judge], patches: Patches) -> None:
+def _write_labels(run: Run, judges: Sequence[Judge], patches: PatchFiles) -> None:
     distances = np.mean([judge.distances for judge in judges], 0)
     labels = np.mean([judge.labels(judge.distances) for judge in judges], 0)
     rows = []
@@ -130,7 +130,7 @@ def _write_labels(run: Run, judges: Sequence[Judge], patches: Patches) -> None:
 
 
 def _downstream(
-    files: dict[str, list[PatchFile]], patches: Patches, network: Embedding, config: SiameseConfig, run: Run
+    files: dict[str, list[PatchFile]], patches: PatchFiles, network: Embedding, config: SiameseConfig, run: Run
 ) -> Any:
     """Return the test AUC of classifying patches with a finding, for fractions of the labelled patches."""
     x, y = _labelled(files["train"])
@@ -164,7 +164,7 @@ def _fraction(y: Tensor, fraction: float, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(found))
 
 
-def _labelled(files: Sequence[PatchFile]) -> tuple[Patches, Tensor]:
+def _labelled(files: Sequence[PatchFile]) -> tuple[PatchFiles, Tensor]:
     """Return single patches of both breasts, and whether each contains the centre of a finding."""
     patches = single_patches(files)
     sides = [(centres(file.pair.left), centres(file.pair.right)) for file in files]

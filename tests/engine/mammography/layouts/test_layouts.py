@@ -19,7 +19,7 @@ from gigamorph.cli.main import cli
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.mammography.layouts import mammo_clip
 from gigamorph.engine.models import load_weights
-from gigamorph.engine.models.checkpoints import State, read_state
+from gigamorph.engine.models.checkpoints import WeightFile, read_state
 from gigamorph.engine.models.folder import read_description
 from gigamorph.engine.published.images import PreparedSource
 from gigamorph.engine.published.importing import Wishes, import_network
@@ -319,7 +319,7 @@ def test_a_layout_is_imported_and_predicts_the_real_mammogram(layout, tmp_path, 
 
 def test_mammoscreens_three_networks_have_sizes_of_their_own():
     names = [f"net{i}.{name}.weight" for i in range(3) for name in ("backbone.conv_stem", "linear")]
-    recognised, parts = parts_of(State(Path("model.safetensors"), dict.fromkeys(names, torch.zeros(1))))
+    recognised, parts = parts_of(WeightFile(Path("model.safetensors"), dict.fromkeys(names, torch.zeros(1))))
     assert recognised == "mammoscreen" and [part.name for part in parts] == ["net0", "net1", "net2"]
     assert [part.preprocessing.size for part in parts] == [(2048, 1024), (1920, 1280), (1536, 1536)]
     assert [part.preprocessing.fit for part in parts] == ["widen", "widen", "pad"]

@@ -16,7 +16,7 @@ from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.mammography.recipes.classify import ClassifierTask
-from gigamorph.engine.mammography.recipes.end2end.config import Block, Config, Model, Sampling
+from gigamorph.engine.mammography.recipes.end2end.config import End2EndConfig, Model, Sampling, TopBlock
 from gigamorph.engine.mammography.recipes.end2end.images import whole_images, write_resized
 from gigamorph.engine.mammography.recipes.end2end.network import PatchNet, convert, features
 from gigamorph.engine.mammography.recipes.end2end.train import PatchTask, _add_front, _patients, train
@@ -26,7 +26,7 @@ from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
 
 NET = "gigamorph.engine.mammography.recipes.end2end.synthetic:SmallNet"
-SMALL = Config(
+SMALL = End2EndConfig(
     resize=(48, 40),
     channels=1,
     mean=(0.5,),
@@ -34,8 +34,8 @@ SMALL = Config(
     augment="flip",
     sampling=Sampling(16, 2, 2),
     models=(
-        Model("a", NET, "random", blocks=(Block("residual", 4, 1, 2),)),
-        Model("b", NET, "random", blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
+        Model("a", NET, "random", blocks=(TopBlock("residual", 4, 1, 2),)),
+        Model("b", NET, "random", blocks=(TopBlock("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
     ),
     patch=(Stage("head", 1, 1e-3, trainable=("head",), batch_size=8), Stage("all", 1, 1e-3, batch_size=8)),
     whole=(
@@ -239,9 +239,9 @@ def test_bad_tables(tmp_path):
         train(table, SMALL, Run(tmp_path / "do"))
     assert not any((tmp_path / f"{name}o").exists() for name in "bcd")
     with pytest.raises(GigamorphError, match="models must have different names"):
-        Config(models=(Model("a"), Model("a")))
+        End2EndConfig(models=(Model("a"), Model("a")))
     with pytest.raises(GigamorphError, match="set start to the run to transfer"):
-        Config(patients=(5,))
+        End2EndConfig(patients=(5,))
 
 
 @pytest.mark.parametrize(("stages", "kept"), [("patch", "a-patches"), ("whole", "a")])

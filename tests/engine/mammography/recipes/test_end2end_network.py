@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 from gigamorph.engine.accelerate import accelerate
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.mammography.recipes.end2end.config import Block, Config, Model
+from gigamorph.engine.mammography.recipes.end2end.config import End2EndConfig, Model, TopBlock
 from gigamorph.engine.mammography.recipes.end2end.network import PatchNet, WholeNet, convert, features, top_blocks
 
 NET = "gigamorph.engine.mammography.recipes.end2end.synthetic:SmallNet"
 MODELS = (
-    Model("a", NET, "random", blocks=(Block("residual", 4, 1, 2),)),
-    Model("b", NET, "random", blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
+    Model("a", NET, "random", blocks=(TopBlock("residual", 4, 1, 2),)),
+    Model("b", NET, "random", blocks=(TopBlock("vgg", 4),), heatmap=True, heatmap_pool=(2, 1)),
 )
 
 
@@ -30,10 +30,10 @@ def shapes(net, x):
 @pytest.mark.parametrize(
     ("blocks", "after", "count"),
     [
-        ((Block("residual", 512, 1, 4),) * 2, [(2048, 18, 14), (2048, 9, 7)], None),
-        ((Block("residual", 512, 2, 2),) * 2, [(1024, 18, 14), (1024, 9, 7)], None),
+        ((TopBlock("residual", 512, 1, 4),) * 2, [(2048, 18, 14), (2048, 9, 7)], None),
+        ((TopBlock("residual", 512, 2, 2),) * 2, [(1024, 18, 14), (1024, 9, 7)], None),
         (
-            (Block("vgg", 512, 1), Block("vgg", 512, 1)),
+            (TopBlock("vgg", 512, 1), TopBlock("vgg", 512, 1)),
             [(512, 18, 14), (512, 9, 7)],
             9 * 2048 * 512 + 9 * 512 * 512 + 2 * 512 + 4 * 512,
         ),
@@ -64,7 +64,7 @@ def test_published_sizes_of_the_heat_map_variant():
 
 def test_bottleneck_parameters():
     """[512-512-2048] on 2048 maps: three convolutions and a projection with biases, four norms."""
-    top, width = top_blocks(2048, [Block("residual", 512, 1, 4)])
+    top, width = top_blocks(2048, [TopBlock("residual", 512, 1, 4)])
     convs = 2048 * 512 + 512 + 9 * 512 * 512 + 512 + 512 * 2048 + 2048 + 2048 * 2048 + 2048
     assert width == 2048 and sum(p.numel() for p in top.parameters()) == convs + 2 * (512 + 512 + 2048 + 2048)
 
@@ -72,7 +72,7 @@ def test_bottleneck_parameters():
 def test_heat_map_is_the_patch_classifier_at_every_place():
     torch.manual_seed(0)
     patch = PatchNet(features("resnet18", 1), 512).double().eval()
-    net = convert(patch, Model(blocks=(Block("vgg", 4),), heatmap=True, heatmap_pool=(2, 2))).eval()
+    net = convert(patch, Model(blocks=(TopBlock("vgg", 4),), heatmap=True, heatmap_pool=(2, 2))).eval()
     x = torch.randn(1, 1, 160, 128, dtype=torch.float64)
     maps = patch.features(x)
     want = F.linear(F.avg_pool2d(maps, 2, 1).movedim(1, -1), patch.head[-1].weight, patch.head[-1].bias).movedim(-1, 1)
@@ -122,6 +122,6 @@ def test_fully_connected_layers_on_the_heat_map():
     assert (net(x) - want).abs().max() < 1e-12
     assert (accelerate(net, tile=(32, 32))(x) - want).abs().max() < 1e-12
     with pytest.raises(GigamorphError, match=r"fc needs blocks = \[\] and images of one size"):
-        Config(models=(replace(model, blocks=(Block("vgg", 4),)),))
+        End2EndConfig(models=(replace(model, blocks=(TopBlock("vgg", 4),)),))
     with pytest.raises(GigamorphError, match="shortcut bypasses fully connected layers"):
-        Config(models=(Model(shortcut=True),))
+        End2EndConfig(models=(Model(shortcut=True),))

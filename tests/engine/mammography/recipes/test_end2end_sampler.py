@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from gigamorph.engine.datasets.tables import Finding, Record
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.mammography.recipes.end2end.config import CLASSES, Config, Sampling
+from gigamorph.engine.mammography.recipes.end2end.config import CLASSES, End2EndConfig, Sampling
 from gigamorph.engine.mammography.recipes.end2end.images import (
-    Lesion,
+    LesionMask,
     Patch,
     Patches,
     breast_box,
     lesions,
     sample,
 )
-from gigamorph.engine.mammography.recipes.sized import Window
+from gigamorph.engine.mammography.recipes.sized import PaddedRegion
 
 
 def share(mask, patch, side):
@@ -43,7 +43,7 @@ def test_patches_meet_the_rules(seed, side, count):
         y, x, h, w = rng.integers(0, 60), rng.integers(0, 50), rng.integers(1, 25), rng.integers(1, 25)
         mask = np.zeros((64, 56), bool)
         mask[y : y + h, x : x + w] = True
-        found.append(Lesion(mask, int(rng.integers(1, 5))))
+        found.append(LesionMask(mask, int(rng.integers(1, 5))))
     wanted = Sampling(side=side, per_lesion=3, background=4)
     box = (0, 64, 0, 56)
     patches = sample(box, found, wanted, np.random.default_rng(seed))
@@ -60,18 +60,18 @@ def test_patches_meet_the_rules(seed, side, count):
 def test_s1_is_the_centroid_and_s10_lowers_its_cutoff_only_where_it_must():
     mask = np.zeros((100, 100), bool)
     mask[40:61, 20:31] = True
-    one = sample((0, 100, 0, 100), [Lesion(mask, 3)], Sampling(20, 1, 0), np.random.default_rng(0))
+    one = sample((0, 100, 0, 100), [LesionMask(mask, 3)], Sampling(20, 1, 0), np.random.default_rng(0))
     assert one == [Patch(40, 15, 3, 0.0)]
-    ten = sample((0, 100, 0, 100), [Lesion(mask, 3)], Sampling(40, 10, 10), np.random.default_rng(0))
+    ten = sample((0, 100, 0, 100), [LesionMask(mask, 3)], Sampling(40, 10, 10), np.random.default_rng(0))
     assert [p.label for p in ten] == [3] * 10 + [0] * 10 and all(p.cutoff == 0.9 for p in ten[:10])
     # A ring: no square of 20 pixels around a point of its box holds nine tenths of anything.
     ring = np.zeros((200, 200), bool)
     ring[20:180, 20:180] = True
     ring[22:178, 22:178] = False
-    found = sample((0, 200, 0, 200), [Lesion(ring, 1)], Sampling(20, 2, 0), np.random.default_rng(0))
+    found = sample((0, 200, 0, 200), [LesionMask(ring, 1)], Sampling(20, 2, 0), np.random.default_rng(0))
     assert all(share(ring, p, 20) > p.cutoff for p in found) and all(p.cutoff < 0.9 for p in found)
     with pytest.raises(DataError, match=r"mask of a lesion \(mass_ben\) is empty"):
-        sample((0, 9, 0, 9), [Lesion(np.zeros((9, 9), bool), 4)], Sampling(4), np.random.default_rng(0))
+        sample((0, 9, 0, 9), [LesionMask(np.zeros((9, 9), bool), 4)], Sampling(4), np.random.default_rng(0))
 
 
 def test_breast_is_the_largest_bright_part():
@@ -132,17 +132,17 @@ def test_windows_are_black_beyond_the_image():
     padded = F.pad(image, (8, 8, 8, 8))
     source = open_pixels(image)
     for top, left in ((-3, -2), (2, 3), (8, 6), (-8, 20)):
-        got = Window(source, top, left, 6).read(0, 6, 0, 6)
+        got = PaddedRegion(source, top, left, 6).read(0, 6, 0, 6)
         want = padded[:, top + 8 : top + 14, left + 8 : left + 14] if left < 12 else torch.zeros(1, 6, 6)
         assert torch.equal(got, want)
-        assert torch.equal(Window(source, top, left, 6).read(1, 4, 2, 6), want[:, 1:4, 2:6])
+        assert torch.equal(PaddedRegion(source, top, left, 6).read(1, 4, 2, 6), want[:, 1:4, 2:6])
 
 
 def test_patches_of_three_channels_are_one_varied_and_repeated(tmp_path):
     """Each epoch another variation; grey values less each channel's mean."""
     np.save(tmp_path / "image.npy", np.random.default_rng(0).integers(0, 65535, (40, 30), dtype=np.uint16))
     record, places = Record(tmp_path / "image.npy", 0, "p"), [(0, Patch(5, 3, 2, 0.9))]
-    config = Config(sampling=Sampling(16), augment="flip,rotate=25,brightness=0.1,noise=0.05")
+    config = End2EndConfig(sampling=Sampling(16), augment="flip,rotate=25,brightness=0.1,noise=0.05")
     one = Patches([record], places, replace(config, channels=1), augment=True, seed=3)
     three = Patches([record], places, replace(config, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.2)), augment=True, seed=3)
     grey = one[0][0] * config.std[0] + config.mean[0]

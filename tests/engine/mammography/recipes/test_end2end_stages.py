@@ -12,7 +12,7 @@ from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.evaluate import odds
 from gigamorph.engine.mammography.recipes import default_text
 from gigamorph.engine.mammography.recipes.classify import cross_entropy
-from gigamorph.engine.mammography.recipes.end2end.config import Config, Model
+from gigamorph.engine.mammography.recipes.end2end.config import End2EndConfig, Model
 from gigamorph.engine.mammography.recipes.end2end.network import PatchNet, convert, features
 from gigamorph.engine.mammography.recipes.end2end.train import PatchTask, _patch_key
 from gigamorph.engine.train.optimizers import make_optimizer
@@ -22,7 +22,7 @@ from gigamorph.engine.train.target import Target
 
 def test_stage_tables_by_name():
     """The 46 top layers of Keras' ResNet-50 are block 4f, stage 5 and the head."""
-    config = Config()
+    config = End2EndConfig()
     with torch.device("meta"):
         patch = PatchNet(features("resnet50", 3), 2048)
         whole = convert(patch, config.models[0])
@@ -48,7 +48,7 @@ def test_stage_tables_by_name():
 )
 def test_decay_is_twice_the_l2_of_keras_and_none_is_on_the_backbone(stages, published):
     """Keras' penalty is lambda w^2, whose gradient is 2 lambda w; torch's Adam adds weight_decay w."""
-    config = Config()
+    config = End2EndConfig()
     with torch.device("meta"):
         patch = PatchNet(features("resnet50", 3), 2048)
         net = patch if stages == "patch" else convert(patch, config.models[0])
@@ -86,13 +86,13 @@ def test_patch_stages_of_each_backbone():
     text = default_text("end2end")
     start = text.index("# [[models]]")
     shown = "\n".join(line.removeprefix("# ") for line in text[start:].splitlines() if line.startswith("# "))
-    config = parse_config(text[: text.index("[[models]]")] + shown, Config, "end2end.toml")
+    config = parse_config(text[: text.index("[[models]]")] + shown, End2EndConfig, "end2end.toml")
     vgg, hybrid = config.models
     assert [stage.epochs for stage in vgg.patch] == [3, 10, 37] and not hybrid.patch
     assert [block.kind for block in vgg.blocks + hybrid.blocks] == ["vgg", "vgg", "residual", "residual"]
     assert _patch_key(vgg) == _patch_key(hybrid) != _patch_key(Model())
     with pytest.raises(GigamorphError, match="'hybrid': its patch network is that of an earlier model"):
-        Config(models=(vgg, replace(hybrid, patch=vgg.patch)))
+        End2EndConfig(models=(vgg, replace(hybrid, patch=vgg.patch)))
     with torch.device("meta"):
         patch = PatchNet(features(vgg.backbone, 3), 512)
     top = set(trainable_names(patch, vgg.patch[1])) - set(trainable_names(patch, vgg.patch[0]))

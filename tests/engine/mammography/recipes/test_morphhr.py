@@ -25,7 +25,7 @@ from gigamorph.engine.mammography.recipes.classify import (
     read_target,
     select_examples,
 )
-from gigamorph.engine.mammography.recipes.morphhr.config import Config
+from gigamorph.engine.mammography.recipes.morphhr.config import MorphHRConfig
 from gigamorph.engine.mammography.recipes.morphhr.grow import grow, without_decay
 from gigamorph.engine.mammography.recipes.morphhr.images import WholeCells
 from gigamorph.engine.mammography.recipes.morphhr.synthetic import FACTOR, FAINT, HEIGHT, WIDTH, phantom
@@ -43,7 +43,7 @@ from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage, freeze
 from gigamorph.engine.train.target import Target, batch_weights
 
-SMALL = Config(
+SMALL = MorphHRConfig(
     model="lesionnet",
     weights="random",
     channels=1,
@@ -89,7 +89,7 @@ def whole(table, tmp_path_factory):
 def test_child_is_parent_on_shrunk_images_and_new_front_is_not(model):
     torch.manual_seed(0)
     parent = create_model(model, 2, 1).double().eval()
-    config = Config(model=model, channels=1, factor=4, filters=5)
+    config = MorphHRConfig(model=model, channels=1, factor=4, filters=5)
     child, _ = grow(Grown(parent), config, seed=1)
     fresh, _ = grow(Grown(parent), config, seed=1, renew=True)
     x = torch.randn(2, 1, 96, 72, dtype=torch.float64)
@@ -104,7 +104,9 @@ def test_child_is_parent_on_shrunk_images_and_new_front_is_not(model):
 def test_widen_and_deepen_with_p_activations_keep_the_function():
     torch.manual_seed(0)
     parent = LesionNet(2, 1, width=4).double().eval()
-    config = Config(model="lesionnet", channels=1, factor=2, filters=4, act="GELU", widen=1.5, deepen=("stages.0.0",))
+    config = MorphHRConfig(
+        model="lesionnet", channels=1, factor=2, filters=4, act="GELU", widen=1.5, deepen=("stages.0.0",)
+    )
     child, reports = grow(Grown(parent), config, seed=1)
     x = torch.randn(1, 1, 48, 64, dtype=torch.float64)
     assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-10
@@ -119,7 +121,7 @@ def test_widen_and_deepen_with_p_activations_keep_the_function():
 def test_deepening_as_by_netmorph_keeps_the_function_and_is_dense(model, stem):
     torch.manual_seed(0)
     parent = create_model(model, 2, 1).double().eval()
-    config = Config(model=model, channels=1, factor=2, filters=4, deepen=(stem,), deepen_by="netmorph")
+    config = MorphHRConfig(model=model, channels=1, factor=2, filters=4, deepen=(stem,), deepen_by="netmorph")
     child, reports = grow(Grown(parent), config, seed=1)
     x = torch.randn(1, 1, 96, 128, dtype=torch.float64)
     assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-10
@@ -139,7 +141,7 @@ def test_a_child_is_explained_on_its_file_as_stored():
 
 
 def test_new_filters_see_detail_not_grey_level():
-    child, _ = grow(Grown(LesionNet(2, 1).eval()), Config(channels=1, factor=4, filters=8), seed=0)
+    child, _ = grow(Grown(LesionNet(2, 1).eval()), MorphHRConfig(channels=1, factor=4, filters=8), seed=0)
     first = next(m for m in child.network.modules() if isinstance(m, nn.Conv2d))
     assert first.weight[1:].mean((2, 3)).abs().max() < 1e-6 < first.weight[1:].abs().mean()
 
@@ -203,7 +205,7 @@ def test_only_mirrorings_of_the_augmentation_are_averaged_over():
 
 
 def test_slopes_of_p_activations_do_not_decay():
-    child, _ = grow(Grown(LesionNet(2, 1).eval()), Config(channels=1, factor=4, filters=8), seed=0)
+    child, _ = grow(Grown(LesionNet(2, 1).eval()), MorphHRConfig(channels=1, factor=4, filters=8), seed=0)
     slopes = [m.a for m in child.network.modules() if isinstance(m, PAct)]
     [stage] = without_decay([Stage("s", 1, 1e-3, weight_decay=0.1)], child.network)
     freeze(child.network, stage)
@@ -291,9 +293,9 @@ def test_bad_tables_and_settings(tmp_path):
         train(table, SMALL, Run(tmp_path / "co"))
     assert not any((tmp_path / f"{name}o").exists() for name in "abc")
     with pytest.raises(GigamorphError, match="factor = 1"):
-        Config(factor=1)
+        MorphHRConfig(factor=1)
     with pytest.raises(GigamorphError, match="arms must have"):
-        Config(arms=("morph", "morph"))
+        MorphHRConfig(arms=("morph", "morph"))
 
 
 def test_loss_that_is_no_number_keeps_the_state(table, tmp_path, monkeypatch):

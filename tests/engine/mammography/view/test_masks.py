@@ -8,7 +8,7 @@ from predicted_masks import write_predicted
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.mammography.view.exams import read_exams
 from gigamorph.engine.mammography.view.pyramid import TILE
-from gigamorph.engine.mammography.view.site import Site
+from gigamorph.engine.mammography.view.site import ViewerFiles
 from gigamorph.engine.report.figure import class_colour, outline_colour
 
 AREAS, OUTLINES = (
@@ -55,7 +55,7 @@ def outlined(values):
 
 def test_masks_at_every_scale_where_the_image_is(folder):
     exams = read_exams(folder / "out", table=folder / "table.csv")
-    site = Site(exams, None, identifiers=False)
+    site = ViewerFiles(exams, None, identifiers=False)
     for number, view in enumerate(site.views):
         name, source = view.record.path.name, view.open()
         image = imagecodecs.imread(str(folder / name))
@@ -103,6 +103,6 @@ def test_255_is_the_class_1_only_where_predict_noted_it(tmp_path, binary):
     header = "image_path,patient_id,mask,share_background,share_1,dice_1\n"
     (tmp_path / "predictions.csv").write_text(f"{header}0.png,p,out.png,0.9,0.1,1\n")
     (tmp_path / "predictions.json").write_text(f'{{"masks": {{"binary": {str(binary).lower()}}}}}')
-    site = Site(read_exams(tmp_path, table=tmp_path / "table.csv"), None, identifiers=False)
+    site = ViewerFiles(read_exams(tmp_path, table=tmp_path / "table.csv"), None, identifiers=False)
     assert (whole(site.tiles_of(0, "predicted"), 0)[..., 3] > 0).sum() == 100
     assert (whole(site.tiles_of(0, "reference"), 0)[..., 3] > 0).any() == binary

@@ -19,7 +19,7 @@ from viewed import shown
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.mammography.view.exams import read_exams
 from gigamorph.engine.mammography.view.server import PageServer
-from gigamorph.engine.mammography.view.site import Site
+from gigamorph.engine.mammography.view.site import ViewerFiles
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -67,7 +67,7 @@ def site(tmp_path_factory):
             writer.writerows({column.replace("mass", HOSTILE): cell for column, cell in row.items()} for row in found)
     note = folder / "out" / "predictions.json"
     note.write_text(json.dumps({"masks": {"classes": ["background", HOSTILE, "cyst"], "binary": False}}))
-    return Site(read_exams(predictions, table=table), Maps(), identifiers=True)
+    return ViewerFiles(read_exams(predictions, table=table), Maps(), identifiers=True)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_a_number_that_is_not_finite_is_one_line(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((20, 20), np.uint8))
     for cells, bad in (("1,nan,0.5", True), ("1,inf,0.5", True), ("nan,0.5,0.5", False)):
         (tmp_path / "predictions.csv").write_text(f"image_path,label_0,p_0,p_1\na.npy,{cells}\n")
-        site = Site(read_exams(tmp_path), None, identifiers=False)
+        site = ViewerFiles(read_exams(tmp_path), None, identifiers=False)
         expected = (
             pytest.raises(DataError, match=r"a\.npy: a prediction, label or outline is not finite") if bad else None
         )

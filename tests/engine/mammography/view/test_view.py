@@ -9,7 +9,7 @@ from gigamorph.engine.datasets.tables import Finding, Record
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.view.evidence import on_shown
-from gigamorph.engine.mammography.view.exams import View, read_exams
+from gigamorph.engine.mammography.view.exams import ExamImage, read_exams
 from gigamorph.engine.mammography.view.pyramid import TILE, Pyramid
 from gigamorph.engine.train.explanation import Explanation
 
@@ -48,7 +48,7 @@ def test_a_breast_is_hung_with_its_wall_to_the_middle_and_boxes_go_along(tmp_pat
         image, box = image[:, ::-1].copy(), (10, 20, 65, 75)
     np.save(tmp_path / "a.npy", image)
     record = Record(tmp_path / "a.npy", -1, "p", laterality=side, chest_wall=wall, findings=(Finding("mass", box),))
-    view = View(record, {"1": 0.5})
+    view = ExamImage(record, {"1": 0.5})
     shown = view.open()
     pixels = shown.read(0, 60, 0, 80)[0].numpy()
     assert (pixels[30, 0] > pixels[30, 79]) == (side == "L")
