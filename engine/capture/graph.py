@@ -315,9 +315,8 @@ class Graph:
                     graph = self if moved is None else self.on(moved)
                     output = graph.run(twins, before)
                 if torch.is_grad_enabled() != values.entry_grad:
-                    raise UnsupportedError(
-                        "the forward changes the gradient mode and does not restore it; use a with block"
-                    )
+                    text = f"does not restore it (in {values.where()}); use a with block"
+                    raise UnsupportedError(f"the forward changes the gradient mode and {text}")
                 self._finish(values, program, output, (first, *twins))
             except Exception as error:
                 refusal = as_refusal(error, values.where())

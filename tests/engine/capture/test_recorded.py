@@ -809,7 +809,7 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     ),
     "gradients that stay off": (
         lambda net, x: (torch.set_grad_enabled(False), x)[1],
-        "changes the gradient mode and does not restore it",
+        r"changes the gradient mode and does not restore it \(in .*\); use a with block",
     ),
     "checkpointed without a gradient": (
         lambda net, x: checkpoint(lambda y: net.scale * y.tanh(), x.detach(), use_reentrant=True),
