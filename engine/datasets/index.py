@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..images.header import DicomInfo, read_info
+from ..images.open import is_dicom as begins_as_dicom
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.rawfile import reading
@@ -19,8 +20,6 @@ from .tables import values
 from .tables.file_names import masks_among
 from .tables.folders import image_files
 from .tables.schema import Record
-
-DICOM_MARK = b"DICM"
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,12 @@ def _read(path: Path) -> Record:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file has the DICOM prefix; `DataError` if it cannot be read."""
+    """Whether the file begins as DICOM; `DataError` if it cannot be read."""
     with reading(path):
         if path.exists() and not path.is_file():
             return False
         with path.open("rb") as file:
-            return file.read(132)[128:] == DICOM_MARK
+            return begins_as_dicom(file.read(132))
 
 
 def _dicom_record(path: Path, info: DicomInfo) -> Record:

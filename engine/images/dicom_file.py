@@ -27,6 +27,7 @@ from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     MediaStorageDirectoryStorage,
 )
@@ -101,9 +102,12 @@ def read_header(file: DicomFile, path: Path) -> tuple[Dataset, io.BufferedIOBase
     """The data set before the pixels, and the stream positioned at the pixel data element."""
     with library_errors(f"{path}: damaged or truncated DICOM header", "fetch the file again"):
         stream = _inflated_header(file, path)
-        ds = dcmread(stream, stop_before_pixels=True, force=stream is not file)
+        ds = dcmread(stream, stop_before_pixels=True, force=True)
         if stream is not file:
             ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        elif "TransferSyntaxUID" not in ds.file_meta:  # a data set without prefix and meta information
+            implicit, _little = ds.original_encoding
+            ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
         missing = [key for key in ("Rows", "Columns", "BitsAllocated", "BitsStored") if ds.get(key) is None]
         index = ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
     if missing and index:

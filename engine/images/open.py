@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from pathlib import Path
 from typing import Literal, cast
 
@@ -118,7 +119,7 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         from .tiff import TiffPixels
 
         return TiffPixels(path, frame)
-    if head[128:132] == b"DICM":
+    if is_dicom(head):
         from .dicom import open_dicom
 
         return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
@@ -144,12 +145,21 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         stored = open_pgm(path)
     else:
         unread = (f"is {what}" for mark, at, what in _UNREAD if head[at:].startswith(mark))
-        formats = "DICOM (with DICM prefix), PNG, JPEG, JPEG 2000, PGM, TIFF, zarr or .npy file"
+        formats = "DICOM, PNG, JPEG, JPEG 2000, PGM, TIFF, zarr or .npy file"
         unknown = f"{'is not a' if head else 'is empty, not a'} {formats}; check the path or convert the file"
         raise DataError(f"{path}: {next(unread, unknown)}")
     if frame not in (None, 0):
         raise DataError(f"{path}: frame {frame} does not exist; the file has a single image")
     return stored
+
+
+def is_dicom(head: bytes) -> bool:
+    """Whether these first bytes of a file are DICOM's: its prefix or, without one, an early element of a data set."""
+    if head[128:132] == b"DICM":
+        return True
+    group, element, length = struct.unpack_from("<HHI", head.ljust(8, b"\0"))
+    explicit = head[4:6] in (b"UL", b"OB", b"UI", b"CS", b"DA", b"SH", b"LO")
+    return group in (2, 8) and element <= 0x18 and (explicit or (group == 8 and length in range(2, 65, 2)))
 
 
 def _open_array(image: np.ndarray | Tensor) -> StoredPixels:

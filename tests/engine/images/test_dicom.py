@@ -17,8 +17,9 @@ from pydicom import config, dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_voi_lut, apply_windowing
 from pydicom.sequence import Sequence
-from pydicom.uid import UID
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.dicom import open_dicom
 from gigamorph.engine.images.header import read_info
@@ -116,6 +117,32 @@ def test_lossless_syntaxes_are_bit_exact(write_dicom: Write, syntax: str, bits: 
     np.testing.assert_array_equal(whole(source), expected)
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again.read(5, 21, 7, 50)[0], expected[5:21, 7:50])
+
+
+@pytest.mark.parametrize("kept", [0, 132], ids=["data set alone", "with meta information"])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_without_prefix(write_dicom: Write, tmp_path: Path, syntax: str, kept: int) -> None:
+    """Some scanners and exports write the data set alone; older ones put a group length before it."""
+    pixels = picture(12)
+    written = write_dicom(pixels, syntax).read_bytes()
+    (length,) = struct.unpack("<I", written[140:144])
+    bare = tmp_path / "bare" / "image.dcm"
+    bare.parent.mkdir()
+    bare.write_bytes(written[kept or 144 + length :])
+    np.testing.assert_array_equal(open_pixels(bare).stored.read(0, 37, 0, 53)[0], pixels)
+    (record,) = index_folder(bare.parent).records
+    assert record.extra["rows"] == "37" and record.patient_known
+    np.testing.assert_array_equal(open_pixels(write_dicom(pixels, syntax)).stored.read(0, 37, 0, 53)[0], pixels)
+
+
+@pytest.mark.parametrize(
+    "head", [b"\2\0\0\0garbage", b"\x08\0\x05\0\xff\xff\xff\xff", b"\x08\0\x16\0UI\4\0abcd", b"\x08\0"]
+)
+def test_what_only_begins_like_a_data_set_is_refused(tmp_path: Path, head: bytes) -> None:
+    path = tmp_path / "image.dcm"
+    path.write_bytes(head + bytes(300))
+    with pytest.raises(DataError, match=r"image.dcm: (is not a|has no Rows|damaged)"):
+        open_pixels(path)
 
 
 @pytest.mark.parametrize("syntax", LOSSLESS)
