@@ -206,7 +206,7 @@ def main() -> None:
                 run_items(items, workers[len(compilers) :], report, deadline, min(end, deadline + 15))
                 compiling.join()
             elif sections[0] in ("steps", "traces", "limits"):
-                for worker in workers:  # memory left over by earlier items would count
+                for worker in [] if options.dry else workers:  # memory left over by earlier items would count
                     worker.stop()
                 # The choices are read at the end, for which a little time is reserved.
                 last = items[-1:] if sections[0] == "steps" else []
