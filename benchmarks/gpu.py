@@ -77,7 +77,7 @@ class Worker:
             paths = {"GIGAMORPH_CACHE": "choices", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
             self.env |= {name: str(cache / folder) for name, folder in paths.items()}
         if dry:
-            self.env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+            self.env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.process: Process | None = None
 
     def ask(self, do: str, name: str, seconds: float) -> Row:

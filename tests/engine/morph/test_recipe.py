@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from exactness import assert_exact, randomize
-from file_memory import grow as grow_weights
+from extra_memory import grow as grow_weights
 from forked import Forked
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st

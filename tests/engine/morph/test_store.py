@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from file_memory import double
+from extra_memory import double
 from forked import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,16 +1,21 @@
-"""Functions that print how much memory it takes to grow a file of weights; each runs in a process of its own."""
+"""Functions that print how much memory something takes; each runs in a process of its own."""
 
+import resource
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+from gigamorph import open_pixels
+from gigamorph.engine.models.folder import Preprocessing
 from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.recipe import Fingerprint, Morph, Recipe, _shapes, grow_file
 from gigamorph.engine.morph.step import Step
 from gigamorph.engine.morph.store import Computed, Layout, layout, read_state, write_state
 from gigamorph.engine.morph.widen import WidenStep, widen
+from gigamorph.engine.published.images import PreparedSource
 from gigamorph.engine.tiling.memory import large_blocks_on_own_pages, peak_bytes, reset_peak, used_bytes
 
 
@@ -66,3 +71,11 @@ def grow(source: str, target: str, layers: int, width: int) -> None:
         grow_file(Recipe([Morph(step, parent, grown)]), model, source, target)
         extra.append(peak_bytes() - start)
     print(Path(source).stat().st_size, *extra)
+
+
+def widen_narrow_image() -> None:
+    """Widen an image of 12500 x 2 pixels; print by how many KiB the largest resident set grows."""
+    source = open_pixels(np.ones((1, 12500, 2), np.uint16))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    PreparedSource(source, Preprocessing(1, size=(64, 64), fit="widen")).read(0, 64, 0, 64)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
