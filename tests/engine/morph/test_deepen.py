@@ -11,10 +11,11 @@ import torch
 from exactness import assert_exact, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from morph_networks import half_resnet
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
+from gigamorph.engine.models.resnet import ResNet
 from gigamorph.engine.morph.activation import activation, insert_activation
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
 
@@ -39,11 +40,7 @@ def cases(draw: Any) -> tuple[nn.Module, Tensor, str, int]:
 
 
 def small_resnet() -> ResNet:
-    """The first half of a ResNet."""
-    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=2, in_channels=1, width=8)
-    model.layer3 = model.layer4 = nn.Identity()  # pyright: ignore
-    model.fc = nn.Linear(16, 2)
-    return model
+    return half_resnet(2, 1, 8)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

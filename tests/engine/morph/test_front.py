@@ -12,6 +12,7 @@ import torch
 from exactness import assert_exact, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from morph_networks import half_resnet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,15 +56,6 @@ def error(parent: nn.Module, child: nn.Module, x: Tensor, small: Tensor) -> floa
         want, have = parent(small), child(x)
     assert want.shape == have.shape
     return ((want - have).abs().max() / want.abs().max()).item()
-
-
-def small_resnet(width: int = 4, whole: bool = False) -> ResNet:
-    """A ResNet of one block in each stage; only the first two stages unless `whole`."""
-    model = ResNet(BasicBlock, (1, 1, 1, 1), 3, 1, width=width)
-    if not whole:
-        model.layer3 = model.layer4 = nn.Identity()  # pyright: ignore
-        model.fc = nn.Linear(2 * width, 3)
-    return model
 
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -138,7 +130,7 @@ class TestExact:
         want = torch.kron(parent.stem.weight.double(), torch.ones(1, 1, 3, 3).double()) / 9
         assert torch.equal(child.stem.weight, want.float())
 
-    @pytest.mark.parametrize("network", [lambda: small_resnet(8), lambda: LesionNet(num_classes=3)])
+    @pytest.mark.parametrize("network", [lambda: half_resnet(3, 1, 8), lambda: LesionNet(num_classes=3)])
     @pytest.mark.parametrize("mode", ["fold", "stages", "residual"])
     def test_networks_in_both_modes(self, network: Any, mode: str) -> None:
         torch.manual_seed(0)
@@ -200,7 +192,7 @@ class TestScan:
     @pytest.mark.parametrize(("mode", "r"), [("fold", 2), ("stages", 2), ("residual", 2), ("keep", 2), ("stages", 4)])
     def test_tile_scan_is_exact(self, mode: str, r: int) -> None:
         torch.manual_seed(0)
-        parent = randomize(small_resnet()).double().eval()
+        parent = randomize(half_resnet(3, 1, 4)).double().eval()
         child, _ = front(parent, torch.zeros(1, 1, 32, 48, dtype=torch.float64), r, mode)
         if mode == "residual":
             with torch.no_grad():
@@ -241,13 +233,14 @@ class TestTraining:
 
 class TestReport:
     def test_view_of_resnet(self) -> None:
-        """Behind the first two layers 11 pixels; each stage then reads 4 times its stride and that before it more."""
-        _, report = front(small_resnet(whole=True), torch.zeros(1, 1, 64, 64), 4, "fold", size=(256, 512))
+        """11 pixels behind the first two layers; each 3 x 3 convolution adds twice the stride of its input."""
+        whole = ResNet(BasicBlock, (1, 1, 1, 1), 3, 1, width=4)
+        _, report = front(whole, torch.zeros(1, 1, 64, 64), 4, "fold", size=(256, 512))
         assert report.before.field == (195, 195) and report.before.stride == (32, 32)
         assert report.after.field == (780, 780) and report.after.stride == (128, 128)
         assert report.before.size == (64, 128) and report.after.size == (256, 512)
         assert "conv 'conv1'" in str(report) and "195 x 195" in str(report)
-        _, chain = front(small_resnet(), torch.zeros(1, 1, 64, 64), 4, "stages")
+        _, chain = front(half_resnet(3, 1, 4), torch.zeros(1, 1, 64, 64), 4, "stages")
         assert chain.before.stride == (8, 8) and chain.after.stride == (32, 32)
 
     def test_activation_memory_is_what_autograd_keeps(self) -> None:
@@ -256,7 +249,7 @@ class TestReport:
         assert view(model, (1, 1, 10, 12), torch.zeros(1, 1, 10, 12)).activation_bytes == 4 * 120 * (1 + 4 + 2)
 
     def test_front_takes_less_than_the_parent_on_the_large_image(self) -> None:
-        parent = small_resnet(32)
+        parent = half_resnet(3, 1, 32)
         _, report = front(parent, torch.zeros(1, 1, 64, 64), 4, "stages", size=(1024, 1024))
         large = view(parent, (1, 1, 1024, 1024), torch.zeros(1))
         assert report.before.activation_bytes < report.after.activation_bytes < large.activation_bytes / 2

@@ -17,12 +17,12 @@ from extra_memory import grow as grow_weights
 from forked import Forked
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from morph_networks import half_resnet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import LesionNet, resnet18
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.activation import insert_activation
 from gigamorph.engine.morph.decompose import decompose, insert_module, split_parallel
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
@@ -62,11 +62,7 @@ MORPHS: dict[str, Grow] = {
 
 
 def network(num_classes: int = 3) -> nn.Module:
-    """The first half of a ResNet."""
-    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes, 1, width=4)
-    model.layer3 = model.layer4 = nn.Identity()  # pyright: ignore
-    model.fc = nn.Linear(8, num_classes)
-    return model
+    return half_resnet(num_classes, 1, 4)
 
 
 def trained() -> nn.Module:

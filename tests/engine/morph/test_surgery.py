@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from exactness import randomize
+from morph_networks import half_resnet
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
+from gigamorph.engine.models.resnet import ResNet
 from gigamorph.engine.morph.activation import insert_activation
 from gigamorph.engine.morph.decompose import decompose, insert_module, split_parallel
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
@@ -40,11 +41,7 @@ MORPHS = [
 
 
 def net() -> ResNet:
-    """The first half of a ResNet."""
-    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=3, in_channels=3, width=4)
-    model.layer3 = model.layer4 = nn.Identity()  # pyright: ignore
-    model.fc = nn.Linear(8, 3)
-    return model
+    return half_resnet(3, 3, 4)
 
 
 def parent() -> ResNet:
