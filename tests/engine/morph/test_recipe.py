@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -77,8 +78,13 @@ def trained() -> nn.Module:
     return model
 
 
-def grown(name: str, parent: nn.Module | None = None) -> tuple[nn.Module, nn.Module, Recipe]:
-    parent = trained() if parent is None else parent
+def grown(name: str) -> tuple[nn.Module, nn.Module, Recipe]:
+    return copy.deepcopy(_grown(name))
+
+
+@functools.cache
+def _grown(name: str) -> tuple[nn.Module, nn.Module, Recipe]:
+    parent = trained()
     child, report = MORPHS[name](parent, torch.zeros(1, 1, 32, 32))
     recipe = Recipe()
     recipe.add(report, parent, child)
