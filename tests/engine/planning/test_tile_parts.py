@@ -12,6 +12,7 @@ from torch import nn
 
 from gigamorph import accelerate, create_model, plan
 from gigamorph.engine.accelerate import freeze_batch_norm
+from gigamorph.engine.capture.program import Program
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.errors import BudgetError
 from gigamorph.engine.execution.programs import Programs
@@ -50,8 +51,7 @@ def least(net: nn.Module) -> int:
     raise AssertionError(budget)
 
 
-def choices(net: nn.Module, kind: str = "cpu") -> list:
-    program = capture(net, (1, 1, *SIZE), torch.float32, "cpu")
+def choices(program: Program, kind: str) -> list:
     for value in program.values:
         value.device = torch.device(kind)
     return list(strategies(*sort(program), True, False))
@@ -60,10 +60,11 @@ def choices(net: nn.Module, kind: str = "cpu") -> list:
 @pytest.mark.parametrize("name", ["resnet18", "unet"])
 def test_frozen_norms_need_hardly_more_than_those_of_the_whole_image(name: str) -> None:
     """They are to save memory, and needed more than twice as much: all layers were one stage."""
-    first, *parts = choices(frozen(name))
+    program = capture(frozen(name), (1, 1, *SIZE), torch.float32, "cpu")
+    assert len(choices(program, "cuda")) == 1  # nothing of parts was measured there
+    first, *parts = choices(program, "cpu")
     assert len(first.staged.stages) == 1 and len({len(part.staged.stages) for part in parts}) > 3
     assert all(part.staged.place == "disk" and part.cost > first.cost for part in parts)
-    assert len(choices(frozen(name), "cuda")) == 1  # nothing of it was measured there
     live = create_model(name, num_classes=2, in_channels=1).train()
     assert least(frozen(name)) < 1.25 * least(live)
 
