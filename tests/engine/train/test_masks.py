@@ -97,7 +97,7 @@ def test_an_image_of_which_nothing_is_judged_teaches_nothing():
 
 
 def test_dice_is_that_of_whole_masks_which_are_read_by_region(table, monkeypatch):
-    torch.manual_seed(2)
+    torch.manual_seed(5)  # with these weights both classes are predicted
     largest, read = [0], FileMask.read
 
     def watched(self, top, bottom, left, right):
@@ -121,6 +121,7 @@ def test_dice_is_that_of_whole_masks_which_are_read_by_region(table, monkeypatch
         expected = 2 * ((a == number) & (b == number)).sum() / ((a == number).sum() + (b == number).sum())
         assert found[f"dice_{number}"] == pytest.approx(expected, abs=1e-12)
     assert found["dice"] == pytest.approx((found["dice_1"] + found["dice_2"]) / 2)
+    assert min(found["dice_1"], found["dice_2"]) > 0.01
     assert found["images"] == len(data.train) and 0 < largest[0] < 40 * 33  # the smallest mask
     assert np.isnan(dice(np.zeros((3, 2)))).all()
 
