@@ -266,7 +266,7 @@ def _find() -> dict[str, Any]:
         codes.append(compile_gate.main())
     sizes = start_up(_sized, 256, 90, [(1024, 1024), (1024, 1024), (1000, 968), (917, 1011)])
     triton.knobs.language.default_fp_fusion = False
-    with compile_gate.compile_only(90) as launches:
+    with compile_gate.compile_only(80) as launches:  # for which it is not compiled yet
         _stem()
     compiled = {launch.kernel.metadata.enable_fp_fusion for launch in launches}
     return {
