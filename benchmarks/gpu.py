@@ -77,7 +77,7 @@ class Worker:
             paths = {"GIGAMORPH_CACHE": "choices", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
             self.env |= {name: str(cache / folder) for name, folder in paths.items()}
         if dry:
-            self.env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+            self.env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.process: Process | None = None
 
     def ask(self, do: str, name: str, seconds: float) -> Row:
@@ -206,7 +206,7 @@ def main() -> None:
                 run_items(items, workers[len(compilers) :], report, deadline, min(end, deadline + 15))
                 compiling.join()
             elif sections[0] in ("steps", "traces", "limits"):
-                for worker in workers:  # memory left over by earlier items would count
+                for worker in [] if options.dry else workers:  # memory left over by earlier items would count
                     worker.stop()
                 # The choices are read at the end, for which a little time is reserved.
                 last = items[-1:] if sections[0] == "steps" else []

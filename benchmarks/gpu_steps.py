@@ -236,7 +236,7 @@ def steps(dry: bool) -> list[GpuStep]:
         frozen = [GpuStep("small", True, 32, how) for how in hows]
         frozen += [GpuStep("small", False, 32, how) for how in ("ours", "channels_last", "eager")]
         live = [GpuStep("small_live", True, 32, how) for how in ("ours", "channels_last")]
-        return [*frozen, *live, GpuStep("resnet18", True, 64, "checkpoint")]
+        return [*frozen, *live, GpuStep("small", True, 32, "checkpoint")]
     train, infer = True, False
     default = ("ours_auto", *STOCK)
     wanted = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from .errors import DataError, GigamorphError
 from .parsing import parse_json
 
 T = TypeVar("T")
+_types_of = functools.cache(get_type_hints)
 
 
 def load_config(path: str | Path, cls: type[T]) -> T:
@@ -222,15 +224,14 @@ def _known_keys(value: Any, wanted: Any) -> Any:
     """The plain containers without the keys that the type does not have."""
     for one in (wanted, *get_args(wanted)):
         if is_dataclass(one) and isinstance(value, dict):
-            types = get_type_hints(one)
-            return {key: _known_keys(own, types[key]) for key, own in value.items() if key in types}
+            return {key: _known_keys(own, _types_of(one)[key]) for key, own in value.items() if key in _types_of(one)}
         if is_dataclass(one) and isinstance(value, list):
             return [_known_keys(own, one) for own in value]
     return value
 
 
 def _build(cls: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
-    types = get_type_hints(cls)
+    types = _types_of(cls)
     known = [own.name for own in fields(cls) if own.init]
     for key in values:
         if key not in known:
@@ -253,7 +254,7 @@ def _build(cls: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
 
 def _nested_keys(cls: Any, key: str) -> list[str]:
     """Dotted keys with this name in the tables of a configuration."""
-    tables = {name: own for name, own in get_type_hints(cls).items() if is_dataclass(own)}
+    tables = {name: own for name, own in _types_of(cls).items() if is_dataclass(own)}
     return [f"{name}.{key}" for name, own in tables.items() if key in {one.name for one in fields(own)}]
 
 

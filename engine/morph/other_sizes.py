@@ -85,10 +85,10 @@ class _Search:
     """Search for inputs by runs on the meta device."""
 
     def __init__(self, model: nn.Module, example: Inputs, multiple: int) -> None:
-        self.example, self.multiple = example.first(), multiple
+        self.example, self.multiple, self.batch = example.first(), multiple, example.batch
+        self.hollow = replace(self.example, tensors=tuple(x.to("meta") for x in self.example.tensors))
         self.model = _hollow(model)
         self.base = _lengths(self.example)
-        self.batch = example.batch
         self.seen: dict[tuple[Lengths, int], _Trace] = {}
         self.found = Others(self.example)
 
@@ -192,7 +192,7 @@ class _Search:
 
     def _trace(self, lengths: Lengths, batch: int) -> _Trace:
         if (lengths, batch) not in self.seen:
-            self.seen[lengths, batch] = _run(self.model, resized(self.example, lengths, batch))
+            self.seen[lengths, batch] = _run(self.model, resized(self.hollow, lengths, batch))
         return self.seen[lengths, batch]
 
 

@@ -24,10 +24,10 @@ def rows(path: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def train_and_import(folder: Path) -> Path:
+def train_and_import(folder: Path, model: str = "lesionnet") -> Path:
     """The table of phantoms that a small network, in ``run`` and imported in ``net``, was trained on."""
     table = write_phantoms(folder, patients=6, height=128, width=96, seed=1)
-    options = ["--model", "lesionnet", "--epochs", "1", "--accumulate", "4", "--out", folder / "run"]
+    options = ["--model", model, "--epochs", "1", "--accumulate", "4", "--out", folder / "run"]
     assert run("train", table, *options) == 0
-    assert run("import", "lesionnet", "--weights", folder / "run" / "best.ckpt", "--out", folder / "net") == 0
+    assert run("import", model, "--weights", folder / "run" / "best.ckpt", "--out", folder / "net") == 0
     return table

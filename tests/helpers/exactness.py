@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gigamorph import accelerate
+from gigamorph.engine.execution.programs import Programs
 
 LIMIT = 1e-12
 FLOOR = 1e-3  # of the largest tensor in a group: below it, a tensor's error is measured against that floor
@@ -164,6 +165,33 @@ def compare(
 
         inference = not currently_in_test_context() or sum(image.shape) % 2 == 0
     stock, fast = copy.deepcopy(model), accelerate(copy.deepcopy(model), **options)
+    return _compare(stock, fast, image, image_gradient, seed, inference)
+
+
+def compare_each(
+    model: nn.Module, image: Tensor, changes: Iterable[Callable[[], object]], *, inference: bool = True, **options: Any
+) -> Iterator[dict[str, float]]:
+    """Errors as `compare` returns them, of one recording that is planned again after each of the changes.
+
+    Args:
+        model, image, inference, options: as in `compare`.
+        changes: called one after the other.
+    """
+    stock, fast = copy.deepcopy(model), accelerate(copy.deepcopy(model), **options)
+    for change in changes:
+        change()
+        fast._runner.programs = Programs()
+        yield _compare(stock, fast, image, inference=inference)
+
+
+def _compare(
+    stock: nn.Module,
+    fast: nn.Module,
+    image: Tensor,
+    image_gradient: bool = True,
+    seed: int | None = None,
+    inference: bool = True,
+) -> dict[str, float]:
     runs = []
     for network in (stock, fast):
         if seed is not None:

@@ -8,8 +8,22 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
+from torch import Tensor, nn
 
 SIZES = ((40, 33), (37, 45))
+
+
+class Strided(nn.Module):
+    """A map at a quarter of the resolution."""
+
+    def __init__(self, num_classes: int = 3, in_channels: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, num_classes, 3, 2, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
 def squares(number: int, values: Sequence[int] = (0, 1, 2)) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.spaces import find_spaces
 
 X = torch.zeros(1, 3, 8, 8)
+
+
+def half_resnet(num_classes: int, in_channels: int, width: int, blocks: int = 1) -> ResNet:
+    """The first half of a ResNet: `blocks` blocks in the first stage, one in the second."""
+    model = ResNet(BasicBlock, (blocks, 1, 1, 1), num_classes, in_channels, width=width)
+    model.layer3 = model.layer4 = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    model.fc = nn.Linear(2 * width, num_classes)
+    return model
 
 
 class Residual(nn.Module):

@@ -6,9 +6,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from forked import Forked
 from torch._subclasses import FakeTensorMode
 
 from gigamorph import kernels
@@ -352,8 +350,9 @@ for setting in {list(TF32)}:
         os._exit(0)
     os.wait()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.splitlines() == ["; ".join((setting, found, "ieee")) for setting, found in TF32.items()]
+    process = Forked(exec, code, {})
+    assert process.wait() == 0, process.error
+    assert process.output.splitlines() == ["; ".join((setting, found, "ieee")) for setting, found in TF32.items()]
 
 
 def test_unwritable_folder_is_told_once(gpu, caplog, monkeypatch, tmp_path):
@@ -486,7 +485,7 @@ def test_table(gpu):
 
 
 WORKER = """
-import contextlib, sys, torch
+import contextlib, torch
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_name = lambda index=None: "Fake"
@@ -496,19 +495,16 @@ torch.cuda.device = lambda index: contextlib.nullcontext()
 from gigamorph import kernels
 from gigamorph.kernels import choice, measurements, precision
 choice.elapsed = lambda run: run()
-ours = float(sys.argv[1])
 print(*[choice.choose("op", (i,), {"stock": lambda: 1.0, "triton": lambda: ours}) for i in range(40)])
 """
 
 
 def test_processes_that_measure_together_choose_alike(tmp_path):
     """One process finds ours faster, the other stock: who is first decides each entry for both, and none is lost."""
-    environment = {**os.environ, "GIGAMORPH_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, ms], env=environment, stdout=subprocess.PIPE, text=True)
-        for ms in ("0.5", "2.0")
-    ]
-    chosen = [worker.communicate(timeout=120)[0].split() for worker in workers]
+    environment = {"GIGAMORPH_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    workers = [Forked(exec, WORKER, {"ours": ms}, env=environment) for ms in (0.5, 2.0)]
+    assert [worker.wait() for worker in workers] == [0, 0], [worker.error for worker in workers]
+    chosen = [worker.output.split() for worker in workers]
     assert chosen[0] == chosen[1] and len(chosen[0]) == 40
     (file,) = (tmp_path / "gigamorph" / "kernels").glob("*.jsonl")
     assert len(file.read_text().splitlines()) == 40

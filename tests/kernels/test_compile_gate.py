@@ -1,15 +1,16 @@
 """The compile gate passes on the package's kernels and fails on planted faults.
 
 The gate needs Triton's compiler, which a process that has imported Triton for interpreting lacks: everything runs in
-children without TRITON_INTERPRET. As a script, this file gates its planted kernels; with the argument `step`, those of
-a small network.
+one child without TRITON_INTERPRET. As a script, this file prints what the child finds, as JSON in its last line.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,45 +170,53 @@ PLANTED = {
 CHIPS = (("90",), ("80", "--only", "conv2d_dgrad"), ("942", "--only", "stem_gradients"))
 
 
-def _child(*arguments: object) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
-
-
 @pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    done = _child(__file__)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(line.split("\t") for line in done.stdout.splitlines())
+def found() -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return {**json.loads(done.stdout.splitlines()[-1]), "printed": done.stdout}
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_faults_are_found(verdicts, name):
-    wanted = PLANTED[name][1]
-    assert wanted in verdicts[name] and bool(wanted) == bool(verdicts[name]), verdicts[name]
+def test_planted_faults_are_found(found, name):
+    wanted, verdict = PLANTED[name][1], found["planted"][name]
+    assert wanted in verdict and bool(wanted) == bool(verdict), verdict
 
 
-def test_quick_gate_passes():
-    done = _child(__file__, "step")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert len(re.findall("^ok: ", done.stdout, re.MULTILINE)) == len(CHIPS)
+def test_quick_gate_passes(found):
+    assert found["codes"] == [0] * len(CHIPS), found["printed"][-4000:]
+    assert len(re.findall("^ok: ", found["printed"], re.MULTILINE)) == len(CHIPS)
 
 
-def test_multiplications_and_additions_are_fused_whatever_the_default_of_triton():
-    done = _child(__file__, "fusion")
-    assert done.stdout.split() == ["True"], done.stderr[-2000:]
+def test_a_step_is_recorded_for_several_chips_as_for_each_alone(found):
+    assert found["alike"] == {"training": True, "inference": True} and found["chips differ"]
 
 
-def test_refuses_to_interpret():
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "compile_gate.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and "unset it" in done.stderr
+def test_multiplications_and_additions_are_fused_whatever_the_default_of_triton(found):
+    assert found["fused"] == [True]
+
+
+def test_a_new_size_compiles_nothing(found):
+    """benchmarks/recorded_step.py: another size of an image compiles nothing and measures next to nothing."""
+    first, same, *others = found["sizes"]
+    assert first["compiled"] >= 8 and first["measured"] >= 8
+    assert same["compiled"] == same["measured"] == 0
+    assert all(row["compiled"] <= 2 and row["measured"] <= 4 for row in others), others
+
+
+def test_refuses_to_interpret(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # the module sets it
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["compile_gate.py"])
+    import compile_gate
+
+    with pytest.raises(SystemExit) as caught:
+        compile_gate.main()
+    assert caught.value.code == 2 and "unset it" in capsys.readouterr().err
 
 
 def _outer_stages() -> nn.Module:
@@ -226,27 +235,49 @@ def _pair() -> nn.Module:
     return nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 256, 1), nn.BatchNorm2d(256))
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(BENCHMARKS))
-    import compile_gate
+def _sized() -> nn.Module:
+    """A network of convolutions, pooling and a norm, which is recorded at several sizes."""
+    layers: list[nn.Module] = []
+    for wide, narrow, stride in ((3, 32, 2), (32, 64, 1), (64, 64, 2)):
+        layers += [nn.Conv2d(wide, narrow, 3, stride, 1), nn.ReLU()]
+    layers += [nn.MaxPool2d(3, 1, 1), nn.Conv2d(64, 64, 5, 1, 2, groups=64), nn.GroupNorm(4, 64), nn.SiLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2)).eval()
 
-    if sys.argv[1:] == ["fusion"]:
-        triton.knobs.language.default_fp_fusion = False
-        with compile_gate.compile_only(90) as launches:
-            _stem()
-        print(*{launch.kernel.metadata.enable_fp_fusion for launch in launches})
-        sys.exit()
-    if sys.argv[1:] == ["step"]:
-        compile_gate.NETWORKS |= {"resnet18": _outer_stages, "pair": _pair}
-        for chip in CHIPS:
-            sys.argv[1:] = ["--quick", "--faults", "--chip", *chip]
-            if compile_gate.main():
-                sys.exit(1)
-        for training in (True, False):  # recorded for chips at once as for each alone
-            scene = compile_gate.Scene("pair", False, training, "bf16", (128, 96), 64)
-            alone = {chip: compile_gate.record(scene, [chip])[chip] for chip in compile_gate.CHIPS}
-            assert compile_gate.record(scene, compile_gate.CHIPS) == alone and alone[80] != alone[90]
-        sys.exit()
-    for planted, (launch, _) in PLANTED.items():
-        rows = compile_gate.gate(90, [(planted, launch)])
-        print(planted, "; ".join(fault for row in rows for fault in row.faults), sep="\t")
+
+def _find() -> dict[str, Any]:
+    """Everything in one process; what it imports and compiles first, the gate's own processes inherit."""
+    import compile_gate
+    from recorded_step import start_up
+
+    planted = {}
+    for name, (launch, _) in PLANTED.items():
+        rows = compile_gate.gate(90, [(name, launch)])
+        planted[name] = "; ".join(fault for row in rows for fault in row.faults)
+    compile_gate.NETWORKS |= {"resnet18": _outer_stages, "pair": _pair}
+    alike, alone = {}, {}
+    for training in (True, False):
+        scene = compile_gate.Scene("pair", False, training, "bf16", (128, 96), 64)
+        alone = {chip: compile_gate.record(scene, [chip])[chip] for chip in compile_gate.CHIPS}
+        together = compile_gate.record(scene, compile_gate.CHIPS)
+        alike["training" if training else "inference"] = together == alone
+    codes = []
+    for chip in CHIPS:
+        sys.argv[1:] = ["--quick", "--faults", "--chip", *chip]
+        codes.append(compile_gate.main())
+    sizes = start_up(_sized, 256, 90, [(1024, 1024), (1024, 1024), (1000, 968), (917, 1011)])
+    triton.knobs.language.default_fp_fusion = False
+    with compile_gate.compile_only(80) as launches:  # for which it is not compiled yet
+        _stem()
+    compiled = {launch.kernel.metadata.enable_fp_fusion for launch in launches}
+    return {
+        "planted": planted,
+        "codes": codes,
+        "alike": alike,
+        "chips differ": alone[80] != alone[90],
+        "fused": list(compiled),
+        "sizes": sizes,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_find()))

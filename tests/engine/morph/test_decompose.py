@@ -9,10 +9,11 @@ import torch
 from exactness import assert_exact, randomize
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from morph_networks import half_resnet
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
+from gigamorph.engine.models.resnet import ResNet
 from gigamorph.engine.morph.decompose import (
     DecomposeStep,
     ParallelStep,
@@ -28,7 +29,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def small_resnet() -> ResNet:
-    return ResNet(BasicBlock, (2, 1, 1, 1), num_classes=2, in_channels=1, width=8)
+    return half_resnet(2, 1, 8, blocks=2)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from exactness import assert_exact, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from morph_networks import half_resnet
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
+from gigamorph.engine.models.resnet import ResNet
 from gigamorph.engine.morph.activation import activation, insert_activation
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
 
@@ -38,7 +40,7 @@ def cases(draw: Any) -> tuple[nn.Module, Tensor, str, int]:
 
 
 def small_resnet() -> ResNet:
-    return ResNet(BasicBlock, (2, 1, 1, 1), num_classes=2, in_channels=1, width=8)
+    return half_resnet(2, 1, 8)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -186,8 +188,8 @@ def test_all_in_a_resnet_and_the_step_on_a_fresh_one() -> None:
     for insert, path, options in (
         (insert_identity, "layer1.0.conv1", {"act": "GELU"}),
         (insert_pair, "layer2.0.bn1", {"act": "SiLU"}),
+        (insert_identity, "layer2.0.downsample.0", {"norm": True}),
         (insert_residual, "layer2", {"hidden": 8}),
-        (insert_identity, "layer3.0.downsample.0", {"norm": True}),
         (insert_pair, "avgpool", {"act": "GELU"}),
         (insert_pair, "fc", {"act": "Softplus"}),
     ):
@@ -244,26 +246,28 @@ def test_refusals_leave_the_model_untouched(run: Any, message: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before[1].values(), strict=True))
 
 
+# The network, the layers of it that are run, and the block.
 BLOCKS = [
-    ("resnet10t", "layer2.0"),
-    ("densenet121", "features.denseblock2.denselayer3"),
-    ("mobilenetv2_050", "blocks.2.0"),
-    ("test_efficientnet", "blocks.1.0.se"),
-    ("convnext_atto", "stages.1.blocks.0.mlp.fc1"),
+    ("resnet10t", "conv1 bn1 act1 maxpool layer1 layer2", "layer2.0"),
+    ("densenet121", "features", "features.denseblock2.denselayer3"),
+    ("mobilenetv2_050", "conv_stem bn1 blocks", "blocks.2.0"),
+    ("test_efficientnet", "conv_stem bn1 blocks", "blocks.1.0.se"),
+    ("convnext_atto", "stem stages", "stages.1.blocks.0.mlp.fc1"),
 ]
 MORE_BLOCKS = [
-    ("resnet18", "layer2.0"),
-    ("efficientnet_b0", "blocks.2.1.se"),
-    ("resnet26", "layer2.0.bn2"),
-    ("resnetv2_50", "stages.1.blocks.0"),
-    ("regnety_002", "s2.b1"),
-    ("vgg11_bn", "features.6"),
+    ("resnet18", "", "layer2.0"),
+    ("efficientnet_b0", "", "blocks.2.1.se"),
+    ("resnet26", "", "layer2.0.bn2"),
+    ("resnetv2_50", "", "stages.1.blocks.0"),
+    ("regnety_002", "", "s2.b1"),
+    ("vgg11_bn", "", "features.6"),
 ]
+LENGTHS = {"features": 7, "blocks": 3, "stages": 2}  # of the containers that are cut
 DEEP = "GIGAMORPH_PROGRAMS" in os.environ  # as for random programs: more of everything
 
 
-@pytest.mark.parametrize(("name", "path"), BLOCKS + (MORE_BLOCKS if DEEP else []))
-def test_every_block_of_real_networks(name: str, path: str) -> None:
+@pytest.mark.parametrize(("name", "layers", "path"), BLOCKS + (MORE_BLOCKS if DEEP else []))
+def test_every_block_of_real_networks(name: str, layers: str, path: str) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     options: dict[str, Any] = {}
@@ -275,7 +279,12 @@ def test_every_block_of_real_networks(name: str, path: str) -> None:
         options["depth_multiplier"] = 0.5
     if name.startswith("convnext") and not DEEP:
         options["depths"] = (1, 1, 1, 1)
-    model = randomize(timm.create_model(name, num_classes=3, **options))
+    model = timm.create_model(name, num_classes=3, **options)
+    if layers and not DEEP:
+        parts = {layer: model.get_submodule(layer) for layer in layers.split()}
+        cut = {layer: part[: LENGTHS[layer]] if layer in LENGTHS else part for layer, part in parts.items()}
+        model = nn.Sequential(OrderedDict(cut))
+    randomize(model)
     x = torch.randn(2, 3, 32, 32)
     last = path.endswith("fc1")
     for act in ("GELU", "SiLU", "ReLU", "Hardswish", "Tanh") if DEEP else ("GELU",):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from exactness import randomize
+from morph_networks import half_resnet
 from torch import Tensor, nn
 
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.decompose import decompose
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
 from gigamorph.engine.morph.front import front
@@ -54,9 +54,7 @@ def test_checks_are_in_full_precision(name: str, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     torch.manual_seed(0)
-    model = randomize(ResNet(BasicBlock, (1, 1, 1, 1), in_channels=1, width=8)).to(
-        device, memory_format=torch.channels_last
-    )
+    model = randomize(half_resnet(3, 1, 8)).to(device, memory_format=torch.channels_last)
     x = torch.zeros(2, 1, 64, 64, device=device).to(memory_format=torch.channels_last)
     with torch.autocast(device, dtype=torch.bfloat16):
         child, report = MORPHS[name](model, x)

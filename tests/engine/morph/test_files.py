@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -30,7 +31,12 @@ from gigamorph.engine.morph.widen import widen
 
 
 @pytest.fixture
-def grown() -> Grown:
+def grown(made: Grown) -> Grown:
+    return copy.deepcopy(made)
+
+
+@pytest.fixture(scope="module")
+def made() -> Grown:
     """A small network that was widened, got a front and one more image plane."""
     torch.manual_seed(0)
     parent = Grown(LesionNet(2, 1))

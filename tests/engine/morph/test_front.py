@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from exactness import assert_exact, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from morph_networks import half_resnet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models import LesionNet, resnet18
+from gigamorph.engine.models import LesionNet
 from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.front import front, plan_front
 from gigamorph.engine.morph.stem import ImageReaders, find_stem, record, view
@@ -128,7 +130,7 @@ class TestExact:
         want = torch.kron(parent.stem.weight.double(), torch.ones(1, 1, 3, 3).double()) / 9
         assert torch.equal(child.stem.weight, want.float())
 
-    @pytest.mark.parametrize("network", [lambda: resnet18(3, 1, width=8), lambda: LesionNet(num_classes=3)])
+    @pytest.mark.parametrize("network", [lambda: half_resnet(3, 1, 8), lambda: LesionNet(num_classes=3)])
     @pytest.mark.parametrize("mode", ["fold", "stages", "residual"])
     def test_networks_in_both_modes(self, network: Any, mode: str) -> None:
         torch.manual_seed(0)
@@ -150,23 +152,20 @@ class TestExact:
         assert child.training and not child.bn.training and not parent.bn.training
 
     @pytest.mark.parametrize(
-        ("name", "options", "other"),
+        ("name", "parts", "other"),
         [
-            ("convnext_atto", {"depths": (1, 1, 1, 1)}, "residual"),
-            ("repvgg_a0", {}, "stages"),
-            ("tf_mobilenetv3_small_minimal_100", {}, "stages"),
+            ("convnext_atto", "stem stages.0", "residual"),
+            ("repvgg_a0", "stem stages.0", "stages"),
+            ("tf_mobilenetv3_small_minimal_100", "conv_stem bn1 blocks.0", "stages"),
         ],
     )
-    def test_timm(self, name: str, options: dict[str, Any], other: str) -> None:
-        """Folded, and in one of the other modes."""
+    def test_timm(self, name: str, parts: str, other: str) -> None:
+        """The first layers of networks, folded, and in one of the other modes."""
         timm = pytest.importorskip("timm")
         torch.manual_seed(0)
-        parent = randomize(timm.create_model(name, num_classes=5, **options)).eval()
-        if name == "repvgg_a0":
-            del parent.stages[2][1:]  # more of the same
-        if name.startswith("tf_"):
-            for stage in parent.blocks:
-                del stage[1:]
+        whole = timm.create_model(name, num_classes=5)
+        first = OrderedDict((part.replace(".", "_"), whole.get_submodule(part)) for part in parts.split())
+        parent = randomize(nn.Sequential(first)).eval()
         for mode, r in (("fold", 2), (other, 4 if other == "stages" else 2)):
             if name.startswith("tf_") and mode == "fold":
                 with pytest.raises(MorphError, match="'conv_stem' \\(Conv2dSame\\)"):
@@ -193,7 +192,9 @@ class TestScan:
     @pytest.mark.parametrize(("mode", "r"), [("fold", 2), ("stages", 2), ("residual", 2), ("keep", 2), ("stages", 4)])
     def test_tile_scan_is_exact(self, mode: str, r: int) -> None:
         torch.manual_seed(0)
-        parent = randomize(ResNet(BasicBlock, (1, 1, 1, 1), 3, 1, width=4)).double().eval()
+        parent: Any = half_resnet(3, 1, 4)
+        parent.layer2, parent.fc = nn.Identity(), nn.Linear(4, 3)
+        randomize(parent).double().eval()
         child, _ = front(parent, torch.zeros(1, 1, 32, 48, dtype=torch.float64), r, mode)
         if mode == "residual":
             with torch.no_grad():
@@ -234,13 +235,15 @@ class TestTraining:
 
 class TestReport:
     def test_view_of_resnet(self) -> None:
-        _, report = front(resnet18(width=4), torch.zeros(1, 3, 64, 64), 4, "fold", size=(256, 512))
-        assert report.before.field == (435, 435) and report.before.stride == (32, 32)
-        assert report.after.field == (1740, 1740) and report.after.stride == (128, 128)
+        """11 pixels behind the first two layers; each 3 x 3 convolution adds twice the stride of its input."""
+        whole = ResNet(BasicBlock, (1, 1, 1, 1), 3, 1, width=4)
+        _, report = front(whole, torch.zeros(1, 1, 64, 64), 4, "fold", size=(256, 512))
+        assert report.before.field == (195, 195) and report.before.stride == (32, 32)
+        assert report.after.field == (780, 780) and report.after.stride == (128, 128)
         assert report.before.size == (64, 128) and report.after.size == (256, 512)
-        assert "conv 'conv1'" in str(report) and "435 x 435" in str(report)
-        _, chain = front(resnet18(width=4), torch.zeros(1, 3, 64, 64), 4, "stages")
-        assert chain.after.stride == (128, 128)
+        assert "conv 'conv1'" in str(report) and "195 x 195" in str(report)
+        _, chain = front(half_resnet(3, 1, 4), torch.zeros(1, 1, 64, 64), 4, "stages")
+        assert chain.before.stride == (8, 8) and chain.after.stride == (32, 32)
 
     def test_activation_memory_is_what_autograd_keeps(self) -> None:
         model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.Sigmoid())
@@ -248,7 +251,7 @@ class TestReport:
         assert view(model, (1, 1, 10, 12), torch.zeros(1, 1, 10, 12)).activation_bytes == 4 * 120 * (1 + 4 + 2)
 
     def test_front_takes_less_than_the_parent_on_the_large_image(self) -> None:
-        parent = resnet18(in_channels=1, width=16)
+        parent = half_resnet(3, 1, 32)
         _, report = front(parent, torch.zeros(1, 1, 64, 64), 4, "stages", size=(1024, 1024))
         large = view(parent, (1, 1, 1024, 1024), torch.zeros(1))
         assert report.before.activation_bytes < report.after.activation_bytes < large.activation_bytes / 2

@@ -8,10 +8,10 @@ import torch
 from exactness import assert_exact, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from morph_networks import half_resnet
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.inputs import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -114,12 +114,12 @@ def test_planes_count_for_nothing_and_learn() -> None:
 
 def test_resnet_to_grey_in_both_modes_and_with_the_scan() -> None:
     torch.manual_seed(0)
-    model = randomize(ResNet(BasicBlock, (1, 1, 1, 1), 2, 3, width=8))
+    model = randomize(half_resnet(2, 3, 8))
     y = torch.rand(2, 1, 40, 36)
     child, report = to_grey(model, y)
     assert report.difference.float64 <= 1e-12 and report.step.paths == ("conv1",)
     assert model.training and isinstance(child.conv1[0], OnesChannel)
-    fresh = ResNet(BasicBlock, (1, 1, 1, 1), 2, 3, width=8)
+    fresh = half_resnet(2, 3, 8)
     report.step.edit(fresh)
     fresh.load_state_dict(child.state_dict())
     assert torch.equal(fresh.eval()(y), copy.deepcopy(child).eval()(y))

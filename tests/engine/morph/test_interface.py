@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from morph_networks import half_resnet
 from torch import nn
 
 import gigamorph
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
+from gigamorph.engine.models.resnet import ResNet
 from gigamorph.engine.morph.optimizer import grow_optimizer
 from gigamorph.engine.morph.widen import widen
 
@@ -19,7 +20,7 @@ X = torch.zeros(1, 1, 32, 32)
 
 def small() -> ResNet:
     torch.manual_seed(0)
-    return ResNet(BasicBlock, (1, 1, 1, 1), 2, 1, width=4)
+    return half_resnet(2, 1, 4, blocks=3)
 
 
 def test_every_morph_is_at_the_door() -> None:
@@ -33,13 +34,13 @@ def test_every_morph_is_at_the_door() -> None:
 
 
 def widths(model: Any) -> list[int]:
-    return [getattr(model, f"layer{n}")[0].conv1.out_channels for n in (1, 2, 3, 4)]
+    return [block.conv1.out_channels for block in (*model.layer1, *model.layer2)]
 
 
 def test_factors_by_layer_and_layers_that_are_left_alone() -> None:
-    assert widths(small()) == [4, 8, 16, 32]
-    assert widths(widen(small(), X, factor={"layer3.0.conv1": 2, "layer4.*": 1.5})[0]) == [4, 8, 32, 48]
-    assert widths(widen(small(), X, factor=2, ignore=["layer1", "layer4.0.conv1"])[0]) == [4, 16, 32, 32]
+    assert widths(small()) == [4, 4, 4, 8]
+    assert widths(widen(small(), X, factor={"layer1.2.conv1": 2, "layer2.*": 1.5})[0]) == [4, 4, 8, 12]
+    assert widths(widen(small(), X, factor=2, ignore=["layer1.0", "layer2.0.conv1"])[0]) == [4, 8, 8, 8]
     child, _ = widen(small(), X, {"layer2.0.conv1.weight:0": 11}, factor={"layer2": 2})
     assert child.layer2[0].conv1.out_channels == 11 and child.layer2[0].conv2.out_channels == 16
     for wrong in ({"factor": {"layer9": 2}}, {"factor": 2, "ignore": ["fc"]}):
@@ -51,8 +52,8 @@ def test_factors_by_layer_and_layers_that_are_left_alone() -> None:
 
 
 def test_widths_that_are_multiples() -> None:
-    child, _ = widen(small(), X, factor=1.4, round_to=8)
-    assert widths(child) == [8, 8, 24, 48]  # never less than there is
+    assert widths(widen(small(), X, factor=1.4, round_to=8)[0]) == [8, 8, 8, 8]  # never less than there is
+    assert widths(widen(small(), X, factor=2.8, round_to=8)[0]) == [8, 8, 8, 24]
     with pytest.raises(MorphError, match=r"round_to must be .* of at least 1, not 0"):
         widen(small(), X, factor=2, round_to=0)
 

@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
+from morph_networks import half_resnet
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
 from gigamorph.engine.models import LesionNet
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.morph.picture import draw, save_picture
 from gigamorph.engine.morph.planner import Cost, plan_growth
 from gigamorph.engine.morph.widen import widen
@@ -30,7 +30,7 @@ def grouped() -> nn.Module:
     )
 
 
-NETS = [(lambda: LesionNet(2, 1), 32), (lambda: ResNet(BasicBlock, (1, 1, 1, 1), 2, 1, width=4), 64), (grouped, 17)]
+NETS = [(lambda: LesionNet(2, 1), 32), (lambda: half_resnet(2, 1, 4), 32), (grouped, 17)]
 
 
 @pytest.mark.parametrize(("make", "side"), NETS)

@@ -113,10 +113,10 @@ def test_every_space_with_a_hard_coded_view_is_found() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.conv(x)) * self.scale.view(self.size, 1, 1)
 
-    for pattern in range(32):
-        stages = [Stage(4 if i else 3, bool(pattern >> i & 1)) for i in range(5)]
+    for pattern in range(16):
+        stages = [Stage(4 if i else 3, bool(pattern >> i & 1)) for i in range(4)]
         spaces = find_spaces(nn.Sequential(*stages, nn.Conv2d(4, 2, 1)), X)
-        assert [s.key for s in spaces.growable()] == [f"{i}.conv.weight:0" for i in range(5) if not pattern >> i & 1]
+        assert [s.key for s in spaces.growable()] == [f"{i}.conv.weight:0" for i in range(4) if not pattern >> i & 1]
         frozen = [s.frozen for s in spaces if s.frozen and "output" not in s.frozen]
         assert all("'view'" in why and "module '" in why for why in frozen)
 

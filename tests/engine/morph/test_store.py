@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from extra_memory import double
+from forked import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -123,33 +124,15 @@ class TestLazy:
         assert equal(read_state(path), {"a": torch.full((4,), 2.0), "b": torch.full((2,), 2.0)})
 
 
-MEMORY = """
-import sys, torch
-from gigamorph.engine.tiling.memory import large_blocks_on_own_pages, peak_bytes, reset_peak, used_bytes
-from gigamorph.engine.morph.store import Computed, Layout, layout, read_state, write_state
-source, target, tensors, mib = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-parts = {f"t{i}": Layout((mib << 18,), torch.float32) for i in range(tensors)}
-write_state(source, Computed(parts, lambda name: torch.full(parts[name].shape, float(name[1:]))))
-state = read_state(source)
-grown = {name: Layout((2, *part.shape), part.dtype) for name, part in layout(state).items()}
-start = used_bytes()
-reset_peak()
-with large_blocks_on_own_pages():
-    write_state(target, Computed(grown, lambda name: torch.stack([state[name], state[name] / 2])))
-print(peak_bytes() - start)
-"""
-
-
 def extra_memory(tmp_path: Path, tensors: int, mib: int) -> int:
     """Bytes beyond those in use at the start, at the peak, while a file of `tensors` times `mib` MiB is doubled."""
     names = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY, *names, str(tensors), str(mib)], capture_output=True, text=True, check=True
-    )
+    process = Forked(double, *names, tensors, mib)
+    assert process.wait() == 0, process.error
     grown = SafetensorsFile(names[1])
     last = grown[f"t{tensors - 1}"]
     assert last.shape == (2, mib << 18) and last[:, -1].tolist() == [tensors - 1, (tensors - 1) / 2]
-    return int(run.stdout)
+    return int(process.output)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only")

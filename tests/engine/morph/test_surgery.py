@@ -1,16 +1,18 @@
 """Every local morph: its step repeats it on a fresh network, on shapes alone too; nothing is changed when it fails."""
 
 import copy
+import functools
 import json
 from typing import Any
 
 import pytest
 import torch
 from exactness import randomize
+from morph_networks import half_resnet
 from torch import Tensor, nn
 
 from gigamorph.engine.errors import MorphError
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
+from gigamorph.engine.models.resnet import ResNet
 from gigamorph.engine.morph.activation import insert_activation
 from gigamorph.engine.morph.decompose import decompose, insert_module, split_parallel
 from gigamorph.engine.morph.deepen import insert_identity, insert_pair, insert_residual
@@ -25,8 +27,8 @@ MORPHS = [
     lambda m, x, **o: insert_identity(m, x, "layer1.0.bn1", norm=True, act="ReLU", **o),
     lambda m, x, **o: insert_identity(m, x, "layer2", (3, 1), norm=True, **o),
     lambda m, x, **o: insert_pair(m, x, "layer2.0.conv1", "LeakyReLU", 3, **o),
-    lambda m, x, **o: insert_residual(m, x, "layer3", hidden=5, **o),
-    lambda m, x, **o: grow_kernel(m, x, ["conv1", "layer4.0.conv2"], (7, 9), **o),
+    lambda m, x, **o: insert_residual(m, x, "layer2", hidden=5, **o),
+    lambda m, x, **o: grow_kernel(m, x, ["conv1", "layer2.0.conv2"], (7, 9), **o),
     lambda m, x, **o: decompose(m, x, "layer1.0.conv2", (3, 3), act="GELU", between="pair", **o),
     lambda m, x, **o: decompose(m, x, "layer1.0.conv2", (3, 1), method="stable", **o),
     lambda m, x, **o: insert_module(m, x, "layer2", (3, 1), **o),
@@ -39,7 +41,7 @@ MORPHS = [
 
 
 def net() -> ResNet:
-    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=3, in_channels=3, width=4)
+    return half_resnet(3, 3, 4)
 
 
 def parent() -> ResNet:
@@ -47,12 +49,20 @@ def parent() -> ResNet:
     return randomize(net())  # pyright: ignore
 
 
+@functools.cache
+def grown(number: int) -> tuple[ResNet, Tensor, nn.Module, Any]:
+    """The parent, the example, the child and the report of one morph; the parent and random numbers are as before."""
+    model, x = parent(), torch.randn(2, 3, 40, 36)
+    state, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    child, report = MORPHS[number](model, x)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    assert torch.equal(torch.get_rng_state(), numbers)
+    return model, x, child, report
+
+
 @pytest.mark.parametrize("number", range(len(MORPHS)))
 def test_steps(number: int) -> None:
-    model, x = parent(), torch.randn(2, 3, 40, 36)
-    before = copy.deepcopy(model.state_dict())
-    child, report = MORPHS[number](model, x)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    original, x, child, report = grown(number)
     assert [m.training for m in child.modules()] == [True] * len(list(child.modules()))
     step: Any = from_json(json.loads(json.dumps(to_json(report.step))))
     assert step == report.step
@@ -72,6 +82,7 @@ def test_steps(number: int) -> None:
     assert {k: v.shape for k, v in shapes.state_dict().items()} == {k: v.shape for k, v in child.state_dict().items()}
     assert all(v.is_meta for v in shapes.state_dict().values())
 
+    model = copy.deepcopy(original)
     kept = {id(p) for p in model.parameters()}
     same, _ = MORPHS[number](model, x, inplace=True)
     assert same is model and sum(id(p) in kept for p in model.parameters()) >= len(kept) - 4
@@ -81,9 +92,8 @@ def test_steps(number: int) -> None:
 
 @pytest.mark.parametrize("number", range(len(MORPHS)))
 def test_random_numbers_go_on_as_without_the_morph(number: int) -> None:
-    model, fresh, x = parent(), net(), torch.zeros(1, 3, 32, 32)
+    fresh, (*_, report) = net(), grown(number)
     before = torch.get_rng_state()
-    _, report = MORPHS[number](model, x)
     report.step.repeat(fresh)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -91,8 +101,7 @@ def test_random_numbers_go_on_as_without_the_morph(number: int) -> None:
 def test_every_edit_is_tried() -> None:
     mine = "activation identity pair residual kernel decompose module parallel inputs head split_class".split()
     assert set(mine) == {kind.op for kind in _KINDS.values() if issubclass(kind, Edit)}
-    x = torch.randn(2, 3, 40, 36)
-    assert {run(parent(), x)[1].transform for run in MORPHS} == set(mine)
+    assert {grown(number)[-1].transform for number in range(len(MORPHS))} == set(mine)
 
 
 class Places(nn.Module):

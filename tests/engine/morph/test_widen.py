@@ -362,6 +362,8 @@ cspresnet50 res2net50_26w_4s skresnet18 ghostnet_100 poolformer_s12 swin_tiny_pa
 OPTIONS: dict[str, dict[str, Any]] = {
     "convnextv2_atto": {"depths": (1, 1, 1, 1)},
     "densenet121": {"block_config": (2, 3, 2, 2)},
+    "resnet18": {"layers": (1, 1, 1, 1)},
+    "mobilenetv2_100": {"depth_multiplier": 0.5},
     "ecaresnet26t": {"layers": (1, 1, 1, 1)},
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 2},
     "swin_tiny_patch4_window7_224": {"img_size": 64},

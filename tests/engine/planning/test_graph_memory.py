@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def planned(net: nn.Module, budget: int | None = None, side: int = SIDE) -> Plan
     return plan(net, (1, 1, side, side), budget, device="cuda")
 
 
+alone = functools.cache(planned)  # without a budget
+
+
 @pytest.mark.parametrize("row", ["resnet50 train 4096 ours_auto", "resnet50_live train 4096 ours_auto"])
 def test_plans_bound_what_an_h100_took(row: str) -> None:
     """From above, by a tenth at most (PyTorch's allocator, with what graphs hold)."""
@@ -52,16 +56,19 @@ def test_plans_bound_what_an_h100_took(row: str) -> None:
     assert taken <= found.peak_bytes <= 1.1 * taken
 
 
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    return network(live=False, name="resnet18")
+
+
 @pytest.mark.parametrize("share", [0.45, 0.62, 0.9])
-def test_a_tile_that_is_captured_goes_before_a_larger_one(share: float) -> None:
+def test_a_tile_that_is_captured_goes_before_a_larger_one(small: nn.Module, share: float) -> None:
     """Larger ones fit as well, but there a GPU would wait for the host at each op."""
-    net = network(live=False, name="resnet18")
-    alone = planned(net)
-    found = planned(net, int(share * alone.peak_bytes))
+    found = planned(small, int(share * alone(small).peak_bytes))
     assert found.capture_bytes and not found.op_by_op and found.peak_bytes <= found.budget
     assert found.peak_bytes >= MARGIN * found.parts_bytes - 1
 
 
-def test_many_tiles_are_replayed() -> None:
-    found = planned(network(live=False, name="resnet18"), 2**31, side=16384)
+def test_many_tiles_are_replayed(small: nn.Module) -> None:
+    found = planned(small, 2**31, side=16384)
     assert found.replayed and not (found.capture_bytes or found.op_by_op)

@@ -18,6 +18,7 @@ from gigamorph.engine.errors import BudgetError
 from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models import create_model
+from gigamorph.engine.models.resnet import BasicBlock, ResNet
 from gigamorph.engine.planning import simulate
 from gigamorph.engine.tiling import stage as tiling
 from gigamorph.engine.tiling.scan import Autocast
@@ -37,11 +38,19 @@ class Held(nn.Module):
             return nn.functional.conv2d(x, self.conv.weight[:, :1].repeat(1, 4, 1, 1)).mean((2, 3))
 
 
+def first(name: str, *parts: str) -> nn.Module:
+    """The first layers of one of timm's networks."""
+    whole = create_model(f"timm:{name}", in_channels=3, num_classes=2)
+    return nn.Sequential(*map(whole.get_submodule, parts), nn.AdaptiveAvgPool2d(1))
+
+
 NETWORKS = {
     "lesionnet": lambda: create_model("lesionnet", in_channels=3).train(),
-    "resnet18": lambda: create_model("resnet18", in_channels=3).eval(),
-    "mobilenet, live": lambda: create_model("timm:mobilenetv3_small_050", in_channels=3, num_classes=2).train(),
-    "convnext": lambda: create_model("timm:convnext_atto", in_channels=3, num_classes=2).eval(),
+    "resnet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), in_channels=3).eval(),
+    "mobilenet, live": lambda: first(
+        "mobilenetv3_small_050", "conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2"
+    ).train(),
+    "convnext": lambda: first("convnext_atto", "stem", "stages.0", "stages.1").eval(),
     "weights of its own": lambda: Held(casts=False),
     "casts": lambda: Held(casts=True),
 }

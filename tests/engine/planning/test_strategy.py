@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from exactness import FLOOR, Step, assert_exact, compare, randomize, step
+from exactness import FLOOR, LIMIT, Step, compare_each, randomize, step
 from grid_modules import MODULES
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ from gigamorph import accelerate
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.lowering.stages import ProgramStage, crossing, split
-from gigamorph.engine.models.resnet import resnet18, resnet50
+from gigamorph.engine.models.resnet import resnet18
 from gigamorph.engine.planning import lifetimes
 from gigamorph.engine.planning.lifetimes import stored_peak
 from gigamorph.engine.planning.strategy import (
@@ -61,12 +61,6 @@ def arbitrary(seed: int):
     return choose
 
 
-@settings(max_examples=examples(6), **CHECKS)
-@given(programs(statistics=True), st.integers(0, 10**6))
-def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
-    check(program, seed)
-
-
 class Gated(nn.Module):
     """Blocks that reduce maps to rows, columns and grids, one after the other."""
 
@@ -81,25 +75,26 @@ class Gated(nn.Module):
         return x.mean((2, 3)), F.adaptive_max_pool2d(x, 3), x.amax(3)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_rows_columns_and_grids_with_any_maps_stored(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_columns_and_grids_with_any_maps_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(PLAN, "strategies", arbitrary(seed))
-    net, image = Gated().double(), torch.randn(3, 2, 27, 22, dtype=torch.float64)
+    net = Gated().double()
+    image = torch.randn(3, 2, 27, 22, dtype=torch.float64)
     with bias_terms(net) as terms:
         stock = step(net, image)
-    assert not wrong(compare(net, image, tile=(9, 7)), stock, terms)
+    changes = [lambda n=n: monkeypatch.setattr(PLAN, "strategies", arbitrary(n)) for n in range(4)]
+    for found in compare_each(net, image, changes, tile=(9, 7)):
+        assert not wrong(found, stock, terms)
 
 
-@settings(max_examples=examples(6), **CHECKS)
+@settings(max_examples=examples(4), **CHECKS)
 @given(programs(statistics=True, strips=True), st.integers(0, 10**6))
 def test_random_networks_with_strips(program: Program, seed: int) -> None:
     check(program, seed)
 
 
-@settings(max_examples=examples(6), **CHECKS)
+@settings(max_examples=examples(5), **CHECKS)
 @given(programs(max_steps=12, statistics=True), st.integers(0, 10**6))
-def test_deeper_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
+def test_random_networks_with_any_maps_stored(program: Program, seed: int) -> None:
     check(program, seed)
 
 
@@ -113,10 +108,11 @@ def check(program: Program, seed: int) -> None:
         stock = step(model, image)
     sizes = [t.norm() for t in (stock.image, *stock.gradients.values()) if t is not None]
     assume(sizes[0] > 1e-6 and max(sizes) < 1e6)
+    options = {"tile": program.tile, "halos": program.halos, "inference": sum(image.shape) % 2 == 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PLAN, "strategies", arbitrary(seed))
-        found = compare(model, image, tile=program.tile, halos=program.halos)
-    assert not wrong(found, stock, terms)
+        changes = [lambda n=n: patch.setattr(PLAN, "strategies", arbitrary(n)) for n in (seed, seed + 1, seed + 2)]
+        for found in compare_each(model, image, changes, **options):
+            assert not wrong(found, stock, terms)
 
 
 def wrong(found: dict[str, float], stock: Step, terms: dict[str, Tensor]) -> dict[str, float]:
@@ -196,18 +192,22 @@ NETS = {
 @pytest.mark.parametrize("name", ["unet", "plain"])
 def test_every_choice_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = randomize(NETS[name]()).double().train()
-    image = torch.randn(2, 1, 65, 61, dtype=torch.float64)
     if name == "plain":
         net.get_submodule("12").eval()  # its draws depend on the tile
     number = len(list(strategies(*sorted_program(net), training=True, image_grad=True)))
     assert number > 3
-    for chosen in range(0, number, -(-number // 6)):  # six of them, from all over the curve
-        monkeypatch.setattr(PLAN, "strategies", lambda *a, n=chosen: list(strategies(*a))[: n + 1][-1:])
-        assert_exact(net, image, tile=32)
+
+    def choose(n: int) -> None:
+        monkeypatch.setattr(PLAN, "strategies", lambda *a: list(strategies(*a))[: n + 1][-1:])
+
+    image, chosen = torch.randn(2, 1, 65, 61, dtype=torch.float64), range(0, number, -(-number // 6))
+    changes = [lambda n=n: choose(n) for n in chosen]  # six of them, from all over the curve
+    for n, found in zip(chosen, compare_each(net, image, changes, tile=32), strict=True):
+        assert max(found.values()) <= LIMIT, (n, found)
 
 
 def test_choices_trade_time_for_memory() -> None:
-    found = list(strategies(*sorted_program(resnet50(in_channels=1), (1, 1, 256, 256)), True, False))
+    found = list(strategies(*sorted_program(resnet18(in_channels=1), (1, 1, 256, 256)), True, False))
     costs, sizes = [s.cost for s in found], [s.stored_bytes for s in found]
     assert costs[1:] == sorted(costs[1:]) and costs[0] < 3.5
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 0

@@ -1,11 +1,10 @@
 """Images brought to the size and by the statistics that a published network was made with."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from extra_memory import widen_narrow_image
+from forked import Forked
 from torch.nn import functional as F
 
 from gigamorph import open_pixels
@@ -84,14 +83,9 @@ def test_a_pixel_of_an_image_that_was_brought_to_a_size_knows_where_it_was(fit, 
 
 def test_a_narrow_image_is_widened_in_the_rows_of_its_new_size():
     """Black beside all of its own rows would take 600 MiB here."""
-    code = "from gigamorph import open_pixels; import numpy as np, resource, torch\n"
-    code += "from gigamorph.engine.published.images import PreparedSource, Preprocessing\n"
-    code += "source = open_pixels(np.ones((1, 12500, 2), np.uint16))\n"
-    code += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-    code += "PreparedSource(source, Preprocessing(1, size=(64, 64), fit='widen')).read(0, 64, 0, 64)\n"
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(grown) < 100 * 1024
+    process = Forked(widen_narrow_image)
+    assert process.wait() == 0, process.error
+    assert int(process.output) < 100 * 1024
 
 
 @pytest.mark.parametrize("size", [None, (600, 300)])

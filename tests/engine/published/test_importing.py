@@ -339,6 +339,7 @@ def test_a_folder_calls_nothing_that_makes_no_network(here):
         imported(here, "other", source="plain_nets:net")
 
 
+@pytest.mark.usefixtures("untiled_imports")
 def test_timm_with_arguments_from_a_file_for_colour_images(here):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -355,6 +356,7 @@ def test_timm_with_arguments_from_a_file_for_colour_images(here):
     assert read_description(folder).preprocessing.mean == pytest.approx((sum(mean) / 3,))
 
 
+@pytest.mark.usefixtures("untiled_imports")
 def test_weights_in_caches_are_found_and_never_fetched(here, monkeypatch):
     timm = pytest.importorskip("timm")
     import huggingface_hub
@@ -390,6 +392,7 @@ def test_channels_are_those_of_the_sub_tree_that_is_taken(here):
         assert read_description(imported(here, prefix, prefix=prefix)).preprocessing.channels == channels
 
 
+@pytest.mark.usefixtures("untiled_imports")
 def test_channels_do_not_depend_on_how_a_file_sorts_its_names(here):
     """safetensors has a depthwise convolution of one channel before the stem."""
     timm = pytest.importorskip("timm")

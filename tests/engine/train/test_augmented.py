@@ -26,7 +26,7 @@ from gigamorph.engine.train.options import TrainOptions
 from gigamorph.engine.train.progress import Progress
 
 AUGMENT = Augment.parse("flip,rotate=10,elastic=3,gamma=0.2,noise=0.02")
-OPTIONS = TrainOptions(model="lesionnet", epochs=2, accumulate=2, seed=5)
+OPTIONS = TrainOptions(model="lesionnet?stages=1", epochs=2, accumulate=2, seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from gigamorph.engine.train.network import start_from
 from gigamorph.engine.train.record import scale_warning
 from gigamorph.engine.train.target import Target
 
+MODEL = "lesionnet?stages=1"  # two layers: what is read is the record
 GONE = object()
 JUNK: dict[str, Any] = {
     "missing": GONE,
@@ -45,7 +46,7 @@ JUNK: dict[str, Any] = {
 def folder(tmp_path_factory) -> Path:
     """Images, a run, its predictions, an imported network."""
     folder = tmp_path_factory.mktemp("stored")
-    table = train_and_import(folder)
+    table = train_and_import(folder, MODEL)
     assert run("predict", folder / "run" / "best.ckpt", table, "--out", folder / "predictions") == 0
     return folder
 
@@ -76,16 +77,16 @@ def stored_with(checkpoint: dict[str, Any], place: tuple[Any, ...], junk: Any, p
 
 
 def _begin(path: Path) -> None:
-    Origin.of_file("lesionnet", path, 1)
+    Origin.of_file(MODEL, path, 1)
     scale_warning(path, {"normalize": {"mean": [0.5], "std": [0.2]}})
-    start_from(create_model("lesionnet"), path, Target(("0", "1")))
+    start_from(create_model(MODEL), path, Target(("0", "1")))
 
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "load": gigamorph.load,
     "import": lambda path: imported(read_state(path)),
     "begin": _begin,
-    "resume": lambda path: stored_state(load_checkpoint(path), build_model("lesionnet"), str(path)),
+    "resume": lambda path: stored_state(load_checkpoint(path), build_model(MODEL), str(path)),
 }
 
 
@@ -161,7 +162,7 @@ def test_a_key_is_named(folder, tmp_path) -> None:
 def calls(folder: Path, bad: Path, out: Path) -> dict[str, list[list[object]]]:
     """By command, the ways in which it opens a checkpoint."""
     table = folder / "phantoms.csv"
-    train = ["train", table, "--model", "lesionnet", "--epochs", "1", "--accumulate", "4"]
+    train = ["train", table, "--model", MODEL, "--epochs", "1", "--accumulate", "4"]
     return {
         "predict": [["predict", bad, table, "--out", out]],
         "explain": [["explain", bad, table, "--out", out]],
@@ -199,7 +200,7 @@ def test_every_command_refuses_a_damaged_record_in_one_line(place, folder, tmp_p
 )
 def test_a_run_does_not_go_on_with_what_lightning_cannot_restore(key, first, folder, tmp_path, capsys) -> None:
     checkpoint = torch.load(folder / "run" / "last.ckpt", weights_only=True)
-    command = ["train", folder / "phantoms.csv", "--model", "lesionnet", "--epochs", "2", "--accumulate", "4"]
+    command = ["train", folder / "phantoms.csv", "--model", MODEL, "--epochs", "2", "--accumulate", "4"]
     for number, junk in enumerate(list(JUNK.values())[first::2]):
         out = tmp_path / str(number)
         out.mkdir()

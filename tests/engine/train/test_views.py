@@ -12,6 +12,7 @@ import commands
 import pytest
 import torch
 from commands import rows
+from conftest import PICTURE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -112,7 +113,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return table
 
 
-FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "2"]
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations draw no pictures, which tests/engine/evaluate looks at."""
+    monkeypatch.setattr("gigamorph.engine.evaluate.report.png", lambda figure: PICTURE)
+
+
+FAST = ["--model", "lesionnet?stages=2", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "2"]
 
 
 @pytest.mark.parametrize("views", ["attention", "max"])
