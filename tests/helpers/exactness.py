@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gigamorph import accelerate
+from gigamorph import Accelerated, accelerate
 
 LIMIT = 1e-12
 FLOOR = 1e-3  # of the largest tensor in a group: below it, a tensor's error is measured against that floor
@@ -146,6 +146,7 @@ def compare(
     image_gradient: bool = True,
     seed: int | None = None,
     inference: bool | None = None,
+    fast: Accelerated | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """Errors of an accelerated training step, and of inference, against the network itself.
@@ -157,13 +158,14 @@ def compare(
         seed: for networks that draw random numbers: set before each forward.
         inference: whether to compare it, too: a recording and a forward more. If None, hypothesis' examples do so at
             every other size of the image.
+        fast: an accelerated copy of the model, with its state; None makes one.
         options: of `accelerate`.
     """
     if inference is None:
         from hypothesis import currently_in_test_context  # which benchmarks do without
 
         inference = not currently_in_test_context() or sum(image.shape) % 2 == 0
-    stock, fast = copy.deepcopy(model), accelerate(copy.deepcopy(model), **options)
+    stock, fast = copy.deepcopy(model), fast or accelerate(copy.deepcopy(model), **options)
     runs = []
     for network in (stock, fast):
         if seed is not None:
@@ -187,3 +189,25 @@ def assert_exact(model: nn.Module, image: Tensor, *, limit: float = LIMIT, **opt
     found = compare(model, image, **options)
     wrong = sorted(((e, n) for n, e in found.items() if not e <= limit), reverse=True)
     assert not wrong, "; ".join(f"{name}: {error:.1e}" for error, name in wrong[:8])
+
+
+def assert_each_exact(model: nn.Module, cases: Iterable[tuple[Tensor, Any]], **options: Any) -> None:
+    """`assert_exact` for images in tiles, (image, tile) for each case, by one accelerated network.
+
+    It is recorded for the first image, and in each mode once more for all further sizes: for batches of one image apart
+    from others. Each case begins with the model's state. Inference is not compared for the first image unless it is
+    the only one: that would be a recording more.
+    """
+    cases = list(cases)
+    fast = accelerate(copy.deepcopy(model), **{name: options.pop(name) for name in ("halos",) if name in options})
+    for number, (image, tile) in enumerate(cases):
+        fast.tile = tile if isinstance(tile, tuple) else (tile, tile)
+        with torch.no_grad():
+            for state in (nn.Module.parameters, nn.Module.buffers):
+                for kept, first in zip(state(fast), state(model), strict=True):
+                    kept.copy_(first)
+        try:
+            assert_exact(model, image, fast=fast, **{"inference": number > 0 or len(cases) == 1, **options})
+        except AssertionError as error:
+            error.add_note(f"image {tuple(image.shape)}, tile {tile}")
+            raise
