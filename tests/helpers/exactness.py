@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from gigamorph import Accelerated, accelerate
+from gigamorph.engine.execution.programs import Programs
 
 LIMIT = 1e-12
 FLOOR = 1e-3  # of the largest tensor in a group: below it, a tensor's error is measured against that floor
@@ -165,7 +166,8 @@ def compare(
         from hypothesis import currently_in_test_context  # which benchmarks do without
 
         inference = not currently_in_test_context() or sum(image.shape) % 2 == 0
-    stock, fast = copy.deepcopy(model), fast or accelerate(copy.deepcopy(model), **options)
+    stock = copy.deepcopy(model)
+    fast = accelerate(copy.deepcopy(model), **options) if fast is None else fast
     runs = []
     for network in (stock, fast):
         if seed is not None:
@@ -195,19 +197,30 @@ def assert_each_exact(model: nn.Module, cases: Iterable[tuple[Tensor, Any]], **o
     """`assert_exact` for images in tiles, (image, tile) for each case, by one accelerated network.
 
     It is recorded for the first image, and in each mode once more for all further sizes: for batches of one image apart
-    from others. Each case begins with the model's state. Inference is not compared for the first image unless it is
-    the only one: that would be a recording more.
+    from others. Each case begins with the model's state. Inference is compared for images that are not of the first
+    shape, and for the last: of the first shape it would be a recording more.
     """
     cases = list(cases)
     fast = accelerate(copy.deepcopy(model), **{name: options.pop(name) for name in ("halos",) if name in options})
     for number, (image, tile) in enumerate(cases):
         fast.tile = tile if isinstance(tile, tuple) else (tile, tile)
-        with torch.no_grad():
-            for state in (nn.Module.parameters, nn.Module.buffers):
-                for kept, first in zip(state(fast), state(model), strict=True):
-                    kept.copy_(first)
+        take_state(fast, model)
+        inference = image.shape != cases[0][0].shape or number == len(cases) - 1
         try:
-            assert_exact(model, image, fast=fast, **{"inference": number > 0 or len(cases) == 1, **options})
+            assert_exact(model, image, fast=fast, **{"inference": inference, **options})
         except AssertionError as error:
             error.add_note(f"image {tuple(image.shape)}, tile {tile}")
             raise
+
+
+def take_state(fast: nn.Module, model: nn.Module) -> None:
+    """Copy parameters and buffers, also those that no `state_dict` has."""
+    with torch.no_grad():
+        for tensors in (nn.Module.parameters, nn.Module.buffers):
+            for kept, first in zip(tensors(fast), tensors(model), strict=True):
+                kept.copy_(first)
+
+
+def plan_again(fast: Accelerated) -> None:
+    """Forget the plans, but not what was recorded."""
+    fast._runner.programs = Programs()
