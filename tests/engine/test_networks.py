@@ -45,8 +45,10 @@ def network(name: str, seed: int = 0, classes: int = 5) -> nn.Module:
     ("name", "size", "tile"), [*((name, (71, 49), (24, 40)) for name in NETWORKS), ("narrow resnet18", (64, 64), 512)]
 )
 def test_exact(name, size, tile):
+    """Inference is compared of those with the most kinds of layers, and of one tile."""
     image = torch.randn(1, 3, *size, dtype=torch.float64)
-    assert_exact(network(name).double(), image, tile=tile)
+    inference = name in ("resnet50", "mobilenetv2_100", "narrow resnet18")
+    assert_exact(network(name).double(), image, tile=tile, inference=inference)
 
 
 def test_batch_on_disk():
