@@ -372,8 +372,7 @@ class Positions(nn.Module):
 
 def test_position_embeddings_stream():
     net = Around(Positions(), channels=7).double()
-    assert_exact(net, image(), tile=(5, 4))
-    assert not taken_whole(net, image())
+    assert_exact_by_tiles(net, image(), (5, 4))
 
 
 class Attention(nn.Module):
@@ -432,8 +431,7 @@ def test_tokens_of_all_images_in_one_dimension():
     for function in (merged_tokens, windows, of_all_images, codebook):
         net = Around(function).double()
         for x in (image(), image(1, 2, 19, 14)):
-            assert_exact(net, x, tile=(5, 4))
-            assert not taken_whole(net, x)
+            assert_exact_by_tiles(net, x, (5, 4))
 
 
 def test_columns_of_windows():
@@ -442,8 +440,7 @@ def test_columns_of_windows():
         return y.relu().reshape(x.shape[0], 4, 9, 10, 7).mean(2)
 
     net = Around(columns).double()
-    assert_exact(net, image(), tile=(5, 4))
-    assert not taken_whole(net, image())
+    assert_exact_by_tiles(net, image(), (5, 4))
 
 
 def test_three_dimensional_kernels_one_deep():
@@ -458,8 +455,7 @@ def test_three_dimensional_kernels_one_deep():
             return y.mean(1).permute(0, 3, 1, 2)
 
     net = Around(Lambda()).double()
-    assert_exact(net, image(), tile=(5, 4))
-    assert not taken_whole(net, image())
+    assert_exact_by_tiles(net, image(), (5, 4))
 
 
 @pytest.mark.parametrize(
