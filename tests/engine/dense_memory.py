@@ -13,7 +13,7 @@ from gigamorph import accelerate
 from gigamorph.engine.dense import dense_loss, write_map
 from gigamorph.engine.tiling.memory import peak_bytes, reset_peak, used_bytes
 
-HEIGHT, WIDTH, CLASSES = 8000, 500, 8
+HEIGHT, WIDTH, CLASSES = 6000, 500, 8
 
 
 class Image:

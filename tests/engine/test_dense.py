@@ -1,6 +1,7 @@
 """Maps written tile by tile, and losses on them, against the whole map in ordinary PyTorch."""
 
 import copy
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from exactness import LIMIT, errors, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph import GigamorphError, UnsupportedError, accelerate, open_pixels
+from gigamorph import Accelerated, GigamorphError, UnsupportedError, accelerate, open_pixels
 from gigamorph.engine.dense import dense_loss, write_map
 from gigamorph.engine.planning.strategy import strategies
 
@@ -41,6 +42,11 @@ class UNet(nn.Module):
         c = F.interpolate(self.third(b), size=b.shape[2:], mode="bilinear")
         b = self.up(torch.cat([b, c], 1))
         return self.last(self.out(torch.cat([a, F.interpolate(b, size=a.shape[2:], mode="bilinear")], 1)))
+
+
+def small() -> nn.Module:
+    """A live norm and a stride, where the loss is what counts."""
+    return nn.Sequential(block(2, 4, 2), nn.Upsample((HEIGHT, WIDTH)), nn.Conv2d(4, CLASSES, 3, padding=1)).double()
 
 
 class Pyramid(nn.Module):
@@ -148,9 +154,13 @@ def assert_same(model: nn.Module, x: Tensor, y, criterion, given=None, **options
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_losses(name):
-    model = randomize(UNet().double())
     y = labels(ignored=name != "binary")
-    assert_same(model, image(), y, CRITERIA[name], tile=(13, 17))
+    assert_same(randomize(small()), image(), y, CRITERIA[name], tile=(13, 17))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loss_of_a_network_with_skips(training):
+    assert_same(randomize(UNet().double()).train(training), image(), labels(), CRITERIA["weighted"], tile=(13, 17))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -165,7 +175,7 @@ def test_several_maps_at_once(training):
 
 def test_labels_that_want_a_gradient():
     """The maps of another network, trained as well."""
-    model, x = UNet().double(), image()
+    model, x = small(), image()
     grads = []
     for fast in (False, True):
         y = torch.ones(2, CLASSES, HEIGHT, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -198,7 +208,7 @@ def test_labels_by_region(kind, tmp_path):
         given = zarr.create_array(str(tmp_path / "y.zarr"), data=given, chunks=(1, 16, 16))
     if kind == "regions":
         given = Regions()
-    assert_same(UNet().double(), image(), y, CRITERIA["weighted"], given, tile=16)
+    assert_same(small(), image(), y, CRITERIA["weighted"], given, tile=16)
     if kind == "regions":
         assert given.largest <= 17 * 17
 
@@ -213,7 +223,7 @@ def test_masks_as_pixel_sources():
 
 
 def test_criteria_that_change_are_noticed_and_others_are_recorded_once():
-    net, x, y = accelerate(UNet().double().eval(), tile=16), image(), labels()
+    net, x, y = accelerate(small().eval(), tile=16), image(), labels()
     wanted = F.cross_entropy(net(x), y, ignore_index=255)
     kept = len(net._runner.programs.kept)
     for factor in (1.0, 1.0, 3.0):
@@ -240,7 +250,7 @@ def test_a_criterion_that_changes_its_own_state_does_so_once_per_step(anew):
             return loss * self.steps
 
     torch.manual_seed(0)
-    stock = UNet().double()
+    stock = small()
     labels, found = torch.randint(CLASSES, (2, HEIGHT, WIDTH)), []
     for net in (stock, accelerate(copy.deepcopy(stock), tile=16)):
         criterion, seen = Ramped(), []
@@ -278,16 +288,22 @@ def test_a_part_of_the_steps_recomputed(monkeypatch):
 )
 def test_refused(given, criterion, pattern):
     with pytest.raises(GigamorphError, match=pattern):
-        dense_loss(accelerate(UNet().double(), tile=16), image(), given, criterion)
+        dense_loss(accelerate(small(), tile=16), image(), given, criterion)
 
 
 # -- maps ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def unet_in_tiles(training: bool) -> tuple[nn.Module, Accelerated]:
+    net = randomize(UNet().double()).train(training)
+    return net, accelerate(copy.deepcopy(net), tile=(31, 27))
+
+
 @pytest.mark.parametrize("kind", ["tensor", "array", "npy", "zarr", "zarr array", "tif"])
 def test_maps_are_written(kind, tmp_path):
     number = 1 if kind == "tif" else 2
-    net = randomize(UNet().double()).train(kind == "array")
+    net, fast = unet_in_tiles(kind == "array")
     x = torch.randn(number, 2, 137, 113, dtype=torch.float64)
     expected = net(x).detach()
     path = tmp_path / f"map.{kind}"
@@ -298,7 +314,7 @@ def test_maps_are_written(kind, tmp_path):
             str(tmp_path / "z"), shape=tuple(expected.shape), dtype="float64", chunks=(1, 2, 40, 30)
         ),
     }.get(kind, path)
-    write_map(accelerate(net, tile=(31, 27)), x, out)
+    write_map(fast, x, out)
     if kind == "tif":
         with tifffile.TiffFile(path) as file:
             assert file.pages[0].is_tiled

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import Step, assert_exact, distance, randomize, step
+from exactness import Step, assert_exact, distance, randomize, step, take_state
 from torch import Tensor, nn
 
 from gigamorph import accelerate
@@ -45,8 +45,10 @@ def network(name: str, seed: int = 0, classes: int = 5) -> nn.Module:
     ("name", "size", "tile"), [*((name, (71, 49), (24, 40)) for name in NETWORKS), ("narrow resnet18", (64, 64), 512)]
 )
 def test_exact(name, size, tile):
+    """Inference is compared of those with the most kinds of layers, and of one tile."""
     image = torch.randn(1, 3, *size, dtype=torch.float64)
-    assert_exact(network(name).double(), image, tile=tile)
+    inference = name in ("resnet50", "mobilenetv2_100", "narrow resnet18")
+    assert_exact(network(name).double(), image, tile=tile, inference=inference)
 
 
 def test_batch_on_disk():
@@ -98,12 +100,14 @@ def test_error_no_larger_than_stock(name, run, live, seeds):
     out on the other side of a ReLU, here or in stock PyTorch, which makes the ratio anything from 0.002 to 2,000. And
     over many outputs: of five of them in bfloat16 the ratio is 0.15 to 2 by chance, of 512 it is 0.8 to 1.2."""
     ratios: list[tuple[float, float]] = []
+    fast = accelerate(network(name, classes=512).train(live), tile=48)
     for seed in range(seeds):
         model = network(name, seed, classes=512).train(live)
         image = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(seed))
         truth = step(copy.deepcopy(model).double(), image.double())
         stock = distance(truth, run(copy.deepcopy(model), image))
-        tiled = distance(truth, run(accelerate(copy.deepcopy(model), tile=48), image))
+        take_state(fast, model)
+        tiled = distance(truth, run(fast, image))
         ratios.append((tiled[0] / stock[0], tiled[1] / stock[1]))
     outputs, gradients = (statistics.median(column) for column in zip(*ratios, strict=True))
     assert outputs <= 1.5, f"outputs: {outputs:.2f} times stock's error, {ratios}"

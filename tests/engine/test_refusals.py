@@ -244,18 +244,27 @@ def agree_whole(net: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(other(x), net(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet18_fpn"])
+class Levels(nn.Module):
+    """A backbone: maps of two levels, of one number of channels."""
+
+    out_channels = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.first(x).relu()
+        return {"0": x, "1": self.second(x)}
+
+
+@pytest.mark.parametrize("name", ["FasterRCNN", "RetinaNet"])
 def test_a_detector_is_refused_as_one(name):
     """Its backbone is computed by tiles."""
     detection = pytest.importorskip("torchvision.models.detection")
-    if name == "retinanet_resnet18_fpn":  # with the layers of torchvision's retinanet_resnet50_fpn
-        from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-
-        further = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
-        backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None, **further)
-        net = detection.RetinaNet(backbone, 91).double().eval()
-    else:
-        net = getattr(detection, name)(weights=None, weights_backbone=None).double().eval()
+    anchors = detection.anchor_utils.AnchorGenerator(((16,), (32,)), ((1.0,),) * 2)
+    given = {"rpn_anchor_generator" if name == "FasterRCNN" else "anchor_generator": anchors}
+    net = getattr(detection, name)(Levels(), 3, min_size=96, **given).double().eval()
     remedy = "net.backbone = accelerate(net.backbone, ...)"
     told = said(net, images(1, 3, 96, 96))
     assert told.endswith(remedy) and "NMS" in told and re.match(r"\w+\.py:\d+ \(in \w+\)", told), told

@@ -36,7 +36,7 @@ SPECTRAL: dict[str, Callable[[Any], Any]] = {
 
 
 def image() -> Tensor:
-    return torch.randn(2, 1, 37, 29, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 1, 25, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def network(name: str) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from gigamorph import accelerate
+from gigamorph import Accelerated, accelerate
 from gigamorph.engine.execution.programs import Programs
 
 LIMIT = 1e-12
@@ -147,6 +147,7 @@ def compare(
     image_gradient: bool = True,
     seed: int | None = None,
     inference: bool | None = None,
+    fast: Accelerated | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """Errors of an accelerated training step, and of inference, against the network itself.
@@ -158,14 +159,15 @@ def compare(
         seed: for networks that draw random numbers: set before each forward.
         inference: whether to compare it, too: a recording and a forward more. If None, hypothesis' examples do so at
             every other size of the image.
+        fast: an accelerated copy of the model, with its state; None makes one.
         options: of `accelerate`.
     """
     if inference is None:
         from hypothesis import currently_in_test_context  # which benchmarks do without
 
         inference = not currently_in_test_context() or sum(image.shape) % 2 == 0
-    stock, fast = copy.deepcopy(model), accelerate(copy.deepcopy(model), **options)
-    return _compare(stock, fast, image, image_gradient, seed, inference)
+    fast = accelerate(copy.deepcopy(model), **options) if fast is None else fast
+    return _compare(copy.deepcopy(model), fast, image, image_gradient, seed, inference)
 
 
 def compare_each(
@@ -180,7 +182,7 @@ def compare_each(
     stock, fast = copy.deepcopy(model), accelerate(copy.deepcopy(model), **options)
     for change in changes:
         change()
-        fast._runner.programs = Programs()
+        plan_again(fast)
         yield _compare(stock, fast, image, inference=inference)
 
 
@@ -215,3 +217,36 @@ def assert_exact(model: nn.Module, image: Tensor, *, limit: float = LIMIT, **opt
     found = compare(model, image, **options)
     wrong = sorted(((e, n) for n, e in found.items() if not e <= limit), reverse=True)
     assert not wrong, "; ".join(f"{name}: {error:.1e}" for error, name in wrong[:8])
+
+
+def assert_each_exact(model: nn.Module, cases: Iterable[tuple[Tensor, Any]], **options: Any) -> None:
+    """`assert_exact` for images in tiles, (image, tile) for each case, by one accelerated network.
+
+    It is recorded for the first image, and in each mode once more for all further sizes: for batches of one image apart
+    from others. Each case begins with the model's state. Inference is compared for images that are not of the first
+    shape, and for the last: of the first shape it would be a recording more.
+    """
+    cases = list(cases)
+    fast = accelerate(copy.deepcopy(model), **{name: options.pop(name) for name in ("halos",) if name in options})
+    for number, (image, tile) in enumerate(cases):
+        fast.tile = tile if isinstance(tile, tuple) else (tile, tile)
+        take_state(fast, model)
+        inference = image.shape != cases[0][0].shape or number == len(cases) - 1
+        try:
+            assert_exact(model, image, fast=fast, **{"inference": inference, **options})
+        except AssertionError as error:
+            error.add_note(f"image {tuple(image.shape)}, tile {tile}")
+            raise
+
+
+def take_state(fast: nn.Module, model: nn.Module) -> None:
+    """Copy parameters and buffers, also those that no `state_dict` has."""
+    with torch.no_grad():
+        for tensors in (nn.Module.parameters, nn.Module.buffers):
+            for kept, first in zip(tensors(fast), tensors(model), strict=True):
+                kept.copy_(first)
+
+
+def plan_again(fast: Accelerated) -> None:
+    """Forget the plans, but not what was recorded."""
+    fast._runner.programs = Programs()

@@ -41,12 +41,12 @@ class Net(nn.Module):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(2, 4, 7, 2, 3, bias=False), norm(4)
         self.pool = nn.MaxPool2d(3, 2, 1)
-        self.blocks = nn.Sequential(Residual(4, 6, norm, excite), Residual(6, 8, norm, excite))
+        self.block = Residual(4, 6, norm, excite)
         self.pooling = pooling or nn.AdaptiveAvgPool2d(1)
-        self.last = nn.Linear(8, 3)
+        self.last = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.pool(self.norm(self.stem(x)).relu()))
+        x = self.block(self.pool(self.norm(self.stem(x)).relu()))
         return self.last(self.pooling(x).flatten(1))
 
 

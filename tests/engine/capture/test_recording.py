@@ -72,9 +72,17 @@ def test_replay_is_the_forward(size):
         assert torch.equal(value, wanted)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "densenet121", "mobilenetv3_small_100"])
-def test_replay_of_networks(name):
-    model = randomize(pytest.importorskip("timm").create_model(name, pretrained=False)).eval()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {}),
+        ("convnext_atto", {"depths": (1, 1, 2, 1)}),
+        ("densenet121", {"block_config": (2, 3, 2, 2)}),
+        ("mobilenetv3_small_100", {}),
+    ],
+)
+def test_replay_of_networks(name, options):
+    model = randomize(pytest.importorskip("timm").create_model(name, pretrained=False, **options)).eval()
     image = torch.randn(1, 3, 64, 96)
     program = capture(model, tuple(image.shape), image.dtype, "cpu")
     assert program.single

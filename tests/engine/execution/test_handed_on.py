@@ -100,7 +100,7 @@ def compare(
     ours = accelerate(tiled, tile=16)
     with recordings(lambda: call) as recorded:
         for call in range(calls):
-            x, results = torch.rand(1, 1, 40, 36, dtype=torch.float64), []
+            x, results = torch.rand(1, 1, 24, 20, dtype=torch.float64), []
             x = known.setdefault(images[call] if images else str(call), x)
             for each, run in ((stock, stock), (tiled, ours)):
                 change.get(call, lambda _net: None)(each)
@@ -121,7 +121,7 @@ def assert_refused(net: nn.Module, match: str = "cannot be recorded") -> None:
     """A call is refused, and the network is as it was before."""
     before = dict(vars(net))
     with pytest.raises(UnsupportedError, match=match):
-        accelerate(net.double(), tile=16)(torch.rand(1, 1, 40, 36, dtype=torch.float64))
+        accelerate(net.double(), tile=16)(torch.rand(1, 1, 24, 20, dtype=torch.float64))
     assert vars(net) == before
 
 
@@ -175,7 +175,7 @@ def test_what_a_call_returns_of_the_last() -> None:
     net.kept = [torch.zeros(1)]
     stock, ours = copy.deepcopy(net), accelerate(net, tile=16)
     for _ in range(3):
-        x = torch.rand(1, 1, 40, 36)
+        x = torch.rand(1, 1, 24, 20)
         torch.testing.assert_close(ours(x), stock(x))
 
 
@@ -201,7 +201,7 @@ class Asking(Network):
     def __init__(self) -> None:
         super().__init__()
         self.other = torch.zeros(1)
-        self.register_buffer("buffer", torch.ones(1, 3, 38, 34))
+        self.register_buffer("buffer", torch.ones(1, 3, 22, 18))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
@@ -378,7 +378,7 @@ def test_maps_inside_of_containers_go_with_the_next_call(handed: bool) -> None:
     net.kept = {"maps": [torch.zeros(1)]}
     ours, maps = accelerate(net, tile=16), []
     for number in range(6):
-        ours(torch.rand(1, 1, 40 + 2 * (number % 2), 36)).sum().backward()
+        ours(torch.rand(1, 1, 24 + 2 * (number % 2), 20)).sum().backward()
         net.kept["maps"][0].detach_()
         maps.append(weakref.ref(net.kept["maps"][0]))
     gc.collect()
@@ -439,12 +439,12 @@ def test_what_stands_in_several_places_is_one_object(keep: Callable[[Any, Tensor
     net = Sharing()
     stock, ours = copy.deepcopy(net), accelerate(net, tile=16)
     for _ in range(4):
-        x = torch.rand(1, 1, 40, 36)
+        x = torch.rand(1, 1, 24, 20)
         expected, got = stock(x), ours(x)
         torch.testing.assert_close(got[0], expected[0])
         assert same_ones(net, got[1]) == same_ones(stock, expected[1])
     (last, *_) = (part for part in objects((net.kept, net.before)))
-    ours(torch.rand(1, 1, 40, 36))
+    ours(torch.rand(1, 1, 24, 20))
     assert (net.kept is last) == (keep is _of_list)
 
 
@@ -642,7 +642,7 @@ def test_functions_share_the_variable_that_one_of_them_sets(setter_first: bool) 
 
     net = accelerate(Counting(), tile=16)
     for _ in range(3):
-        _, *functions = net(torch.rand(1, 1, 40, 36))
+        _, *functions = net(torch.rand(1, 1, 24, 20))
         up, get = functions if setter_first else functions[::-1]
         up()
         assert get() == 2
@@ -711,7 +711,7 @@ def test_an_image_that_the_network_has_from_its_user() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.end(self.first(x * self.kept), 2.0 if x is self.kept else 1.0)
 
-    image = torch.rand(1, 1, 40, 36, dtype=torch.float64)
+    image = torch.rand(1, 1, 24, 20, dtype=torch.float64)
     stock = Compares().double()
     net = copy.deepcopy(stock)
     stock.kept = net.kept = image
@@ -735,7 +735,7 @@ def test_tensors_of_inference_mode_stay_themselves() -> None:
             self.kept = [*(self.kept or []), y.mean().detach()]
             return y + sum(self.kept)
 
-    net, x = Remembers(), torch.rand(1, 1, 40, 36)
+    net, x = Remembers(), torch.rand(1, 1, 24, 20)
     ours = accelerate(net, tile=16)
     with torch.inference_mode():
         ours(x)
@@ -766,7 +766,7 @@ def test_a_tensor_that_is_given_may_be_of_the_networks_own_state(order: str) -> 
     stock = OwnState().double()
     ours = accelerate(copy.deepcopy(stock), tile=16)
     for name in order.split():
-        x, results = torch.rand(1, 1, 40, 36, dtype=torch.float64), []
+        x, results = torch.rand(1, 1, 24, 20, dtype=torch.float64), []
         for net in (ours, stock):
             net.zero_grad()
             y = net(x, getattr(net, name, torch.ones(2, dtype=torch.float64)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import assert_exact, assert_near_under_autocast, errors, randomize, step
+from exactness import assert_each_exact, assert_exact, assert_near_under_autocast, errors, randomize, step
 from hypothesis import HealthCheck, assume, given, settings
 from random_net import Program, examples, programs
 from torch import Tensor, nn
@@ -142,30 +142,29 @@ def test_random_networks(fused_with_stock_ops: None, program: Program) -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "tile"),
+    ("act", "tiles"),
     [
-        *((act, 24) for act in (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)),
-        *((act, tile) for act in (nn.ReLU, nn.GELU) for tile in (16, 200)),
+        *((act, [24]) for act in (nn.ReLU6, nn.SiLU, nn.Hardswish)),
+        *((act, [16, 200, 24]) for act in (nn.ReLU, nn.GELU)),
     ],
 )
-def test_blocks(fused_with_stock_ops: None, act: type[nn.Module], tile: int) -> None:
-    assert_exact(build(act), image(75, 58), tile=(tile, tile), inference=tile == 24)
+def test_blocks(fused_with_stock_ops: None, act: type[nn.Module], tiles: list[int]) -> None:
+    assert_each_exact(build(act), [(image(75, 58), tile) for tile in tiles])
 
 
-@pytest.mark.parametrize(
-    ("size", "tile"), [((75, 58), 24), ((75, 58), 200), ((33, 64), 8), ((33, 64), 24), ((7, 5), 8), ((7, 5), 200)]
-)
+@pytest.mark.parametrize(("size", "tiles"), [((75, 58), (24, 200)), ((33, 64), (8, 24)), ((7, 5), (8, 200))])
 def test_blocks_without_a_gradient_of_the_image(
-    fused_with_stock_ops: None, size: tuple[int, int], tile: int
+    fused_with_stock_ops: None, size: tuple[int, int], tiles: tuple[int, ...]
 ) -> None:  # with the fused stem
-    assert_like_stock(build(), image(*size), tile)
+    assert_like_stock(build(), image(*size), *tiles)
 
 
-@pytest.mark.parametrize("tile", [8, 24, 200])
-def test_inference(fused_with_stock_ops: None, tile: int) -> None:
+def test_inference(fused_with_stock_ops: None) -> None:
     model, x = build(), image(75, 58)
+    fast = accelerate(model)
     with torch.no_grad():
-        torch.testing.assert_close(accelerate(model, tile=tile)(x), model(x), rtol=1e-12, atol=1e-13)
+        for fast.tile in ((8, 8), (24, 24), (200, 200)):
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-12, atol=1e-13)
 
 
 def test_inference_of_a_pair_that_adds_its_own_input(fused_with_stock_ops: None) -> None:
@@ -185,18 +184,20 @@ def test_inference_of_a_pair_that_adds_its_own_input(fused_with_stock_ops: None)
         torch.testing.assert_close(accelerate(model, tile=24)(x), model(x), rtol=1e-12, atol=1e-13)
 
 
-def assert_like_stock(model: nn.Module, x: Tensor, tile: int) -> None:
+def assert_like_stock(model: nn.Module, x: Tensor, *tiles: int) -> None:
     """Outputs and parameter gradients; the image wants none."""
-    expected, got = step(model, x, image_gradient=False), step(accelerate(model, tile=tile), x, image_gradient=False)
-    torch.testing.assert_close(got.outputs, expected.outputs, rtol=1e-12, atol=1e-13)
-    wrong = {name: error for name, error in errors(expected.gradients, got.gradients).items() if error > 1e-12}
-    assert not wrong
+    expected, fast = step(model, x, image_gradient=False), accelerate(model)
+    for tile in tiles:
+        fast.tile = (tile, tile)
+        got = step(fast, x, image_gradient=False)
+        torch.testing.assert_close(got.outputs, expected.outputs, rtol=1e-12, atol=1e-13)
+        wrong = {name: error for name, error in errors(expected.gradients, got.gradients).items() if error > 1e-12}
+        assert not wrong, tile
 
 
 @pytest.mark.parametrize("size", [(75, 58), (64, 64)])
-@pytest.mark.parametrize("tile", [12, 24, 200])
-def test_convnext(fused_with_stock_ops: None, size: tuple[int, int], tile: int) -> None:
-    assert_exact(build_convnext(), image(*size), tile=(tile, tile))
+def test_convnext(fused_with_stock_ops: None, size: tuple[int, int]) -> None:
+    assert_each_exact(build_convnext(), [(image(*size), tile) for tile in (12, 24, 200)])
 
 
 def test_convnext_with_triton_kernels(triton_kernels: None) -> None:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
 import torch
-from exactness import FLOOR, assert_exact, assert_near_under_autocast, errors, randomize, step
+from exactness import (
+    FLOOR,
+    assert_each_exact,
+    assert_exact,
+    assert_near_under_autocast,
+    errors,
+    plan_again,
+    randomize,
+    step,
+    take_state,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,33 +107,40 @@ def stages(net: nn.Module) -> list[ProgramStage]:
     return prepared.staged.stages  # pyright: ignore
 
 
+ONE, TWO = (1, 1, 75, 58), (2, 1, 64, 64)
+
+
 @pytest.mark.parametrize(
-    ("act", "shape", "tile"),
+    ("act", "cases"),
     [
-        *((act, (1, 1, 75, 58), 16) for act in (nn.ReLU, nn.ReLU6, nn.SiLU)),
-        (nn.ReLU, (2, 1, 64, 64), 16),
-        (nn.SiLU, (2, 1, 64, 64), 200),
-        (nn.ReLU, (1, 1, 75, 58), 200),
+        (nn.ReLU, [(ONE, 16), (ONE, 200), (TWO, 16)]),
+        (nn.SiLU, [(ONE, 16), (TWO, 200)]),
+        (nn.ReLU6, [(ONE, 16)]),
     ],
-    ids=str,
+    ids=["ReLU", "SiLU", "ReLU6"],
 )
-def test_equals_stock(fused_with_stock_ops: None, act: type[nn.Module], shape: tuple[int, ...], tile: int) -> None:
-    assert_exact(build(act), image(*shape), tile=(tile, tile))
+def test_equals_stock(
+    fused_with_stock_ops: None, act: type[nn.Module], cases: list[tuple[tuple[int, ...], int]]
+) -> None:
+    assert_each_exact(build(act), [(image(*shape), tile) for shape, tile in cases])
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_strategies(fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_strategies(fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is stored, and whatever is computed again."""
-    taken: list[str] = []
+    model, taken = build(), []
+    fast = accelerate(copy.deepcopy(model), tile=24)
+    for number in range(8):
 
-    def one(*args):
-        found = list(strategies(*args))
-        taken.append(found[min(number, len(found) - 1)].name)
-        yield found[min(number, len(found) - 1)]
+        def one(*args, number=number):
+            found = list(strategies(*args))
+            taken.append(found[min(number, len(found) - 1)].name)
+            yield found[min(number, len(found) - 1)]
 
-    monkeypatch.setattr(PLAN, "strategies", one)
-    assert_exact(build(), image(1, 1, 56, 42), tile=(24, 24), inference=number == 0)  # which stores nothing
-    assert taken
+        monkeypatch.setattr(PLAN, "strategies", one)
+        plan_again(fast)
+        take_state(fast, model)
+        assert_exact(model, image(1, 1, 56, 42), fast=fast, inference=number == 0)  # which stores nothing
+    assert len(set(taken)) > 1
 
 
 def test_several_images_by_the_kernels_themselves() -> None:
@@ -140,9 +158,10 @@ def test_one_tile_has_the_whole_gradient(fused_with_stock_ops: None, monkeypatch
     complete = lambda *given: (calls.append("complete") if given[9] else None) or gradients(*given)  # noqa: E731
     monkeypatch.setattr(moments, "moments_backward", lambda *given: calls.append("moments") or backward(*given))
     monkeypatch.setattr(fused_norm, "normalize_act_gradients", complete)
-    for tile, expected in ((8, {"moments"}), (100, {"complete"})):
+    fast = accelerate(build())
+    for fast.tile, expected in (((8, 8), {"moments"}), ((100, 100), {"complete"})):
         calls.clear()
-        step(accelerate(build(), tile=tile), image(1, 1, 64, 64), image_gradient=False)
+        step(fast, image(1, 1, 64, 64), image_gradient=False)
         assert set(calls) == expected
 
 
@@ -166,9 +185,8 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize(("shape", "adds"), [((1, 1, 75, 58), 2), ((2, 1, 40, 50), 0)], ids=str)
-@pytest.mark.parametrize("tile", [24, 200])
 def test_gradients_of_means_are_added_where_they_are_read(
-    fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], adds: int, tile: int
+    fused_with_stock_ops: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], adds: int
 ) -> None:
     """In each tile, of one image: a kernel takes one number for each channel."""
     found: list[bool] = []
@@ -177,27 +195,30 @@ def test_gradients_of_means_are_added_where_they_are_read(
     monkeypatch.setattr(fused_norm, "normalize_act_gradients", noted)
     torch.manual_seed(0)
     model = randomize(Gated()).double().train()
-    assert_exact(model, image(*shape), tile=(tile, tile))
+    assert_each_exact(model, [(image(*shape), tile) for tile in (24, 200)])
     found.clear()
     step(accelerate(model, tile=200), image(*shape), image_gradient=False)
     assert sum(found) == adds
 
 
-@pytest.mark.parametrize("tile", [24, 100])
-def test_several_sizes(fused_with_stock_ops: None, tile: int) -> None:
+def test_several_sizes(fused_with_stock_ops: None) -> None:
     """Images side by side: the statistics are those of all of them, the tiles those of each."""
     model, images = build(), [image(1, 1, 64, 48), image(1, 1, 40, 72)]
-    outputs = torch.cat(list(accelerate(model, tile=tile)(images)))
-    outputs.square().sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    monkey = build()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "enabled", lambda device: False)
-        expected = torch.cat(list(accelerate(monkey, tile=24)(images)))
-        expected.square().sum().backward()
-    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
-    wrong = errors({name: p.grad for name, p in monkey.named_parameters()}, found)
-    assert max(wrong.values()) < 1e-11, wrong
+    fast, results = accelerate(copy.deepcopy(model)), []
+    for tile, enabled in ((24, False), (24, True), (100, True)):
+        fast.tile = (tile, tile)
+        take_state(fast, model)
+        fast.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "enabled", lambda device, enabled=enabled: enabled)
+            outputs = torch.cat(list(fast(images)))
+            outputs.square().sum().backward()
+        results.append((outputs, {name: p.grad for name, p in fast.named_parameters()}))
+    expected, *found = results
+    for outputs, gradients in found:
+        torch.testing.assert_close(outputs, expected[0], rtol=1e-12, atol=1e-12)
+        wrong = errors(expected[1], gradients)
+        assert max(wrong.values()) < 1e-11, wrong
 
 
 def test_with_triton_kernels() -> None:
@@ -213,18 +234,13 @@ def test_under_autocast(fused_with_stock_ops: None) -> None:
 class TestFusing:
     """Which ops become one."""
 
-    def test_norms_take_sums_and_activations(self, fused_with_stock_ops: None) -> None:
+    def test_norms_take_sums_and_activations_and_convolutions_of_a_pixel(self, fused_with_stock_ops: None) -> None:
         net = accelerate(build(), tile=32)
         net(image(1, 1, 64, 64))
         names = [local.op.name for stage in stages(net) for local in stage.locals]
         fused = {"fused_conv2d", "fused_normalize", "fused_norm_conv", "max_pool2d"}
         assert set(names) == {*fused, "avg_pool2d", "add", "relu"}
         assert names.count("add") == names.count("relu") == 1, "after the pooling"
-
-    def test_norms_take_the_convolution_of_a_pixel_behind_them(self, fused_with_stock_ops: None) -> None:
-        net = accelerate(build(), tile=32)
-        net(image(1, 1, 64, 64))
-        names = [local.op.name for stage in stages(net) for local in stage.locals]
         assert names.count("fused_norm_conv") == 2, "the padded one stays apart"
 
     def test_an_activation_behind_a_sum_that_does_not_show_its_slope_stays_apart(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from exactness import assert_exact, errors, randomize, step
+from exactness import assert_each_exact, assert_exact, errors, randomize, step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -92,9 +92,10 @@ def test_ends_of_blocks_are_gathered() -> None:
 
 
 @pytest.mark.usefixtures("order")
-@pytest.mark.parametrize(("act", "tile"), [(nn.ReLU, 16), (nn.ReLU, 200), (nn.ReLU6, 24), (nn.SiLU, 24)])
-def test_networks_are_exact(act: type[nn.Module], tile: int) -> None:
-    assert_exact(build(act), image(101, 86), tile=tile, inference=tile == 24)
+@pytest.mark.parametrize(("act", "tiles"), [(nn.ReLU, (16, 200)), (nn.ReLU6, (24,)), (nn.SiLU, (24,))])
+def test_networks_are_exact(act: type[nn.Module], tiles: tuple[int, ...]) -> None:
+    inference = {"inference": False} if act is nn.ReLU else {}
+    assert_each_exact(build(act), [(image(101, 86), tile) for tile in tiles], **inference)
 
 
 @settings(deadline=None, max_examples=5, derandomize=True, suppress_health_check=list(HealthCheck))

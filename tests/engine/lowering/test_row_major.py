@@ -121,6 +121,6 @@ def test_no_tile_is_replayed_at_another_place():
 def test_nextvit(mode):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = timm.create_model("nextvit_small", depths=(1, 2, 5, 2), num_classes=3, drop_path_rate=0.0)
+    model = timm.create_model("nextvit_small", depths=(1, 1, 5, 1), num_classes=3, drop_path_rate=0.0)
     x = torch.randn(2, 3, 75, 91, dtype=torch.float64)
-    assert_exact(randomize(model).double().train(mode == "train"), x, tile=32, inference=mode == "eval")
+    assert_exact(randomize(model).double().train(mode == "train"), x, tile=32, inference=False)

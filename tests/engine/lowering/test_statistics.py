@@ -8,14 +8,12 @@ import math
 import pytest
 import torch
 from around import Around, image
-from exactness import Step, assert_exact, buffers, errors, randomize, step, step_errors
+from exactness import Step, assert_exact, buffers, errors, randomize, step, step_errors, take_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gigamorph import UnsupportedError, accelerate
 from gigamorph.engine.capture.program import Op
-from gigamorph.engine.capture.recording import capture
-from gigamorph.engine.lowering.stages import lower
 
 
 @pytest.fixture(autouse=True)
@@ -143,16 +141,16 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name):
-    net = Around(FUNCTIONS[name]).double()
-    assert_exact(net, image(), tile=(5, 4))
-    assert not taken_whole(net, image())
+    assert_exact_by_tiles(Around(FUNCTIONS[name]).double(), image(), (5, 4))
 
 
-def taken_whole(model: nn.Module, x: Tensor) -> list[str]:
-    """Names of the ops that read a stored map in one piece."""
-    network = lower(capture(model, tuple(x.shape), x.dtype, "cpu"), "untiled")
-    stored = {v for stage in network.stages for v in stage.stored}
-    return [step.name for step in network.steps if isinstance(step, Op) and stored & set(step.inputs)]
+def assert_exact_by_tiles(model: nn.Module, x: Tensor, tile: tuple[int, int]) -> None:
+    """No op reads a stored map in one piece."""
+    fast = accelerate(copy.deepcopy(model), tile=tile)
+    assert_exact(model, x, fast=fast)
+    for prepared in fast._runner.programs:
+        stored = {v for stage in prepared.staged.stages for v in stage.stored}
+        assert not [s.name for s in prepared.staged.steps if isinstance(s, Op) and stored & set(s.inputs)]
 
 
 # -- modules --------------------------------------------------------------------------------------------------------
@@ -261,8 +259,7 @@ def test_modules(name, training):
     net = randomize(Around(MODULES[name]()).double()).train(training)
     if "weight per position" in name:
         nn.init.normal_(net.function.weight)
-    assert_exact(net, image(3, 2, 19, 14), tile=(6, 5))
-    assert not taken_whole(net, image(3, 2, 19, 14))
+    assert_exact_by_tiles(net, image(3, 2, 19, 14), (6, 5))
 
 
 class Shared(nn.Module):
@@ -316,14 +313,16 @@ def test_running_statistics_over_three_steps(norm):
 def test_low_precision(name, dtype):
     """Over five networks no further from float64 than stock PyTorch."""
     squares = {"stock": torch.zeros(2), "tiled": torch.zeros(2)}
+    tiled = accelerate(Around(MODULES[name]()), tile=8)
+    tiled.first.bias = None
     for seed in range(5):
         torch.manual_seed(seed)
         net = randomize(Around(MODULES[name]()).double(), seed)
         net.first.bias = None  # before a norm its gradient is zero but for rounding
         x = torch.randn(2, 2, 19, 14, dtype=torch.float64)
         truth = step(copy.deepcopy(net), x)
-        single = copy.deepcopy(net).float()
-        for what, network in (("stock", copy.deepcopy(single)), ("tiled", accelerate(single, tile=8))):
+        take_state(tiled, net)
+        for what, network in (("stock", net.float()), ("tiled", tiled)):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 got = step(network, x.float())
             for place, (mine, wanted) in enumerate(((got.outputs, truth.outputs), (_grads(got), _grads(truth)))):
@@ -373,8 +372,7 @@ class Positions(nn.Module):
 
 def test_position_embeddings_stream():
     net = Around(Positions(), channels=7).double()
-    assert_exact(net, image(), tile=(5, 4))
-    assert not taken_whole(net, image())
+    assert_exact_by_tiles(net, image(), (5, 4))
 
 
 class Attention(nn.Module):
@@ -433,8 +431,7 @@ def test_tokens_of_all_images_in_one_dimension():
     for function in (merged_tokens, windows, of_all_images, codebook):
         net = Around(function).double()
         for x in (image(), image(1, 2, 19, 14)):
-            assert_exact(net, x, tile=(5, 4))
-            assert not taken_whole(net, x)
+            assert_exact_by_tiles(net, x, (5, 4))
 
 
 def test_columns_of_windows():
@@ -443,8 +440,7 @@ def test_columns_of_windows():
         return y.relu().reshape(x.shape[0], 4, 9, 10, 7).mean(2)
 
     net = Around(columns).double()
-    assert_exact(net, image(), tile=(5, 4))
-    assert not taken_whole(net, image())
+    assert_exact_by_tiles(net, image(), (5, 4))
 
 
 def test_three_dimensional_kernels_one_deep():
@@ -459,8 +455,7 @@ def test_three_dimensional_kernels_one_deep():
             return y.mean(1).permute(0, 3, 1, 2)
 
     net = Around(Lambda()).double()
-    assert_exact(net, image(), tile=(5, 4))
-    assert not taken_whole(net, image())
+    assert_exact_by_tiles(net, image(), (5, 4))
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_what_onnx_runtime_cannot_run_is_told_in_one_line(tmp_path, monkeypatch)
     monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
     model = "lesionnet?stages=1"
     description = Description(model, Outputs.of("softmax", 2), Preprocessing(1), reference={"image": [1, 1, 64, 96]})
-    source = Source(tmp_path, create_model(model, 2, 1).eval(), description)
+    source = ExportSource(tmp_path, create_model(model, 2, 1).eval(), description)
     with pytest.raises(GigamorphError, match=r"ONNX Runtime cannot run .*: RuntimeError: Got .*; try --size"):
         export_onnx(source, tmp_path / "net.onnx")
     assert os.listdir(tmp_path) == []
