@@ -4,6 +4,7 @@ import pytest
 from commands import run
 
 
+@pytest.mark.usefixtures("forked_peers")
 def test_demo_in_small_writes_its_report_and_says_the_numbers(tmp_path, monkeypatch, capsys):
     from gigamorph.engine.mammography.demo import report
     from gigamorph.engine.mammography.demo import run as demo

@@ -16,6 +16,7 @@ from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.recipes.sized import Size, SizedSource
 from gigamorph.engine.models import create_model
+from gigamorph.engine.models.resnet import BasicBlock, ResNet
 
 
 def image(height, width, channels=1, seed=0) -> torch.Tensor:
@@ -78,8 +79,9 @@ def test_both_maps_are_those_of_stock_autograd(height, width, tile, channels, ou
     )
 
 
-def test_maps_of_resnet18_are_those_of_stock_autograd():
-    net = trained(lambda: create_model("resnet18", 2, 1))
+def test_maps_of_a_resnet_are_those_of_stock_autograd():
+    """Of a block whose other path has a convolution with a stride, and a norm."""
+    net = trained(lambda: ResNet(BasicBlock, (1, 0, 0, 1), 2, 1, width=8))
     source = open_pixels(image(135, 97))
     x = source.read(0, 135, 0, 97)[None].double().requires_grad_()
     kept = []
