@@ -43,8 +43,9 @@ from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage, freeze
 from gigamorph.engine.train.target import Target, batch_weights
 
+NET = "lesionnet?stages=2"
 SMALL = Config(
-    model="lesionnet",
+    model=NET,
     weights="random",
     channels=1,
     mean=(0.5,),
@@ -222,7 +223,7 @@ def test_ablation_of_one_command(whole):
         assert 0 <= metrics[arm]["auc"] <= 1 and "interval" in metrics[arm]
     assert metrics["difference"] < 1e-5
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    child = open_network("lesionnet", out / "morph" / "model.safetensors", 2, 1)
+    child = open_network(NET, out / "morph" / "model.safetensors", 2, 1)
     assert child.shrink == 2 and child.network(torch.zeros(1, 1, 32, 48)).shape == (1, 2)
 
 
@@ -257,9 +258,9 @@ def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, arm):
     source = first["image"]
     assert opened.classes == ["no", "yes"] and source.shape == ((1, 16, 20) if arm == "parent" else (1, 32, 40))
     state = torch.load(whole[0] / arm / "best.ckpt", weights_only=True)["state_dict"]
-    network = create_model("lesionnet", 2, 1)
+    network = create_model(NET, 2, 1)
     if arm == "morph":
-        network = open_network("lesionnet", whole[0] / arm / "model.safetensors", 2, 1).network
+        network = open_network(NET, whole[0] / arm / "model.safetensors", 2, 1).network
     network.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
     with torch.no_grad():
         want = network.eval()(source.read(0, source.shape[1], 0, source.shape[2])[None])
