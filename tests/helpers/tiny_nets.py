@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from gigamorph.engine.models.resnet import BasicBlock, ResNet
+
 
 def normed(num_classes: int = 2, in_channels: int = 1) -> nn.Sequential:
     """Two convolutions with strides, and a norm whose statistics training updates."""
@@ -33,3 +35,8 @@ def wide(num_classes: int = 1000, in_channels: int = 1) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(64, num_classes),
     )
+
+
+def resnet(num_classes: int = 2, in_channels: int = 1) -> ResNet:
+    """Two residual blocks, of which the second has a stride and a convolution beside it."""
+    return ResNet(BasicBlock, (1, 0, 0, 1), num_classes, in_channels, width=8)

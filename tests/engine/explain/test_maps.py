@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny_nets
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from gigamorph.engine.explain.maps import Explanation
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.mammography.recipes.sized import Size, SizedSource
 from gigamorph.engine.models import create_model
-from gigamorph.engine.models.resnet import BasicBlock, ResNet
 
 
 def image(height, width, channels=1, seed=0) -> torch.Tensor:
@@ -80,8 +80,7 @@ def test_both_maps_are_those_of_stock_autograd(height, width, tile, channels, ou
 
 
 def test_maps_of_a_resnet_are_those_of_stock_autograd():
-    """Of a block whose other path has a convolution with a stride, and a norm."""
-    net = trained(lambda: ResNet(BasicBlock, (1, 0, 0, 1), 2, 1, width=8))
+    net = trained(tiny_nets.resnet)
     source = open_pixels(image(135, 97))
     x = source.read(0, 135, 0, 97)[None].double().requires_grad_()
     kept = []

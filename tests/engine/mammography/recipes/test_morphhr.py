@@ -86,7 +86,7 @@ def whole(table, tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------------- the front
 
 
-@pytest.mark.parametrize("model", ["lesionnet", "resnet18?width=8"])
+@pytest.mark.parametrize("model", ["lesionnet", "tiny_nets:resnet"])
 def test_child_is_parent_on_shrunk_images_and_new_front_is_not(model):
     torch.manual_seed(0)
     parent = create_model(model, 2, 1).double().eval()
@@ -116,7 +116,7 @@ def test_widen_and_deepen_with_p_activations_keep_the_function():
     assert all(m.a.grad is not None and m.a.grad.abs().sum() > 0 for m in learnt)
 
 
-@pytest.mark.parametrize(("model", "stem"), [("lesionnet", "stem"), ("resnet18?width=8", "conv1")])
+@pytest.mark.parametrize(("model", "stem"), [("lesionnet", "stem"), ("tiny_nets:resnet", "conv1")])
 def test_deepening_as_by_netmorph_keeps_the_function_and_is_dense(model, stem):
     torch.manual_seed(0)
     parent = create_model(model, 2, 1).double().eval()
