@@ -43,7 +43,7 @@ from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage, freeze
 from gigamorph.engine.train.target import Target, batch_weights
 
-NET = "lesionnet?stages=2"
+NET = "lesionnet?stages=1"
 SMALL = Config(
     model=NET,
     weights="random",
