@@ -42,6 +42,8 @@ NOT_RUN = {
 }
 GPU = "needs a GPU"
 SMALLER = {
+    "plan --model resnet50": "plan --model resnet18",
+    "patients=12": "patients=6",
     "size 512x384": "size 256x192",
     "height=512, width=384": "height=256, width=192",
     "height=384, width=288": "height=256, width=192",
@@ -123,7 +125,7 @@ def test_a_command_is_understood(block: Block):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages take for given: a table, a file of it, a trained network."""
     made = tmp_path_factory.mktemp("docs")
-    table = write_phantoms(made, patients=12, height=160, width=128, seed=1)
+    table = write_phantoms(made, patients=6, height=160, width=128, seed=1)
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     with (made / "table.csv").open("w", newline="") as file:

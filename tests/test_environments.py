@@ -33,7 +33,7 @@ net, x = create_model("lesionnet"), torch.rand(1, 1, 96, 80)
 torch.testing.assert_close(accelerate(net, tile=32)(x), net(x))
 assert _run(["doctor"]) == 0
 assert _run("data phantom --patients 6 --size 128x96 --workers 1 --out".split() + ["my images"]) == 0
-options = "--model lesionnet --mean 0.3 --std 0.1 --epochs 1 --memory-budget 64MiB --quiet --out"
+options = "--model lesionnet?stages=1 --mean 0.3 --std 0.1 --epochs 1 --memory-budget 64MiB --quiet --out"
 assert _run(["train", "my images/phantoms.csv", *options.split(), "my run"]) == 0
 assert _run(["predict", "my run/best.ckpt", "my images/phantoms.csv", "--out", "my predictions"]) == 0
 """

@@ -4,12 +4,15 @@ import asyncio
 import importlib
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from forked import Forked, with_forked_devices
 
 import gigamorph
 
@@ -94,5 +97,13 @@ def test_ray_serve_answers_what_load_predicts(tmp_path):
 
 
 def test_two_devices_give_the_gradient_of_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]))
-    assert example("two_devices")(tmp_path) < 1e-10
+    main = example("two_devices")
+    if torch.cuda.is_available():
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]))
+        assert main(tmp_path) < 1e-10
+        return
+    step = sys.modules["two_devices"].step
+    assert pickle.loads(pickle.dumps(step)) is step  # as processes that are begun anew get it; here they are forked
+    process = Forked(with_forked_devices, str(FOLDER), "two_devices", str(tmp_path))
+    assert process.wait() == 0, process.error
+    assert float(process.output.split()[-1]) < 1e-10

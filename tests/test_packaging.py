@@ -85,7 +85,7 @@ from gigamorph.cli.main import _run
 from gigamorph.engine.mammography.phantom import write_phantoms
 
 table = write_phantoms("study", patients=6, height=128, width=96)
-options = "--model lesionnet --mean 0.3 --std 0.1 --epochs 1 --memory-budget 64MiB --quiet --out run"
+options = "--model lesionnet?stages=1 --mean 0.3 --std 0.1 --epochs 1 --memory-budget 64MiB --quiet --out run"
 assert _run(["train", str(table), *options.split()]) == 0
 assert _run(["predict", "run/best.ckpt", str(table), "--out", "predicted"]) == 0
 assert _run(["eval", "predicted", "--split", "all", "--resamples", "5", "--out", "measured"]) == 0

@@ -4,13 +4,15 @@ import pytest
 from commands import run
 
 
+@pytest.mark.usefixtures("forked_peers")
 def test_demo_in_small_writes_its_report_and_says_the_numbers(tmp_path, monkeypatch, capsys):
     from gigamorph.engine.mammography.demo import report
     from gigamorph.engine.mammography.demo import run as demo
 
     for module in (demo, report):
-        monkeypatch.setattr(module, "HEIGHT", 384)
-        monkeypatch.setattr(module, "WIDTH", 288)
+        monkeypatch.setattr(module, "HEIGHT", 256)
+        monkeypatch.setattr(module, "WIDTH", 192)
+    monkeypatch.setattr(demo, "_MODEL", "lesionnet?stages=2")
     monkeypatch.setattr(demo, "PATIENTS", {"train": 4, "val": 2, "test": 4})
     assert run("demo", "--out", tmp_path / "demo") == 0
     out = capsys.readouterr().out

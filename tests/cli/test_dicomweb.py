@@ -27,7 +27,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(files, tmp_path_factory):
     out, [table] = tmp_path_factory.mktemp("t") / "run", files[0].parents[1].glob("*.csv")
-    options = ("--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1")
+    options = ("--model", "lesionnet?stages=1", "--mean", "0.3", "--std", "0.1", "--epochs", "1")
     assert run("train", table, "--out", out, *options) == 0
     return out / "best.ckpt"
 

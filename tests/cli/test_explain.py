@@ -31,14 +31,28 @@ def table(tmp_path_factory):
 def checkpoint(table, tmp_path_factory):
     out = tmp_path_factory.mktemp("t") / "run"
     assert (
-        run("train", table, "--out", out, "--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1") == 0
+        run(
+            "train",
+            table,
+            "--out",
+            out,
+            "--model",
+            "lesionnet?stages=1",
+            "--mean",
+            "0.3",
+            "--std",
+            "0.1",
+            "--epochs",
+            "1",
+        )
+        == 0
     )
     return out / "best.ckpt"
 
 
 def stock_gradient(checkpoint, path):
     """Of the log-odds of the second class, in the file's geometry."""
-    net = create_model("lesionnet", weights=checkpoint).eval()
+    net = create_model("lesionnet?stages=1", weights=checkpoint).eval()
     source = open_pixels(path, normalize=Normalize((0.3,), (0.1,)))
     _, height, width = source.shape
     x = source.read(0, height, 0, width)[None].requires_grad_()
@@ -79,7 +93,7 @@ def test_marks_lead_to_a_free_response_roc(table, checkpoint, tmp_path, capsys):
     assert marks and {mark["class"] for mark in marks} == {"1"}
     assert all(0 <= float(m["row"]) < 160 and 0 <= float(m["column"]) < 128 for m in marks)
     path = sorted((table.parent / "images").iterdir())[0]
-    net = accelerate(create_model("lesionnet", weights=checkpoint), tile=64).eval()
+    net = accelerate(create_model("lesionnet?stages=1", weights=checkpoint), tile=64).eval()
     image = open_pixels(path, normalize=Normalize((0.3,), (0.1,)))
     evidence = net.evidence(image, output=1) - net.evidence(image, output=0)
     own = [float(mark["score"]) for mark in marks if mark["image_path"] == str(path)]

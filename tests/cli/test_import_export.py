@@ -28,16 +28,17 @@ from gigamorph.engine.published.importing import Wishes, import_ensemble, import
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn", "untiled_imports")
+NET = "lesionnet?stages=1"
 GREY = {"mean": (0.3,), "std": (0.1,)}
 
 
-def make(folder, outputs, seed=0, **wishes):
+def make(folder, outputs, seed=0, net=NET, **wishes):
     torch.manual_seed(seed)
-    network = create_model("lesionnet", outputs, 1)
+    network = create_model(net, outputs, 1)
     nn.init.normal_(network.fc.weight, std=0.5)
     path = folder.with_suffix(".pt")
     torch.save({"state_dict": network.state_dict()}, path)
-    import_network("lesionnet", folder, Wishes(str(path), size=(72, 64), preprocessing=GREY, **wishes), str)
+    import_network(net, folder, Wishes(str(path), size=(72, 64), preprocessing=GREY, **wishes), str)
     return network.eval()
 
 
@@ -98,17 +99,18 @@ def test_an_ensemble_with_mirror_images_is_the_mean_of_probabilities(tmp_path, p
 
 
 def test_fine_tuning_starts_there_and_freezes_and_has_rates_of_its_own(tmp_path, phantoms, capsys):
-    network = make(tmp_path / "net", 2)
+    deeper = "lesionnet?stages=2"
+    network = make(tmp_path / "net", 2, net=deeper)
     command = ["train", phantoms, "--init", tmp_path / "net", "--epochs", 1, "--accumulate", 4, "--seed", 3]
     options = ["--freeze", "stem", "--freeze", "stages.0.0", "--lr", 1e-5, "--lr-of", "fc=1e-2"]
     assert run(*command, *options, "--out", tmp_path / "run") == 0
     stored = load_checkpoint(tmp_path / "run" / "last.ckpt")
     record, before = stored["gigamorph"], network.state_dict()
-    assert record["options"]["model"] == "lesionnet" and record["preprocessing"]["normalize"]["mean"] == [0.3]
+    assert record["options"]["model"] == deeper and record["preprocessing"]["normalize"]["mean"] == [0.3]
     moved = {n.removeprefix("net."): float((v - before[n.removeprefix("net.")]).abs().max())
              for n, v in stored["state_dict"].items()}  # fmt: skip
     assert all(moved[name] == 0 for name in moved if name.startswith(("stem.", "stages.0.0.")))
-    assert 1e-3 < moved["fc.weight"] < 0.1 and 0 < moved["stages.1.0.weight"] < 1e-3
+    assert 1e-3 < moved["fc.weight"] < 0.1 and 0 < moved["stages.0.2.conv2.weight"] < 1e-3
     shutil.rmtree(tmp_path / "net")  # a checkpoint is whole without it
     image, checkpoint = sorted((phantoms.parent / "images").iterdir())[0], tmp_path / "run" / "best.ckpt"
     assert run("predict", checkpoint, image, "--out", tmp_path / "out") == 0
@@ -133,7 +135,7 @@ def test_flips_average_over_mirror_images_and_belong_to_the_run(tmp_path, phanto
         make(tmp_path / "net", 2)
         model = tmp_path / "net"
     else:
-        command = ["train", phantoms, "--model", "lesionnet", "--epochs", 1, "--accumulate", 4]
+        command = ["train", phantoms, "--model", NET, "--epochs", 1, "--accumulate", 4]
         assert run(*command, "--out", tmp_path / "run") == 0
         model = tmp_path / "run" / "best.ckpt"
     plain = load(model)
@@ -197,7 +199,7 @@ def test_overwrite_takes_away_what_a_run_of_the_command_wrote_and_nothing_else(t
 
 def test_an_ensemble_of_folds_knows_what_its_networks_have_learnt_from(tmp_path, phantoms, capsys):
     """Each image that is not of the test split was one of training in one of two folds, whatever the table says."""
-    command = ["train", phantoms, "--model", "lesionnet", "--epochs", 1, "--accumulate", 4, "--folds", 2]
+    command = ["train", phantoms, "--model", NET, "--epochs", 1, "--accumulate", 4, "--folds", 2]
     assert run(*command, "--mean", "auto", "--std", "auto", "--out", tmp_path / "folds") == 0
     capsys.readouterr()
     for n in (1, 2):
@@ -249,14 +251,13 @@ def test_a_network_grown_from_a_folder_learns_on_the_folders_images(tmp_path, ph
     short = ["--epochs", 1, "--accumulate", 4, "--lr", 1e-12, "--out", "run"]
     assert run("train", phantoms, "--model", "net", "--init", "wide.safetensors", *short) == 0
     record = load_checkpoint(Path("run") / "last.ckpt")["gigamorph"]
-    assert record["options"]["model"] == "lesionnet" and record["preprocessing"]["normalize"]["mean"] == [0.3]
+    assert record["options"]["model"] == NET and record["preprocessing"]["normalize"]["mean"] == [0.3]
     shutil.rmtree("net")
     image = sorted((phantoms.parent / "images").iterdir())[0]
     assert run("predict", Path("run") / "best.ckpt", image, "--out", "out") == 0
     capsys.readouterr()
 
 
-@pytest.mark.usefixtures("forked_peers")
 @pytest.mark.usefixtures("forked_peers")
 def test_a_step_of_a_folder_is_measured(tmp_path, capsys):
     make(tmp_path / "net", 2)
@@ -285,7 +286,7 @@ def test_init_and_freeze_refuse_what_cannot_be(tmp_path, phantoms, capsys):
 
 def test_one_sigmoid_begins_as_two_classes_with_the_same_probabilities(tmp_path):
     network = make(tmp_path / "net", 1)
-    started = create_model("lesionnet", 2, 1).eval()
+    started = create_model(NET, 2, 1).eval()
     assert load_weights(started, tmp_path / "net") == []
     image = torch.randn(2, 1, 70, 60)
     with torch.no_grad():
@@ -379,8 +380,8 @@ def test_the_views_of_an_exam_are_explained_together(tmp_path, phantoms, capsys)
 
 def test_full_disk_leaves_nothing_of_an_import_or_export(tmp_path):
     torch.save(create_model("lesionnet", 2, 1).state_dict(), tmp_path / "w.pt")
-    torch.save(create_model("resnet18", 2, 1).state_dict(), tmp_path / "r.pt")
-    import_network("resnet18", tmp_path / "net", Wishes(str(tmp_path / "r.pt"), size=(72, 64)), str)
+    torch.save(create_model("timm:test_resnet", 2, 1).state_dict(), tmp_path / "r.pt")
+    import_network("timm:test_resnet", tmp_path / "net", Wishes(str(tmp_path / "r.pt"), size=(72, 64)), str)
     import_network("lesionnet", tmp_path / "small", Wishes(str(tmp_path / "w.pt"), size=(72, 64)), str)
     for number, command in enumerate(
         (

@@ -11,6 +11,7 @@ import time
 
 import pytest
 from commands import run
+from forked import Forked, own_imports
 
 import gigamorph
 from gigamorph.cli import entry
@@ -216,11 +217,9 @@ def test_an_error_about_a_long_value_stays_short(tmp_path, capsys):
 
 
 def test_training_and_prediction_import_neither_morphs_nor_the_application():
-    code = (
-        "import sys, gigamorph.cli.train, gigamorph.engine.train.fit, gigamorph.engine.predict.run\n"
-        "import gigamorph.engine.trained\n"
-        "names = ('gigamorph.engine.morph', 'gigamorph.engine.mammography')\n"
-        "print([name for name in sys.modules if name.startswith(names)])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    imported = ["cli.train", "engine.train.fit", "engine.predict.run", "engine.trained"]
+    process = Forked(own_imports, [f"gigamorph.{name}" for name in imported])
+    assert process.wait() == 0, process.error
+    found = process.output.split()
+    assert "gigamorph.engine.train.fit" in found
+    assert not [name for name in found if name.startswith(("gigamorph.engine.morph", "gigamorph.engine.mammography"))]

@@ -20,8 +20,8 @@ run = functools.partial(commands.run, "morph")
 
 
 def tiny(num_classes, in_channels):
-    """Five residual blocks: what a morph takes grows with the layers."""
-    return ResNet(BasicBlock, (2, 1, 1, 1), num_classes, in_channels, width=4)
+    """Two residual blocks: what a morph takes grows with the layers."""
+    return ResNet(BasicBlock, (1, 0, 0, 1), num_classes, in_channels, width=4)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "tiny_net.py").write_text(
         "from gigamorph.engine.models.resnet import BasicBlock, ResNet\n"
         "def tiny(num_classes, in_channels):\n"
-        "    return ResNet(BasicBlock, (2, 1, 1, 1), num_classes, in_channels, width=4)\n"
+        "    return ResNet(BasicBlock, (1, 0, 0, 1), num_classes, in_channels, width=4)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "tiny_net", raising=False)
@@ -103,8 +103,8 @@ def test_groups_get_wider(folder):
 @pytest.mark.parametrize(
     ("command", "more"),
     [
-        ("deepen", ["--at", "layer1.1", "--how", "pair"]),
-        ("deepen", ["--at", "layer2.0", "--how", "identity", "--act", "SiLU"]),
+        ("deepen", ["--at", "layer4.0", "--how", "pair"]),
+        ("deepen", ["--at", "layer4.0", "--how", "identity", "--act", "SiLU"]),
         ("kernel", ["--at", "conv1", "--kernel", 9]),
         ("kernel", ["--at", "layer1.0.conv1", "--at", "layer1.0.conv2", "--kernel", 5]),
         ("front", ["--factor", 3, "--mode", "fold"]),
@@ -115,11 +115,11 @@ def test_groups_get_wider(folder):
         ("head", ["--outputs", 4, "--kind", "softmax", "--at", "fc"]),
         ("head", ["--split", 1, "--into", 3, "--shares", "0.5,0.25,0.25"]),
         ("head", ["--outputs", 3, "--kind", "softmax", "--prior", 0.05]),
-        ("widen", ["--factor", "layer1.*=2", "--factor", "conv1=1.5", "--round-to", 4, "--ignore", "layer1.1"]),
+        ("widen", ["--factor", "layer1.*=2", "--factor", "conv1=1.5", "--round-to", 4, "--ignore", "layer1.0.conv1"]),
         ("widen", ["--factor", 1.5, "--noise", 0.1, "--no-train"]),
-        ("deepen", ["--at", "layer1.1", "--hidden", 3, "--kernel", "1x3"]),
-        ("deepen", ["--at", "layer1.1", "--how", "module", "--between", "pair"]),
-        ("deepen", ["--at", "layer1.1", "--how", "activation", "--act", "GELU"]),
+        ("deepen", ["--at", "layer4.0", "--hidden", 3, "--kernel", "1x3"]),
+        ("deepen", ["--at", "layer4.0", "--how", "module", "--between", "pair"]),
+        ("deepen", ["--at", "layer4.0", "--how", "activation", "--act", "GELU"]),
         ("decompose", ["--at", "layer1.0.conv1", "--kernels", "1,3", "--act", "ReLU"]),
         ("decompose", ["--at", "conv1", "--kernels", "3x1,5x7"]),
         ("split", ["--at", "layer1.0.conv1", "--seed", 3]),
@@ -357,7 +357,7 @@ def test_half_precision_files_stay_that(folder, capsys):
         ("widen", "a", "b", ["--factor", 2]),
         ("deepen", "b", "c", ["--at", "layer1.0"]),
         ("front", "c", "d", ["--factor", 2]),
-        ("kernel", "d", "e", ["--at", "layer2.0.conv1", "--kernel", 5]),
+        ("kernel", "d", "e", ["--at", "layer4.0.conv1", "--kernel", 5]),
         ("input", "e", "f", ["--to", "rgb"]),
         ("head", "f", "g", ["--outputs", 3]),
     ):

@@ -11,7 +11,8 @@ from gigamorph.cli.main import main
 
 run = functools.partial(commands.run, "plan")
 
-RESNET = ["--model", "resnet18", "--size", "2048x1536"]
+MODEL = "tiny_nets:wide"
+NET = ["--model", MODEL, "--size", "2048x1536"]
 
 
 @pytest.fixture
@@ -32,23 +33,23 @@ def test_plan_prints_tile_and_memory_of_the_step_that_training_takes(capsys):
     from gigamorph import accelerate
     from gigamorph.engine.models import create_model
 
-    assert run(*RESNET, "--batch-norm", "frozen", "--memory-budget", "1GiB") == 0
+    assert run(*NET, "--batch-norm", "frozen", "--memory-budget", "1GiB") == 0
     out, err = capsys.readouterr()
-    net = accelerate(create_model("resnet18"), memory_budget="1GiB", batch_norm="frozen")
+    net = accelerate(create_model(MODEL), memory_budget="1GiB", batch_norm="frozen")
     with torch.enable_grad():
         assert out.startswith(str(net.plan_for((1, 1, 2048, 1536))))
-    assert re.search(r"stock PyTorch +\S+ GiB of tensors alone \(\S+ times this\)", out) and err == ""
+    assert re.search(r"stock PyTorch +\S+ MiB of tensors alone \(\S+ times this\)", out) and err == ""
 
 
 def test_live_batch_norm_takes_several_stages(capsys):
-    assert run(*RESNET, "--memory-budget", "1GiB") == 0
+    assert run(*NET, "--memory-budget", "1GiB") == 0
     out, err = capsys.readouterr()
     assert "training, two passes" in out and "stages" in out and not err
 
 
 def test_inference_takes_less_and_needs_no_frozen_statistics(capsys):
     def peak(budget, *more):
-        assert run(*RESNET, "--memory-budget", f"{budget}MiB", *more) == 0
+        assert run(*NET, "--memory-budget", f"{budget}MiB", *more) == 0
         out, err = capsys.readouterr()
         return float(re.search(r"predicted peak +([\d.]+) MiB", out)[1]), err
 
@@ -59,7 +60,7 @@ def test_inference_takes_less_and_needs_no_frozen_statistics(capsys):
 
 def test_mixed_precision_halves_a_tile(capsys):
     def tile(precision):
-        assert run(*RESNET, "--batch-norm", "frozen", "--precision", precision) == 0
+        assert run(*NET, "--batch-norm", "frozen", "--precision", precision) == 0
         return float(re.search(r"one tile +([\d.]+) MiB", capsys.readouterr().out)[1])
 
     assert tile("bf16") < 0.75 * tile("fp32")
@@ -136,10 +137,10 @@ def test_five_budgets_and_their_least_times(table, named_rates, capsys):
     from gigamorph.engine.bench.results import BenchTask
     from gigamorph.engine.bench.roofline import count
 
-    assert run("--model", "resnet18", "--size", "2048x1536", "--views", "2", "--batch-norm", "frozen") == 0
+    assert run("--model", MODEL, "--size", "2048x1536", "--views", "2", "--batch-norm", "frozen") == 0
     out = capsys.readouterr().out
     assert out.startswith("image           2 x 1 x 2048 x 1536 (6.3 Mpx)") and "every cut" not in out
-    net = accelerate(create_model("resnet18"), batch_norm="frozen")
+    net = accelerate(create_model(MODEL), batch_norm="frozen")
     whole = plan(net, (2, 1, 2048, 1536))
     row = next(line for line in out.splitlines() if line.startswith("1/2 of it"))
     half = plan(net, (2, 1, 2048, 1536), whole.stock_bytes // 2)
@@ -156,7 +157,7 @@ def test_five_budgets_and_their_least_times(table, named_rates, capsys):
 
 @pytest.mark.parametrize("more", [[], ["--batch-norm", "frozen", "--precision", "bf16"], ["--inference"]])
 def test_which_gpu_of_those_that_are_not_here(more, table, capsys):
-    assert run("--model", "resnet18", "--size", "1024x1024", "--views", "4", "--device", "cuda", *more) == 0
+    assert run("--model", MODEL, "--size", "1024x1024", "--views", "4", "--device", "cuda", *more) == 0
     out = capsys.readouterr().out
     (answer,) = (line for line in out.splitlines() if line.startswith("smallest sufficient budget"))
     assert re.fullmatch(r".*: T4, 16 GB \(peak [\d.]+ [MG]iB, at best [\d.]+ s a step\)", answer)
@@ -164,18 +165,18 @@ def test_which_gpu_of_those_that_are_not_here(more, table, capsys):
 
 
 def test_a_gpu_s_memory_is_the_budget(capsys):
-    assert run(*RESNET, "--device", "cuda:1GiB", "--batch-norm", "frozen") == 0
+    assert run(*NET, "--device", "cuda:1GiB", "--batch-norm", "frozen") == 0
     assert re.search(r"budget +819 MiB \(fits\)", capsys.readouterr().out)
 
 
 def test_a_budget_above_the_gpu_s_memory_is_refused(capsys):
-    assert run(*RESNET, "--device", "cuda:1GiB", "--memory-budget", "2GiB") == 2
+    assert run(*NET, "--device", "cuda:1GiB", "--memory-budget", "2GiB") == 2
     assert "--memory-budget exceeds the memory of --device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:1", "cuda:lots", "cpu:4GiB", "cuda:0GiB"])
 def test_devices_that_are_none(device, capsys):
-    assert run(*RESNET, "--device", device) == 2
+    assert run(*NET, "--device", device) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -188,7 +189,7 @@ def test_what_the_network_refuses_is_one_line(capsys):
 
 
 def test_plan_of_a_budget_below_every_tile_fails_in_one_line(capsys):
-    assert run(*RESNET, "--batch-norm", "frozen", "--memory-budget", "20MB") == 2
+    assert run(*NET, "--batch-norm", "frozen", "--memory-budget", "1MB") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: no tile fits") and "budget" in error and error.count("\n") == 1
 
@@ -209,7 +210,7 @@ def test_a_budget_that_is_none(capsys):
 
 
 def test_without_a_gpu_kernels_are_said_to_be_pytorch_s(capsys):
-    assert run(*RESNET, "--inference", "--kernels", "--device", "cpu") == 0
+    assert run(*NET, "--inference", "--kernels", "--device", "cpu") == 0
     assert "PyTorch's own ops run" in capsys.readouterr().out
 
 

@@ -25,17 +25,17 @@ def trained(tmp_path_factory) -> Path:
     """A folder whose name has letters that are not ASCII, with images, a checkpoint and predictions."""
     folder = tmp_path_factory.mktemp("aufnahmen") / "Brüste"
     table = write_phantoms(folder, patients=6, height=128, width=96, seed=1)
-    options = ["--model", "lesionnet", "--epochs", "1", "--accumulate", "4"]
+    options = ["--model", "lesionnet?stages=1", "--epochs", "1", "--accumulate", "4"]
     assert run("train", table, *options, "--out", folder / "run") == 0
     assert run("predict", folder / "run" / "best.ckpt", table, "--out", folder / "predictions") == 0
-    assert run("import", "lesionnet", "--weights", folder / "run" / "best.ckpt", "--out", folder / "net") == 0
+    assert run("import", "lesionnet?stages=1", "--weights", folder / "run" / "best.ckpt", "--out", folder / "net") == 0
     return folder
 
 
 def calls(folder: Path, out: Path) -> dict[str, tuple[list[object], str]]:
     """A quick call of each command, and a file that it writes; those without one only print, or refuse."""
     table, best, net = folder / "phantoms.csv", folder / "run" / "best.ckpt", folder / "net"
-    predictions = folder / "predictions"
+    predictions, [image, *_] = folder / "predictions", sorted((folder / "images").iterdir())
     return {
         "bench": (["bench", "step", "--model", net, *SIZE, "--peer", "stock", "--rounds", "1"], ""),
         "data": (["data", "index", folder / "images", "--out", out / "index.csv"], "index.csv"),
@@ -45,9 +45,9 @@ def calls(folder: Path, out: Path) -> dict[str, tuple[list[object], str]]:
             ["eval", predictions / "predictions.csv", "--split", "all", "--resamples", "20", "--out", out / "eval"],
             "eval/metrics.json",
         ),
-        "explain": (["explain", best, folder / "images", "--out", out / "maps"], "maps/marks.csv"),
+        "explain": (["explain", best, image, "--out", out / "maps"], "maps/marks.csv"),
         "export": (["export", best, "--to", "huggingface", "--out", out / "exported"], ""),
-        "import": (["import", "lesionnet", "--weights", best, "--out", out / "net"], "net/model.json"),
+        "import": (["import", "lesionnet?stages=1", "--weights", best, "--out", out / "net"], "net/model.json"),
         "morph": (
             ["morph", "widen", "--model", net, "--factor", "1.5", "--out", out / "a.safetensors"],
             "a.safetensors",
@@ -56,7 +56,18 @@ def calls(folder: Path, out: Path) -> dict[str, tuple[list[object], str]]:
         "predict": (["predict", best, table, "--json", "--out", out / "predicted"], "predicted/predictions.csv"),
         "recipe": (["recipe", "list"], ""),
         "train": (
-            ["train", table, "--model", "lesionnet", "--epochs", "1", "--accumulate", "4", "--out", out / "run"],
+            [
+                "train",
+                table,
+                "--model",
+                "lesionnet?stages=1",
+                "--epochs",
+                "1",
+                "--accumulate",
+                "4",
+                "--out",
+                out / "run",
+            ],
             "run/best.ckpt",
         ),
         "view": (["view", predictions, "--static", "--out", out / "page"], "page/index.html"),

@@ -1,6 +1,7 @@
 """`gigamorph train` by configurations, folds, logs and looks at the images: what a file says and what is refused."""
 
 import csv
+import functools
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from gigamorph.engine.train.config import TrainConfig
 from gigamorph.engine.train.inputs import training_data
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
+FAST = ["--model", "lesionnet?stages=1", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
         "\ufeff"  # as editors of Windows begin a file
         + yaml.safe_dump(
             {
-                "model": "lesionnet",
+                "model": "lesionnet?stages=1",
                 "epochs": 7,
                 "memory_budget": "64MiB",
                 "average": 0.9,
@@ -161,7 +162,7 @@ def test_verbose_says_plan_kernels_and_what_learns_at_which_rates(phantoms, tmp_
     log = logging.getLogger("gigamorph")
     monkeypatch.setattr(log, "handlers", log.handlers)
     monkeypatch.setattr(log, "level", log.level)
-    given = [*FAST, "--freeze", "stem", "--lr-of", "fc=0.02", "--verbose", "--out", tmp_path / "run"]
+    given = [*FAST, "--freeze", "stem.bias", "--lr-of", "fc=0.02", "--verbose", "--out", tmp_path / "run"]
     assert run("train", phantoms, *given) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "plan of the largest image" in told and "one tile" in told and "kernels: " in told
@@ -513,8 +514,8 @@ def test_fine_tuning_from_files_and_from_timms_weights(phantoms, tmp_path, monke
     assert run("train", phantoms, "--init", "timm:nothing_at_all", "--out", tmp_path / "no") == 2
     assert "timm has no pretrained weights for it" in capsys.readouterr().err
     # What timm would fetch, made here: the trained network begins as it, its colours summed.
-    fetched = timm.create_model("resnet18", num_classes=1000)
-    make = timm.create_model
+    make = functools.partial(timm.create_model, layers=(1, 1, 1, 1))  # half of its blocks
+    fetched = make("resnet18", num_classes=1000)
     monkeypatch.setattr(
         timm, "create_model", lambda name, pretrained=False, **more: fetched if pretrained else make(name, **more)
     )

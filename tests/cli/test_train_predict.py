@@ -24,7 +24,7 @@ from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-FAST = ["--model", "lesionnet", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
+FAST = ["--model", "lesionnet?stages=1", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_predictions_are_those_of_the_stock_network(trained, phantoms, tmp_path)
     image = sorted((phantoms.parent / "images").iterdir())[3]
     assert run("predict", trained / "best.ckpt", image, "--out", tmp_path / "out") == 0
     source = open_pixels(image, normalize=Normalize((0.3,), (0.1,)))
-    model = create_model("lesionnet", weights=trained / "best.ckpt").eval()
+    model = create_model("lesionnet?stages=1", weights=trained / "best.ckpt").eval()
     with torch.no_grad():
         expected = model(source.read(0, 160, 0, 128)[None]).softmax(-1)[0, 1].item()
     [row] = rows(tmp_path / "out" / "predictions.csv")
@@ -295,12 +295,12 @@ def test_a_network_with_batch_norm_trains(phantoms, tmp_path, normed, more):
 
 
 def test_budget_too_small_for_any_tile(trained, phantoms, tmp_path, capsys):
-    small = ["--memory-budget", "100KB", "--out", tmp_path / "out"]
+    small = ["--memory-budget", "0.5KB", "--out", tmp_path / "out"]
     # What fits for no image costs none of them: it ends the command, whatever may be left out.
     for command in (["train", phantoms, *FAST], ["predict", trained / "best.ckpt", phantoms, "--skip-bad"]):
         assert run(*command, *small) == 2
         error = capsys.readouterr().err
-        assert "no tile fits" in error and "the budget is 97.7 KiB" in error and error.count("\n") == 1
+        assert "no tile fits" in error and "the budget is 500 B" in error and error.count("\n") == 1
 
 
 def test_full_disk_while_saving_a_checkpoint(phantoms, tmp_path, monkeypatch, capsys):
@@ -318,7 +318,7 @@ def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phanto
     shutil.copytree(trained, out)
     before = (out / "last.ckpt").read_bytes()
     more = ["train", phantoms, "--out", out, *FAST, "--epochs", 2, "--resume"]
-    done = forked(*more, "--quiet", limit=20_000)
+    done = forked(*more, "--quiet", limit=6_000)
     assert done.wait() == 2, done.error
     assert re.fullmatch(
         r"error: \S+/run/(last|best)\.ckpt: the checkpoint cannot be written: File too large; "
@@ -330,7 +330,7 @@ def test_full_disk_in_the_middle_of_a_training_keeps_what_stands(trained, phanto
     assert not list(out.glob(".*"))
     assert run(*more) == 0
     assert load_checkpoint(out / "last.ckpt")["gigamorph"]["state"]["epoch"] == 2
-    new = forked("train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet", limit=20_000)
+    new = forked("train", phantoms, "--out", tmp_path / "new", *FAST, "--quiet", limit=6_000)
     assert new.wait() == 2
     assert "no checkpoint was written before; start the run again" in new.error and new.error.count("\n") == 1
 
@@ -473,7 +473,7 @@ def test_real_mammograms_from_index_to_report_at_native_resolution(real_data, tm
         for row in indexed:
             told = {"label": int(row["manufacturer"].startswith("GE")), "frame": "1" if row["frames"] == "4" else ""}
             writer.writerow({**row, **told, "split": "train"})
-    fast = ["--model", "lesionnet", "--epochs", "1", "--accumulate", "1", "--memory-budget", "300MiB"]
+    fast = ["--model", "lesionnet?stages=1", "--epochs", "1", "--accumulate", "1", "--memory-budget", "300MiB"]
     assert run("train", tmp_path / "t.csv", *fast, "--out", tmp_path / "run") == 0
     stored = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     assert stored["global_step"] == 2

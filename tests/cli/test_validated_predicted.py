@@ -31,20 +31,8 @@ def table(tmp_path_factory):
     ids=["images", "exams", "labels"],
 )
 def test_validation_rows_are_those_of_predict(table, tmp_path, options):
-    fast = [
-        "--model",
-        "lesionnet",
-        "--mean",
-        "auto",
-        "--std",
-        "auto",
-        "--folds",
-        "2",
-        "--epochs",
-        "1",
-        "--accumulate",
-        "4",
-    ]
+    network = ["--model", "lesionnet?stages=1", "--mean", "auto", "--std", "auto"]
+    fast = [*network, "--folds", "2", "--epochs", "1", "--accumulate", "4"]
     assert run("train", table, *fast, *options, "--quiet", "--out", tmp_path / "run") == 0
     own, out = tmp_path / "run" / "fold1", tmp_path / "predicted"
     assert run("predict", own / "best.ckpt", table, "--out", out) == 0

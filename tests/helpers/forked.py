@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import multiprocessing
 import os
 import resource
@@ -30,7 +31,9 @@ _SERVER.set_forkserver_preload(
         "sklearn.metrics",
         "tifffile",
         "timm",
-        "torch._dynamo",
+        "torch._dynamo.repro.after_dynamo",  # these three are imported in the first recording of a process
+        "torch.distributed.tensor.experimental._func_map",
+        "torch.export._trace",
         "torch.distributed.optim",
         "torch.distributed.run",
     ]
@@ -129,12 +132,35 @@ def gigamorph(words: list[str]) -> None:
     main(words)
 
 
+def own_imports(names: list[str]) -> None:
+    """Print which modules of gigamorph importing these modules imports, as in a new interpreter."""
+    import torch
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gigamorph"]:
+        del sys.modules[name]
+    torch.compiler.substitute_in_graph = lambda *args, **options: lambda function: function  # it allows no second one
+    for name in names:
+        importlib.import_module(name)
+    print(*sorted(name for name in sys.modules if name.partition(".")[0] == "gigamorph"))
+
+
 def devices(words: list[str]) -> None:
     """`gigamorph WORDS`, whose processes are forked from this one and not begun anew."""
+    _fork_devices()
+    gigamorph(words)
+
+
+def with_forked_devices(folder: str, name: str, *args: str) -> None:
+    """Print what the command of a module in a folder returns, whose processes are forked as well."""
+    _fork_devices()
+    sys.path.append(folder)
+    print(importlib.import_module(name).main.callback(*(Path(arg) for arg in args)))
+
+
+def _fork_devices() -> None:
     from torch import multiprocessing as torch_processes
 
     torch_processes.start_processes = functools.partial(_by_fork, torch_processes.start_processes)
-    gigamorph(words)
 
 
 def _by_fork(start: Callable[..., Any], *args: Any, start_method: str, **options: Any) -> Any:
@@ -157,8 +183,11 @@ def _rank(words: list[str]) -> None:
 
 
 def _serve(pipes: Sequence[Connection], env: dict[str, str], lean: bool, server: str) -> None:
+    from gigamorph.engine.bench import roofline
     from gigamorph.engine.bench.process import serve
 
+    # They take seconds; tests/engine/bench/test_roofline.py measures them.
+    roofline.measure_ceilings = lambda device, seconds=0.0: {"gb_per_s": 10.0, "tflop_per_s fp32": 0.1}
     for number, pipe in enumerate(pipes):
         os.dup2(pipe.fileno(), number)
         pipe.close()

@@ -1,16 +1,13 @@
-"""Opens and reads the image files named on standard input, with little memory and time for each; says what happened.
+"""Opens and reads image files with little memory and time for each, and prints what happened.
 
-A process of its own, because a decoder that crashes takes its process with it. One line of JSON per file: its name,
-the error's type and message or null, seconds, and by how many bytes the peak of resident memory grew.
-
-    python open_files.py BYTES < names
+`read_all` runs in a process of its own, because a decoder that crashes ends its process. It prints one line of JSON per
+file: its name, the error's type and message or null, seconds, and the growth of the peak of resident memory in bytes.
 """
 
 import json
 import logging
 import resource
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -58,17 +55,14 @@ def attempt(name: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def read_all(memory: int, names: list[str]) -> None:
+    """Read each file; this process may take so many bytes more than it has now."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, late)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = used + int(sys.argv[1])
+    limit = used + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for line in sys.stdin:
-        print(json.dumps(attempt(line.rstrip("\n"))), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    for name in names:
+        print(json.dumps(attempt(name)), flush=True)

@@ -21,7 +21,7 @@ from gigamorph.engine.parallel.process_group import ProcessGroup
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
 
-_NET, _IMAGES = "lesionnet", {"channels": 1, "mean": (0.5,), "std": (0.25,)}
+_NET, _IMAGES = "lesionnet?stages=1", {"channels": 1, "mean": (0.5,), "std": (0.25,)}
 _SPLITS = ("train", "train", "train", "train", "val", "val", "test", "test")
 
 

@@ -11,13 +11,39 @@ from gigamorph.engine.bench.step import StepOptions, measure
 from gigamorph.engine.bench.work import build
 from gigamorph.engine.models import create_model
 
+RESNET = BenchTask("resnet18", (1, 3, 1536, 1536))
 
-def test_the_best_tile_goes_through_the_fewest_pixels():
+
+@pytest.fixture(scope="module")
+def resnet():
+    return build(RESNET)
+
+
+@pytest.fixture(scope="module")
+def records():
+    """Recordings by size and mode: each search for a tile makes the same two of ResNet-18 anew."""
+    return {}
+
+
+@pytest.fixture
+def one_recording(resnet, records, monkeypatch):
+    record_call = lightstream.record_call
+
+    def recorded(network, shape, *args):
+        assert network is resnet
+        key = shape, torch.is_grad_enabled(), args
+        if key not in records:
+            records[key] = record_call(network, shape, *args)
+        return records[key]
+
+    monkeypatch.setattr(lightstream, "record_call", recorded)
+
+
+def test_the_best_tile_goes_through_the_fewest_pixels(resnet, one_recording):
     # Facts: an overlap of 977 leaves 288 of 1280 pixels, so two tiles each way; all of 1024 and more leave nothing.
     assert lightstream.work(1280, 977, (1536, 1536)) == (2 * 1280) ** 2
     assert lightstream.work(1536, 977, (1536, 1536)) == 1536**2
-    task = BenchTask("resnet18", (1, 3, 1536, 1536))
-    network = build(task)
+    task, network = RESNET, resnet
     (tile,) = lightstream.tiles_to_try(network, task, 800_000_000)
     assert 977 + 32 < tile < 1536
     smaller = range(1024, tile, 32)
@@ -28,9 +54,8 @@ def test_the_best_tile_goes_through_the_fewest_pixels():
     assert lightstream.tiles_to_try(network, BenchTask("resnet18", (1, 3, 1024, 1024)), 100_000_000) == [1024]
 
 
-def test_within_a_budget_there_is_a_tile_or_a_reason():
-    task = BenchTask("resnet18", (1, 3, 1536, 1536))
-    network = build(task)
+def test_within_a_budget_there_is_a_tile_or_a_reason(resnet, one_recording):
+    task, network = RESNET, resnet
     # Tiles of 1280 go through 2.8 times the pixels, those of 1152 through 9 times.
     tile = lightstream.tile_within(network, task, 800_000_000)
     assert lightstream.tiles_to_try(network, task, 800_000_000) == [tile] and tile < 1536

@@ -100,6 +100,7 @@ def test_a_try_keeps_to_the_cap_in_a_process_that_gives_memory_back(monkeypatch,
     inspect.signature(accelerate).bind(nn.Identity(), **given["settings"])  # which takes no others
 
 
+@pytest.mark.usefixtures("forked_peers")
 def test_a_small_cap_does_not_stop_a_step_that_keeps_to_it():
     """The stacks and heaps of threads reserve more addresses than such a cap has bytes."""
     task = BenchTask("lesionnet", (1, 1, 512, 512))

@@ -143,7 +143,8 @@ def test_predictions_and_the_floor_stand_beside_the_measured(pretended):
 
 
 @pytest.mark.usefixtures("forked_peers")
-def test_real_processes_agree_in_float64(tmp_path):
+@pytest.mark.usefixtures("forked_peers")
+def test_processes_agree_in_float64(tmp_path):
     """The whole way: processes, small tiles, results compared, a trace written."""
     task = dataclasses.replace(TASK, precision="fp64")
     options = StepOptions(("stock", "checkpoint", "gigamorph"), rounds=1, tile=32, cap=2**30, folder=tmp_path)

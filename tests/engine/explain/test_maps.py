@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny_nets
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,8 +79,8 @@ def test_both_maps_are_those_of_stock_autograd(height, width, tile, channels, ou
     )
 
 
-def test_maps_of_resnet18_are_those_of_stock_autograd():
-    net = trained(lambda: create_model("resnet18", 2, 1))
+def test_maps_of_a_resnet_are_those_of_stock_autograd():
+    net = trained(tiny_nets.resnet)
     source = open_pixels(image(135, 97))
     x = source.read(0, 135, 0, 97)[None].double().requires_grad_()
     kept = []

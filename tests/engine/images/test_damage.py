@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import struct
-import subprocess
 import sys
 import tracemalloc
 import zlib
@@ -20,9 +19,11 @@ import image_files
 import imagecodecs
 import numcodecs
 import numpy as np
+import open_files
 import pytest
 import tifffile
 import zarr
+from forked import Forked
 from fuzz import DEPTH
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,12 +50,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def open_all(paths: list[Path], memory: int) -> list[dict[str, Any]]:
     """What comes of opening and reading each file, in one process with `memory` bytes more than it starts with."""
-    script = Path(image_files.__file__).with_name("open_files.py")
-    names = "\n".join(str(path) for path in paths)
-    run = subprocess.run([sys.executable, str(script), str(memory)], input=names, capture_output=True, text=True)
-    found = [json.loads(line) for line in run.stdout.splitlines()]
+    process = Forked(open_files.read_all, memory, [str(path) for path in paths])
+    code = process.wait()
+    found = [json.loads(line) for line in process.output.splitlines()]
     killer = paths[len(found)] if len(found) < len(paths) else None
-    assert run.returncode == 0, f"{killer} kills the process: {run.returncode}\n{run.stderr[-2000:]}"
+    assert code == 0, f"{killer} kills the process: {code}\n{process.error[-2000:]}"
     return found
 
 

@@ -4,19 +4,20 @@ import gzip
 import json
 import pickle
 import resource
-import subprocess
-import sys
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grown_memory
 import image_files
 import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 import torch
+from forked import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -452,28 +453,6 @@ def test_objects_that_are_no_image(image: Any, expected: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- memory
 
-MEASURE = """
-import os, resource, sys
-import numpy as np, torch
-from gigamorph.engine.images.open import (open_pixels)
-torch.set_num_threads(1)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-for path in sys.argv[1:]:
-    if os.fork():
-        os.wait()
-        continue
-    source = open_pixels(path)
-    source.read(0, 8, 0, 8)
-    before = peak()
-    height, width = source.shape[1:]
-    for top in range(0, height, height // 8):
-        for left in range(0, width, 512):
-            source.read(top, top + 512, left, left + 512)
-    print(peak() - before, height * width, flush=True)
-    os._exit(0)
-"""
-
 
 def large_npy(path: Path) -> None:
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(32768, 32768))  # sparse: takes no disk
@@ -488,10 +467,9 @@ def large_dicom(path: Path) -> None:
 
 
 def large_tiff(path: Path) -> None:
-    blank, shape = np.zeros((1024, 1024), np.uint16), (16384, 16384)
-    tifffile.imwrite(
-        path, (blank for _ in range(256)), shape=shape, dtype=np.uint16, tile=blank.shape, compression="zlib"
-    )
+    blank = zlib.compress(bytes(2 * 1024**2))  # a tile as it is stored
+    tiles, shape = (blank for _ in range(256)), (16384, 16384)
+    tifffile.imwrite(path, tiles, shape=shape, dtype=np.uint16, tile=(1024, 1024), compression="zlib")
 
 
 @pytest.fixture(scope="module")
@@ -501,8 +479,9 @@ def growth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, ...
     paths = {kind: folder / f"large.{kind}" for kind in ("npy", "dcm", "tif")}
     for path, write in zip(paths.values(), (large_npy, large_dicom, large_tiff), strict=True):
         write(path)
-    run = subprocess.run([sys.executable, "-c", MEASURE, *paths.values()], capture_output=True, text=True, check=True)
-    told = [tuple(int(word) for word in line.split()) for line in run.stdout.splitlines()]
+    process = Forked(grown_memory.print_growth, [str(path) for path in paths.values()])
+    assert process.wait() == 0, process.error
+    told = [tuple(int(word) for word in line.split()) for line in process.output.splitlines()]
     return dict(zip(paths, told, strict=True))
 
 

@@ -51,9 +51,10 @@ def test_runs_that_are_killed_at_random_moments_lose_and_double_nothing(tmp_path
     monkeypatch.setattr(run_module, "Parts", functools.partial(parts_module.Parts, rows=5))
     table = archives.make_archive(tmp_path / "images", IMAGES)
     (tmp_path / "images" / "0007.npy").write_bytes(b"damaged")
-    expected = predict(archives.tiny, [table], tmp_path / "whole", PredictOptions("m", max_failures=0.5, workers=0))
+    opener = functools.partial(archives.stub, seconds=0.005)  # a network would be recorded in each run
+    expected = predict(opener, [table], tmp_path / "whole", PredictOptions("m", max_failures=0.5, workers=0))
     began = time.monotonic()
-    predict(archives.tiny, [table], tmp_path / "again", PredictOptions("m", max_failures=0.5, workers=workers))
+    predict(opener, [table], tmp_path / "again", PredictOptions("m", max_failures=0.5, workers=workers))
     longest = time.monotonic() - began
     assert (expected.done, expected.failed) == (IMAGES - 1, 1)
     options = PredictOptions("m", max_failures=0.5, workers=workers, resume=True)
@@ -61,7 +62,7 @@ def test_runs_that_are_killed_at_random_moments_lose_and_double_nothing(tmp_path
     before: list[str] = []
     kills = kept = 0
     while kept < 5 and kills < 30:
-        child = in_child(lambda: predict(archives.tiny, [table], out, options))
+        child = in_child(lambda: predict(opener, [table], out, options))
         time.sleep(drawn.uniform(0.02, 0.35) * longest)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -77,7 +78,7 @@ def test_runs_that_are_killed_at_random_moments_lose_and_double_nothing(tmp_path
             shutil.rmtree(out)
             before, longest = [], longest * 0.7
     assert kept == 5
-    predict(archives.tiny, [table], out, options)
+    predict(opener, [table], out, options)
     for name in ("predictions.csv", "breasts.csv", "quarantine.csv"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     found = pq.read_table(out / "parts").to_pylist()

@@ -33,7 +33,7 @@ timm = pytest.importorskip("timm")
 
 DIMS = (2048, 2048, 1536)
 SMALL = DvmeConfig(
-    extractors=(ExtractorConfig("a", "resnet18"), ExtractorConfig("b", "lesionnet")),
+    extractors=(ExtractorConfig("a", "tiny_nets:normed"), ExtractorConfig("b", "lesionnet?stages=1")),
     channels=1,
     mean=(0.5,),
     std=(0.25,),
@@ -208,7 +208,9 @@ def table(tmp_path_factory):
 
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path, monkeypatch):
     protocols = ("linear", "dvme", "no_attention", "finetune", "finetune_dvme")
-    small = tuple(ExtractorConfig(name, "lesionnet") for name in "ab")  # checkpoints of all trainings are written twice
+    small = tuple(
+        ExtractorConfig(name, "lesionnet?stages=1") for name in "ab"
+    )  # checkpoints of all trainings are written twice
     config = replace(
         SMALL,
         extractors=small,

@@ -25,7 +25,7 @@ from gigamorph.engine.published.classifier import open_classifier
 from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage
 
-NET = "gigamorph.engine.mammography.recipes.end2end.synthetic:SmallNet"
+NET = "gigamorph.engine.mammography.recipes.end2end.synthetic:SmallNet?stages=1"
 SMALL = End2EndConfig(
     resize=(48, 40),
     channels=1,
@@ -93,7 +93,7 @@ def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, tmp_p
     assert opened.classes == ["0", "1"] and source.shape == (1, 48, 40)
     assert source.to_original.points([[0, 0], [40, 48]]).tolist() == [[0, 0], [50, 60]]
     state = torch.load(out / "a" / "best.ckpt", weights_only=True)["state_dict"]
-    stock = convert(PatchNet(features(NET, 1), 32), SMALL.models[0])
+    stock = convert(PatchNet(features(NET, 1), 8), SMALL.models[0])
     stock.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
     [small] = write_resized([record], SMALL, tmp_path / "images")
     want = stock.eval()(whole_images([small], SMALL)[0]["image"].read(0, 48, 0, 40)[None])
@@ -146,14 +146,14 @@ def test_from_weights_of_keras(table, tmp_path):
 
 
 def test_any_backbone_at_native_resolution_within_a_budget(table, tmp_path):
-    own = replace(SMALL.models[0], name="any", backbone="lesionnet", layer="stages")
+    own = replace(SMALL.models[0], name="any", backbone="lesionnet?stages=1", layer="stages")
     config = replace(SMALL, models=(own,), resize=(), flips=False)
     found = train(table, config, Run(tmp_path / "run", memory_budget=64 * 2**20))
     assert 0 <= found["any"]["auc"] <= 1
     # Its whole-image network is found again by another run.
     config = replace(config, start=str(tmp_path / "run"))
     assert train(table, config, Run(tmp_path / "next"))["any"]["before"] == found["any"]["auc"]
-    net = convert(PatchNet(features("lesionnet", 1, layer="stages"), 32), own).double().eval()
+    net = convert(PatchNet(features("lesionnet?stages=1", 1, layer="stages"), 8), own).double().eval()
     x = torch.randn(1, 1, 160, 128, dtype=torch.float64)
     assert (accelerate(net, tile=(64, 64))(x) - net(x)).abs().max() < 1e-12
     for layer, told in (("body", "unknown layer"), ("fc", "must be maps")):
@@ -172,7 +172,7 @@ def test_front_of_morphhr_at_a_higher_resolution(table, tmp_path):
     opened = open_classifier(tmp_path / "a-front" / "best.ckpt", memory_budget=None, device="cpu")
     [item] = opened.open_images([Record(table.parent / "3.npy", -1, "p")])
     assert item["image"].shape == (1, 96, 80) and opened.net.eval()(item["image"]).shape == (1, 2)
-    parent = convert(PatchNet(features(NET, 1), 32), model).double().eval()
+    parent = convert(PatchNet(features(NET, 1), 8), model).double().eval()
     child, _ = _add_front(Grown(parent), model, config, 0)
     x = torch.randn(1, 1, 96, 80, dtype=torch.float64)
     assert (child.network(x) - parent(F.avg_pool2d(x, 2))).abs().max() < 1e-12

@@ -43,8 +43,9 @@ from gigamorph.engine.train.run import Run
 from gigamorph.engine.train.stages import Stage, freeze
 from gigamorph.engine.train.target import Target, batch_weights
 
+NET = "lesionnet?stages=1"
 SMALL = MorphHRConfig(
-    model="lesionnet",
+    model=NET,
     weights="random",
     channels=1,
     mean=(0.5,),
@@ -85,7 +86,7 @@ def whole(table, tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------------- the front
 
 
-@pytest.mark.parametrize("model", ["lesionnet", "resnet18?width=8"])
+@pytest.mark.parametrize("model", ["lesionnet", "tiny_nets:resnet"])
 def test_child_is_parent_on_shrunk_images_and_new_front_is_not(model):
     torch.manual_seed(0)
     parent = create_model(model, 2, 1).double().eval()
@@ -117,7 +118,7 @@ def test_widen_and_deepen_with_p_activations_keep_the_function():
     assert all(m.a.grad is not None and m.a.grad.abs().sum() > 0 for m in learnt)
 
 
-@pytest.mark.parametrize(("model", "stem"), [("lesionnet", "stem"), ("resnet18?width=8", "conv1")])
+@pytest.mark.parametrize(("model", "stem"), [("lesionnet", "stem"), ("tiny_nets:resnet", "conv1")])
 def test_deepening_as_by_netmorph_keeps_the_function_and_is_dense(model, stem):
     torch.manual_seed(0)
     parent = create_model(model, 2, 1).double().eval()
@@ -224,7 +225,7 @@ def test_ablation_of_one_command(whole):
         assert 0 <= metrics[arm]["auc"] <= 1 and "interval" in metrics[arm]
     assert metrics["difference"] < 1e-5
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    child = open_network("lesionnet", out / "morph" / "model.safetensors", 2, 1)
+    child = open_network(NET, out / "morph" / "model.safetensors", 2, 1)
     assert child.shrink == 2 and child.network(torch.zeros(1, 1, 32, 48)).shape == (1, 2)
 
 
@@ -259,9 +260,9 @@ def test_checkpoints_are_classifiers_for_predict_and_explain(whole, table, arm):
     source = first["image"]
     assert opened.classes == ["no", "yes"] and source.shape == ((1, 16, 20) if arm == "parent" else (1, 32, 40))
     state = torch.load(whole[0] / arm / "best.ckpt", weights_only=True)["state_dict"]
-    network = create_model("lesionnet", 2, 1)
+    network = create_model(NET, 2, 1)
     if arm == "morph":
-        network = open_network("lesionnet", whole[0] / arm / "model.safetensors", 2, 1).network
+        network = open_network(NET, whole[0] / arm / "model.safetensors", 2, 1).network
     network.load_state_dict({key.removeprefix("net."): value for key, value in state.items()})
     with torch.no_grad():
         want = network.eval()(source.read(0, source.shape[1], 0, source.shape[2])[None])

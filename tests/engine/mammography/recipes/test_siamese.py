@@ -34,8 +34,9 @@ from gigamorph.engine.mammography.recipes.siamese.starts import BYOLTask, SimCLR
 from gigamorph.engine.mammography.recipes.siamese.task import SiameseTask
 from gigamorph.engine.train.run import Run
 
+NET = "lesionnet?stages=1"
 SMALL = SiameseConfig(
-    model="lesionnet",
+    model=NET,
     layer="stages",
     patch=32,
     stride=32,
@@ -190,20 +191,18 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(table, tmp_path):
     rows = list(csv.DictReader((tmp_path / "cut" / "soft_labels.csv").open()))
     assert len(rows) == whole["patches"]["train"] and all(0 <= float(row["soft_label"]) <= 1 for row in rows)
     maps = [tifffile.imread(tmp_path / "cut" / name) for name in whole["maps"]]
-    assert len(maps) == 2 and all(
-        m.shape[:2] == (160 // 8 // 2 - 1, 128 // 8 // 2 - 1) and np.isfinite(m).all() for m in maps
-    )
+    assert len(maps) == 2 and all(m.shape[:2] == (160 // 16 - 1, 128 // 16 - 1) and np.isfinite(m).all() for m in maps)
     # Weights for a network of the same name.
     from gigamorph.engine.models import create_model
 
-    create_model("lesionnet", 2, 1, tmp_path / "cut" / "encoder.pt")
+    create_model(NET, 2, 1, tmp_path / "cut" / "encoder.pt")
 
 
 def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_path, monkeypatch):
     from gigamorph.engine.models import create_model
 
     weights = tmp_path / "weights.pt"
-    torch.save(create_model("lesionnet", 2, 1).state_dict(), weights)
+    torch.save(create_model(NET, 2, 1).state_dict(), weights)
     config = replace(
         SMALL,
         weights=str(weights),
@@ -219,7 +218,7 @@ def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_pa
     assert [row["start"] for row in whole["probe"]] == list(config.starts)
     assert all(0 <= row[key] <= 1 for row in whole["probe"] for key in ("probe", "fine_tuned"))
     card = (tmp_path / "whole" / "model_card.md").read_text()
-    assert "# Model card: siamese, lesionnet" in card and "- weights: given" in card and str(tmp_path) not in card
+    assert f"# Model card: siamese, {NET}" in card and "- weights: given" in card and str(tmp_path) not in card
     row = whole["probe"][0]
     assert f"(100%), start byol: AUC {row['probe']:.3f} by a linear probe, {row['fine_tuned']:.3f} fine-tuned." in card
     # A checkpoint after each step; killed inside the second epoch of both methods.
@@ -231,7 +230,7 @@ def test_every_start_is_compared_and_a_kill_in_any_changes_nothing(table, tmp_pa
     for name in ("byol", "simclr"):
         first, second = (torch.load(tmp_path / run / "starts" / name / "encoder.pt") for run in ("whole", "cut"))
         assert all(torch.equal(value, second[key]) for key, value in first.items())
-        create_model("lesionnet", 2, 1, tmp_path / "cut" / "starts" / name / "encoder.pt")
+        create_model(NET, 2, 1, tmp_path / "cut" / "starts" / name / "encoder.pt")
 
 
 def test_two_steps_on_real_images(real_data, tmp_path):
@@ -251,7 +250,7 @@ def test_two_steps_on_real_images(real_data, tmp_path):
     assert "- Patches were not classified: the table" in (tmp_path / "run" / "model_card.md").read_text()
     shape = open_pixels(paths[0]).shape[1:]
     seen = tifffile.imread(tmp_path / "run" / "maps" / "0.tif")
-    assert seen.shape[:2] == tuple((side // 8 - 32) // 16 + 1 for side in shape) and np.isfinite(seen).all()
+    assert seen.shape[:2] == tuple((side // 2 - 128) // 64 + 1 for side in shape) and np.isfinite(seen).all()
 
 
 def test_bad_input_is_told_in_one_line(table, tmp_path):
