@@ -230,7 +230,9 @@ class _Noise:
             restore()
         assert self.noise is not None
         if self.plain is not None and number < len(self.plain):
-            errors = distances(self.plain[number], seen)
+            # Either may be seen: stock itself runs on after a refusal, with its errors.
+            corrected = distances(self.plain[number], seen)
+            errors = {name: min(error, corrected.get(name, error)) for name, error in errors.items()}
         noise = self.noise[number]
         bad = {n: e for n, e in errors.items() if e > max(LIMIT, NOISE * noise.get(n, 0.0))}
         if bad and max(noise.values(), default=0.0) > ROUGH:
@@ -239,22 +241,23 @@ class _Noise:
         return [f"{n}: differs by {e:.1e}" for n, e in sorted(bad.items(), key=lambda item: -item[1])]
 
     def _measure(self) -> None:
-        self.noise = [defaultdict(float) for _ in self.truth]
-        # By the bits of the image, and by those of sums: where one is zero but for rounding (a norm of a constant, the
-        # mean of what has been centred), its sign is rounding's, and a ReLU or a comparison behind it passes on that.
-        variants = ((1, nullcontext()), (2, nullcontext()), (0, RoundedSums(1.0)), (0, RoundedSums(-1.0)))
-        for bits, rounding in variants:
-            with rounding:
-                seen = _play(self.spec, self.spec.build(), bits).seen
-            for noise, want, got in zip(self.noise, self.truth, seen, strict=False):
-                for name, error in distances(want, got).items():
-                    noise[name] = max(noise[name], error)
         # Some of stock's own gradients are wrong where a norm gets them in another order in memory.
         with plain_order():
             plain = _play(self.spec, self.spec.build()).seen
         moved = max((max(distances(a, b).values()) for a, b in zip(self.truth, plain, strict=False)), default=0.0)
         if moved > 1e-7:
             self.plain = plain
+        truth = self.plain or self.truth
+        self.noise = [defaultdict(float) for _ in self.truth]
+        # By the bits of the image, and by those of sums: where one is zero but for rounding (a norm of a constant, the
+        # mean of what has been centred), its sign is rounding's, and a ReLU or a comparison behind it passes on that.
+        variants = ((1, nullcontext()), (2, nullcontext()), (0, RoundedSums(1.0)), (0, RoundedSums(-1.0)))
+        for bits, rounding in variants:
+            with rounding, plain_order() if self.plain else nullcontext():
+                seen = _play(self.spec, self.spec.build(), bits).seen
+            for noise, want, got in zip(self.noise, truth, seen, strict=False):
+                for name, error in distances(want, got).items():
+                    noise[name] = max(noise[name], error)
 
 
 def distances(want: Seen, got: Seen) -> dict[str, float]:
