@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_678,
-    ("engine", "kernels", "cli", "benchmarks"): 65_370,
+    ("engine", "kernels"): 57_691,
+    ("engine", "kernels", "cli", "benchmarks"): 65_383,
     ("benchmarks",): 4_199,
 }
 WORDS = {

@@ -140,13 +140,17 @@ class StageFunction(torch.autograd.Function):
         untouched = made - touched - scan.maps.readers.keys() - skipped
         untouched = set[int]() if empty or ctx.how.shard is not None else untouched
         results: list[Tensor | None] = [source_grads.get(v) if v in made - untouched else None for v in ctx.sources]
+        for value, place in ctx.sources.items():
+            if wants[place] and value not in reached:
+                _refuse_visits(tensors[place], "a map of an earlier piece of the network")
         for value, vector in vectors.items():
             wanted_here = asked[value] and value in reached
             total = sums.pop(value, None) if wanted_here else None
             if total is None and wanted_here and (empty or value in skipped):
                 total = torch.zeros_like(vector)
             if total is None and asked[value]:
-                _refuse_visits(stage, value, vector)
+                name = stage.program.values[value].name
+                _refuse_visits(vector, f"parameter '{name}'" if name else "a tensor that weights are made of")
             results.append(total if total is None else _with_strides_of(vector, total))
         return None, None, None, None, *results
 
@@ -189,16 +193,15 @@ def _with_strides_of(vector: Tensor, grad: Tensor) -> Tensor:
     return grad.as_strided(vector.shape, vector.stride())
 
 
-def _refuse_visits(stage: ProgramStage, value: int, vector: Tensor) -> None:
+def _refuse_visits(tensor: Tensor, what: str) -> None:
     """Raise an error if a missing gradient would have effects that stock PyTorch does not have.
 
     Autograd also runs the nodes behind an input whose gradient is None. Most nodes pass None on. But hooks of
-    parameters are called with None, custom functions get zeros, and nodes that an earlier backward freed fail.
+    parameters are called with None, custom functions and backward hooks of modules get zeros, and nodes that an earlier
+    backward freed fail.
     """
-    name = stage.program.values[value].name
-    what = f"parameter '{name}'" if name else "a tensor that weights are made of"
-    edges, seen = [(vector.grad_fn, vector.output_nr)], set[Any]()
-    if is_watched(vector):
+    edges, seen = [(tensor.grad_fn, tensor.output_nr)], set[Any]()
+    if is_watched(tensor):
         raise unreached(f"{what} has a hook")
     while edges:
         edge = edges.pop()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gigamorph import UnsupportedError, accelerate
+from gigamorph import GigamorphError, UnsupportedError, accelerate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 LIMIT = 1e-12
@@ -209,3 +209,27 @@ def test_hooks_of_modules_that_a_loss_does_not_reach_are_not_called(kind: str) -
         found.append({name for name, parameter in net.named_parameters() if parameter.grad is not None})
     assert [name for name, _ in calls] == ["c", "c"] and calls[0][1] == pytest.approx(calls[1][1], rel=1e-12)
     assert found[0] == found[1] == {"a.weight", "a.bias", "c.weight", "c.bias"}
+
+
+def test_a_hooked_module_that_the_loss_does_not_reach_is_refused() -> None:
+    """Autograd would call the hook of a piece's input, and give zeros to the weights before it instead of None."""
+
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.before, self.hooked = (nn.Conv2d(n, 2, 3, padding=1) for n in (1, 2, 2))
+            self.heads = nn.ModuleList([nn.Conv2d(2, 1, 1)])
+            self.hooked.register_full_backward_hook(lambda *_: None)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            first = self.first(x)
+            x = self.hooked(self.before(first)) * 2
+            return [head(first if x is not None else x) for head in self.heads]  # `x` is kept for the inner function
+
+    stock = Dead().double()
+    fast = accelerate(copy.deepcopy(stock), tile=8, fallback="untiled")
+    x = torch.randn(1, 1, 20, 17, dtype=torch.float64)
+    stock(x)[0].sum().backward()
+    assert stock.before.weight.grad is None
+    with pytest.raises(GigamorphError, match="is made by BackwardHookFunction, and this loss does not reach it"):
+        fast(x)[0].sum().backward()
