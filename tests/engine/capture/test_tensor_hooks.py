@@ -14,7 +14,7 @@ from exactness import plan_again, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gigamorph import UnsupportedError, accelerate
+from gigamorph import GigamorphError, UnsupportedError, accelerate
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.nodes import sort
 from gigamorph.engine.planning.strategy import strategies
@@ -297,6 +297,25 @@ def test_hooks_of_maps_that_no_gradient_reaches(fallback: str | None) -> None:
         found.append([parameter.grad for parameter in net.parameters()])
     assert found[1][2:] == [None, None]
     torch.testing.assert_close(found[1][:2], found[0][:2], rtol=1e-12, atol=0)
+
+
+def test_a_hook_between_pieces_that_no_gradient_reaches_is_refused() -> None:
+    """Autograd would call it with None, because the stage behind both maps has a gradient for one of them."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.calls = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 3), []
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, z = self.a(x), self.b(x)
+            z.register_hook(lambda grad: self.calls.append("z") or grad * 0.5)
+            return y.mean((2, 3)), z.mean((2, 3))
+
+    refused(Pair().double())
+    net = accelerate(Pair().double(), tile=8, fallback="untiled")
+    with pytest.raises(GigamorphError, match="a map of an earlier piece of the network has a hook"):
+        net(torch.ones(1, 1, 20, 20, dtype=torch.float64))[0].sum().backward()
 
 
 # -- what a hook's function holds ------------------------------------------------------------------------------------
