@@ -74,7 +74,7 @@ def build(model: str) -> nn.Module:
 def small() -> nn.Module:
     """Return a network for dry runs, with the layers of the others but less depth."""
 
-    class ResidualConv(nn.Sequential):
+    class SkipBlock(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return torch.relu(super().forward(x) + x)
 
@@ -82,7 +82,7 @@ def small() -> nn.Module:
         return [nn.Conv2d(inside, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16)]
 
     stem = [*block(1, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    residual = ResidualConv(*block(16, 1), nn.ReLU(), *block(16, 1))
+    residual = SkipBlock(*block(16, 1), nn.ReLU(), *block(16, 1))
     return nn.Sequential(*stem, residual, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 

@@ -13,7 +13,7 @@ from gigamorph.engine.morph.front import front
 from gigamorph.engine.morph.kernel_size import grow_kernel
 from gigamorph.engine.morph.recipe import Fingerprint, Morph, Recipe, _shapes, grow_file
 from gigamorph.engine.morph.step import Step
-from gigamorph.engine.morph.store import Computed, Layout, layout, read_state, write_state
+from gigamorph.engine.morph.store import Computed, TensorSpec, layout, read_state, write_state
 from gigamorph.engine.morph.widen import WidenStep, widen
 from gigamorph.engine.published.images import PreparedSource
 from gigamorph.engine.tiling.memory import large_blocks_on_own_pages, peak_bytes, reset_peak, used_bytes
@@ -21,10 +21,10 @@ from gigamorph.engine.tiling.memory import large_blocks_on_own_pages, peak_bytes
 
 def double(source: str, target: str, tensors: int, mib: int) -> None:
     """Double a file of `tensors` times `mib` MiB; print the extra peak."""
-    parts = {f"t{i}": Layout((mib << 18,), torch.float32) for i in range(tensors)}
+    parts = {f"t{i}": TensorSpec((mib << 18,), torch.float32) for i in range(tensors)}
     write_state(source, Computed(parts, lambda name: torch.full(parts[name].shape, float(name[1:]))))
     state = read_state(source)
-    grown = {name: Layout((2, *part.shape), part.dtype) for name, part in layout(state).items()}
+    grown = {name: TensorSpec((2, *part.shape), part.dtype) for name, part in layout(state).items()}
     start = used_bytes()
     reset_peak()
     with large_blocks_on_own_pages():
@@ -46,13 +46,13 @@ def grow(source: str, target: str, layers: int, width: int) -> None:
         body = [part for _ in range(layers) for part in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
         return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), *body)
 
-    def wide(op: str) -> tuple[Step, dict[str, Layout]]:
+    def wide(op: str) -> tuple[Step, dict[str, TensorSpec]]:
         """The step of the wide network, made on a narrow one, and names and shapes of its child."""
         child, report = morphs[op](network(4))
         step, parts = report.step, {}
         for name, part in layout(child.state_dict()).items():
             shape = [width if n == 4 else width + more if n == 5 and op == "widen" else n for n in part.shape]
-            parts[name] = Layout(tuple(shape), part.dtype)
+            parts[name] = TensorSpec(tuple(shape), part.dtype)
         if isinstance(step, WidenStep):
             (key,) = step.copies
             step.copies[key] = (1,) * (width - more) + (2,) * more

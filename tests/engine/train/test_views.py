@@ -12,7 +12,6 @@ import commands
 import pytest
 import torch
 from commands import rows
-from conftest import PICTURE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -116,7 +115,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations draw no pictures, which tests/engine/evaluate looks at."""
-    monkeypatch.setattr("gigamorph.engine.evaluate.report.png", lambda figure: PICTURE)
+    monkeypatch.setattr("gigamorph.engine.evaluate.report.png", lambda figure: b"\x89PNG")
 
 
 FAST = ["--model", "lesionnet?stages=2", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "2"]
