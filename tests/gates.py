@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_697,
-    ("engine", "kernels", "cli", "benchmarks"): 65_389,
+    ("engine", "kernels"): 57_701,
+    ("engine", "kernels", "cli", "benchmarks"): 65_393,
     ("benchmarks",): 4_199,
 }
 WORDS = {

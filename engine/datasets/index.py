@@ -171,7 +171,7 @@ _VIEWS = "CC|MLO|ML|LMO|LM|XCCL|XCCM|XCC|FB|AT|SIO|ISO"
 _FIELDS = {
     "patient": r"[^/]+?",
     "exam": r"[^/]+?",
-    "laterality": "L|R|LEFT|RIGHT",
+    "laterality": "|".join(values.SIDES),
     "view": _VIEWS,
     "any": r"[^/]*?",
 }

@@ -414,7 +414,7 @@ def _labels(path: Path, place: str, row: dict[str, str]) -> dict[str, float]:
     found = {}
     for name, cell in row.items():
         if name.startswith(LABEL_PREFIX) and cell and cell.lower() != "nan":
-            number = values.number(cell)
+            number = values.label(cell)
             if number is None:
                 reason = no_number(cell, "leave it empty if it is unknown")
                 raise DataError(f"{path}, {place}: {name} {reason}")

@@ -7,14 +7,16 @@ import re
 
 from .schema import Box
 
-_SIDES = {"L": "L", "LEFT": "L", "R": "R", "RIGHT": "R"}
+SIDES = dict.fromkeys(("L", "LEFT", "LINKS", "GAUCHE"), "L") | dict.fromkeys(("R", "RIGHT", "RECHTS", "DROITE"), "R")
+"""Words for L and R, in English, German and French."""
+_TRUTH = dict.fromkeys(("true", "yes", "ja", "oui"), "1") | dict.fromkeys(("false", "no", "nein", "non"), "0")
 _DENSITY = {"1": "A", "2": "B", "3": "C", "4": "D", "A": "A", "B": "B", "C": "C", "D": "D"}
 _BIRADS = re.compile(r"(?:BI-?RADS\s*)?(0|1|2|3|4[ABC]?|5|6)", re.IGNORECASE)
 
 
 def side(text: str) -> str | None:
-    """L or R for "left", "R", ...; None for other text."""
-    return _SIDES.get(text.strip().upper())
+    """L or R for "left", "R", "links", ...; None for other text."""
+    return SIDES.get(text.strip().upper())
 
 
 def density(text: str) -> str | None:
@@ -56,9 +58,14 @@ def number(text: str) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def label(text: str) -> float | None:
+    """A number, or 1 and 0 for "yes", "False", "nein", "oui", ...; None for other text."""
+    return number(_TRUTH.get(text.lower(), text))
+
+
 def truth(text: str) -> float | None:
     """1 or 0 for "1", "0.0", "True", ...; None for empty text or nan; `ValueError` for other text."""
-    value = number({"true": "1", "false": "0"}.get(text.lower(), text))
+    value = label(text)
     if value not in (0, 1, None) or (value is None and text and text.lower() != "nan"):
         raise ValueError(f"{text!r} must be 0 or 1")
     return value

@@ -16,7 +16,7 @@ from pydicom.fileset import FileSet
 from pydicom.uid import generate_uid
 
 from gigamorph.engine.datasets.check import KINDS, Problem, check_images
-from gigamorph.engine.datasets.index import index_folder
+from gigamorph.engine.datasets.index import find_pattern, index_folder
 from gigamorph.engine.datasets.splits import assign_splits
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.datasets.tables.folders import LeftOutMasks, image_files, images_without_masks, iter_image_files
@@ -151,6 +151,13 @@ def test_names_tell_what_headers_do_not(tmp_path: Path, name: str, pattern: str)
     assert all(record.patient_known for record in found.records)
     records = assign_splits([replace(record, label=0) for record in found.records], fractions=(0.5, 0.5, 0))
     assert len({(record.patient_id, record.split) for record in records}) == 2
+
+
+def test_sides_in_other_languages() -> None:
+    names = [Path("P1_links_CC.png"), Path("P1_Rechts_MLO.png"), Path("P2_gauche_CC.png"), Path("P2_droite_MLO.png")]
+    pattern = find_pattern(names)
+    assert pattern is not None
+    assert [(pattern.match(name) or {})["laterality"] for name in names] == ["L", "R", "L", "R"]
 
 
 def test_a_pattern_of_ones_own(tmp_path: Path) -> None:

@@ -304,8 +304,20 @@ def test_frames_of_one_file(folder: Path) -> None:
 
 
 def test_wrong_label_column(folder: Path) -> None:
-    with pytest.raises(DataError, match="line 2: label_cancer 'yes' is not a number; leave it empty"):
-        read_table(write(folder, "image_path,label,patient_id,label_cancer\nimg/a.png,0,P1,yes\n"))
+    with pytest.raises(DataError, match="line 2: label_cancer 'perhaps' is not a number; leave it empty"):
+        read_table(write(folder, "image_path,label,patient_id,label_cancer\nimg/a.png,0,P1,perhaps\n"))
+
+
+@pytest.mark.parametrize(("word", "value"), [("yes", 1), ("No", 0), ("TRUE", 1), ("ja", 1), ("Nein", 0), ("oui", 1)])
+def test_yes_and_no_are_labels(folder: Path, word: str, value: int) -> None:
+    table = read_table(write(folder, f"image_path,label,patient_id,label_cancer\nimg/a.png,0,P1,{word}\n"))
+    assert table.records[0].labels == {"cancer": value}
+
+
+@pytest.mark.parametrize(("word", "side"), [("links", "L"), ("Rechts", "R"), ("gauche", "L"), ("Droite", "R")])
+def test_sides_in_german_and_french(folder: Path, word: str, side: str) -> None:
+    table = read_table(write(folder, f"image_path,label,patient_id,laterality\nimg/a.png,0,P1,{word}\n"))
+    assert table.records[0].laterality == side
 
 
 NAMES = st.text("abcÄ ,;\"'\t", min_size=1, max_size=6).map(str.strip).filter(bool)

@@ -175,7 +175,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[np.ndar
         (b"ObjectType = Image\n", "is a MetaImage file"),
         (b"RIFF\x10\0\0\0WEBPVP8 ", "is a WebP file; save it as PNG"),
         (b"<!DOCTYPE html>", "is a web page or XML file, perhaps the error of a download"),
-        (b"broken", "is not a DICOM, PNG, JPEG, JPEG 2000, PGM, TIFF, zarr or .npy file; check the path or convert the file"),
+        (
+            b"broken",
+            "is not a DICOM, PNG, JPEG, JPEG 2000, PGM, TIFF, zarr or .npy file; check the path or convert the file",
+        ),
         (b"", "is empty, not a DICOM"),
     ],
 )
