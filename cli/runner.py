@@ -198,7 +198,17 @@ def print_end(run: ImageRun, out: Path, found: Summary, done: str, files: str) -
     Args:
         done: what was done with each image.
         files: the files in `out`; those of an unfinished run are its parts.
+
+    Raises:
+        GigamorphError: no image could be computed.
     """
+    _print_summary(run, out, found, done, files)
+    if found.failed and not found.done:
+        reasons = out / "quarantine.csv"
+        raise GigamorphError(f"none of {counted(found.failed, 'image')} could be {done}; {reasons} lists the reasons")
+
+
+def _print_summary(run: ImageRun, out: Path, found: Summary, done: str, files: str) -> None:
     if run.as_json:
         _print_event(
             "end",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_701,
+    ("engine", "kernels"): 57_696,
     ("engine", "kernels", "cli", "benchmarks"): 65_393,
     ("benchmarks",): 4_199,
 }

@@ -51,7 +51,8 @@ def chosen_plane(frame: int | None, count: int, name: str, what: str, unit: str 
         what, unit: the names of several images and of one, for messages.
     """
     if frame is None and count > 1:
-        raise DataError(f"{name}: has {count} {what}; choose one (frame=0 to {count - 1}, or column frame of a table)")
+        ways = "--frame, frame= in Python, or column frame of a table"
+        raise DataError(f"{name}: has {count} {what}; choose one from 0 to {count - 1} ({ways})")
     if frame is not None and not 0 <= frame < count:
         raise DataError(f"{name}: {unit} {frame} does not exist; the file has 0 to {count - 1}")
     return frame or 0

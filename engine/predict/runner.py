@@ -82,7 +82,6 @@ class _Runner:
         self._job, self._folder, self._options, self._watch, self._index = job, folder, options, watch, index
         self._summary = Summary(devices=options.devices)
         self._pending: list[Outcome] = []
-        self._last: GigamorphError | None = None
 
     def __call__(self) -> Summary:
         options, index, folder = self._options, self._index, self._folder
@@ -197,7 +196,6 @@ class _Runner:
             meter.image_done()
         share = self._options.max_failures
         last = next((outcome.error for outcome in reversed(pending) if outcome.error), None)
-        self._last = last or self._last
         if share is not None and last is not None:
             tried = max(summary.done + summary.failed, min(summary.images, _FEW_TRIED))
             if summary.failed > share * tried:
@@ -224,10 +222,6 @@ class _Runner:
                 summary.stored = deliver(documents, index, options.store, self._folder.path / "stored")
         images, done, failed = index.counts(options.shard[0])
         summary.images, summary.done, summary.failed = images, done, failed
-        if failed and not done:
-            last = f"; the last error: {self._last}" if self._last else ""
-            reasons = self._folder.path / "quarantine.csv"
-            raise GigamorphError(f"none of the {images} images could be computed; {reasons} lists the reasons{last}")
 
     def _results(self) -> Iterator[Result]:
         return (row for rows in read_results(self._folder.parts) for row in rows)
