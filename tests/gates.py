@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_696,
-    ("engine", "kernels", "cli", "benchmarks"): 65_393,
+    ("engine", "kernels"): 57_714,
+    ("engine", "kernels", "cli", "benchmarks"): 65_411,
     ("benchmarks",): 4_199,
 }
 WORDS = {

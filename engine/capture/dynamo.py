@@ -12,9 +12,11 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import mmap
 import os
 import re
+import time
 import traceback
 import types
 import weakref
@@ -40,7 +42,7 @@ from ..torch_private import (
     stance,
     tree_leaves,
 )
-from .gaps import Unguarded, gaps_closed, refuse_generators
+from .gaps import Unguarded, end_recording_at, gaps_closed, refuse_generators
 from .graph import Graph, quiet
 from .recording_state import recorded
 from .refusals import BACKBONE
@@ -56,6 +58,9 @@ GRAPHS = 64
 PIECES = 1024
 """Limit on the stored recordings of pieces of all networks. Dynamo stores them by the code of the user's modules, which
 networks share, and checks all recordings of a code in each call."""
+SYMBOLIC_COST, SYMBOLIC_SECONDS = 4.0, 10.0
+"""A recording of symbolic sizes may take this many times the first recording's processor time, but at least these
+seconds. Otherwise each size is recorded by itself: symbolic sizes of window attention take minutes."""
 
 _numbers = itertools.count()
 log = logging.getLogger("gigamorph")
@@ -131,6 +136,7 @@ class Compiled:
         self._hooks: list[Any] = []  # global module hooks, which Dynamo does not guard
         self._unguarded = Unguarded()
         self._graphs, self._static = 0, False  # recordings, and whether each is of one size
+        self._began = self._first_seconds = 0.0  # processor time of this thread
         self._stored = 0  # recordings since the last reset
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,9 +165,13 @@ class Compiled:
             return result
         finally:
             self._served = None
+            end_recording_at(math.inf)
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
-        self._served = None
+        self._served, self._began = None, time.thread_time()
+        may_be_symbolic = self._graphs and not self._static and not self.pieces
+        limit = max(SYMBOLIC_SECONDS, SYMBOLIC_COST * self._first_seconds) if may_be_symbolic else math.inf
+        end_recording_at(self._began + limit)
         if self.pieces and (self._stored >= GRAPHS or Compiled.stored_pieces >= PIECES):
             torch.compiler.reset()  # before the call, not between two of its pieces
             self._call, self._stored, Compiled.stored_pieces = None, 0, 0
@@ -212,6 +222,7 @@ class Compiled:
         refuse_generators()
         self._unguarded.note()
         graph, held = Graph.of(module), weakref.ref(self)
+        self._first_seconds = self._first_seconds or time.thread_time() - self._began
         self._graphs += 1
         self._stored += self.pieces
         Compiled.stored_pieces += self.pieces

@@ -17,6 +17,7 @@ import random
 import re
 import sys
 import threading
+import time
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -65,6 +66,12 @@ def gaps_closed() -> Iterator[None]:
 
 # Caches of the special methods that classes have, such as `__len__`; a class may have got or lost some since.
 _OF_CLASSES = ("variables.base._tp_type|_compute_slotdefs", "variables.object_protocol._get_cached_slots")
+
+
+def end_recording_at(seconds: float) -> None:
+    """Refuse recordings of this thread from this `time.thread_time` on."""
+    _open.deadline = seconds
+
 
 Around = Callable[..., Any]
 """Called as ``around(method, *args, **kwargs)`` instead of a method of Dynamo."""
@@ -161,7 +168,11 @@ def patch(path: str, around: Around) -> None:
 def _wrapped(function: Any, around: Around) -> Any:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(function, *args, **kwargs) if is_on() else function(*args, **kwargs)
+        if not is_on():
+            return function(*args, **kwargs)
+        if time.thread_time() > getattr(_open, "deadline", math.inf):
+            raise UnsupportedError("symbolic sizes take too long to record")
+        return around(function, *args, **kwargs)
 
     return wrapped
 

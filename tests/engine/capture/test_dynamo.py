@@ -96,6 +96,23 @@ def test_the_second_size_makes_sizes_symbolic(graphs: list[Graph]) -> None:
     assert counts == [1, 2, 2, 2, 2, 2]
 
 
+def test_symbolic_sizes_that_take_too_long_are_given_up(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with window attention: then each size is recorded by itself, once."""
+    monkeypatch.setattr("gigamorph.engine.capture.dynamo.SYMBOLIC_COST", 0.0)
+    monkeypatch.setattr("gigamorph.engine.capture.dynamo.SYMBOLIC_SECONDS", 0.0)
+    stock = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, 2)).double()
+    twin = copy.deepcopy(stock)
+    ours, counts = accelerate(twin, tile=9), []
+    with caplog.at_level(logging.INFO, "gigamorph"):
+        for size in (*SIZES, (52, 31), SIZES[0], (17, 23), (52, 31)):
+            agree(stock, ours, twin, [size, size])
+            counts.append(len(graphs))
+    assert counts == [1, 2, 3, 4, 5, 6, 6]  # the first size once more: its recording was not for this size alone
+    assert "each image size is recorded separately" in caplog.text and "take too long to record" in caplog.text
+
+
 def test_sizes_at_which_pytorch_chooses_another_convolution(graphs: list[Graph]) -> None:
     """In float32 of one image it does so at 20,480 values; that makes no graph of its own."""
     ours = accelerate(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), tile=64)
