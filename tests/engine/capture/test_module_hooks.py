@@ -211,7 +211,7 @@ def test_hooks_of_modules_that_a_loss_does_not_reach_are_not_called(kind: str) -
     assert found[0] == found[1] == {"a.weight", "a.bias", "c.weight", "c.bias"}
 
 
-def test_a_hooked_module_that_the_loss_does_not_reach_is_refused() -> None:
+def test_a_hooked_module_that_the_loss_does_not_reach_is_refused_or_left_alone() -> None:
     """Autograd would call the hook of a piece's input, and give zeros to the weights before it instead of None."""
 
     class Dead(nn.Module):
@@ -224,12 +224,20 @@ def test_a_hooked_module_that_the_loss_does_not_reach_is_refused() -> None:
         def forward(self, x: Tensor) -> list[Tensor]:
             first = self.first(x)
             x = self.hooked(self.before(first)) * 2
-            return [head(first if x is not None else x) for head in self.heads]  # `x` is kept for the inner function
+
+            def each(head: nn.Module) -> Tensor:  # it keeps `x`
+                return head(first if x is not None else x)
+
+            return [each(head) for head in self.heads]
 
     stock = Dead().double()
     fast = accelerate(copy.deepcopy(stock), tile=8, fallback="untiled")
     x = torch.randn(1, 1, 20, 17, dtype=torch.float64)
     stock(x)[0].sum().backward()
     assert stock.before.weight.grad is None
-    with pytest.raises(GigamorphError, match="is made by BackwardHookFunction, and this loss does not reach it"):
+    try:
         fast(x)[0].sum().backward()
+    except GigamorphError as error:
+        assert "is made by BackwardHookFunction, and this loss does not reach it" in str(error)
+    else:  # since PyTorch 2.15 the piece does not return the map that the inner function keeps
+        assert torch.__version__ >= "2.15" and fast.before.weight.grad is None
