@@ -107,20 +107,20 @@ def with_versions(**versions):
 
 
 def test_packages_newer_than_those_tested_are_named_with_the_self_check():
-    assert problems(with_versions(torch="2.14.9+cpu", triton="3.8.1")) == []
-    [problem] = problems(with_versions(torch="2.16.0.dev1+cu130", triton="3.9.0"))
+    assert problems(with_versions(torch="2.15.9+cpu", triton="3.9.1")) == []
+    [problem] = problems(with_versions(torch="2.16.0.dev1+cu130", triton="3.10.0"))
     assert problem.level == "warning"
     assert problem.what == (
-        "torch 2.16.0.dev1+cu130 and triton 3.9.0: newer than the tested versions "
-        "(torch 2.11 to 2.14, triton 3.6 to 3.8; partially tested torch 2.15 and triton 3.9)"
+        "torch 2.16.0.dev1+cu130 and triton 3.10.0: newer than the tested versions "
+        "(torch 2.11 to 2.15, triton 3.6 to 3.9)"
     )
-    assert problem.fix.endswith("pip install 'torch==2.14.*' 'triton==3.8.*'")
+    assert problem.fix.endswith("pip install 'torch==2.15.*' 'triton==3.9.*'")
     assert "verify=True" in problem.fix and "verify" in inspect.signature(accelerate).parameters
     command = problem.fix.partition("gigamorph bench ")[2].partition(";")[0].split()
     with step.make_context("step", command[1:]) as context:  # as its parser takes it
         assert context.params["peers"] == ("stock", "gigamorph")
-    [problem] = problems(with_versions(torch="2.15.0"))
-    assert problem.what.startswith("torch 2.15.0: newer") and "triton" not in problem.what
+    [problem] = problems(with_versions(torch="2.16.0"))
+    assert problem.what.startswith("torch 2.16.0: newer") and "triton" not in problem.what
 
 
 def test_tested_versions_begin_with_the_oldest_that_can_be_installed():
