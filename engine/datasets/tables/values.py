@@ -7,9 +7,11 @@ import re
 
 from .schema import Box
 
-SIDES = dict.fromkeys(("L", "LEFT", "LINKS", "GAUCHE"), "L") | dict.fromkeys(("R", "RIGHT", "RECHTS", "DROITE"), "R")
+SIDES: dict[str, str] = {"L": "L", "LEFT": "L", "LINKS": "L", "GAUCHE": "L"}
+SIDES |= {"R": "R", "RIGHT": "R", "RECHTS": "R", "DROITE": "R"}
 """Words for L and R, in English, German and French."""
-_TRUTH = dict.fromkeys(("true", "yes", "ja", "oui"), "1") | dict.fromkeys(("false", "no", "nein", "non"), "0")
+_TRUTH: dict[str, str] = {"true": "1", "yes": "1", "ja": "1", "oui": "1"}
+_TRUTH |= {"false": "0", "no": "0", "nein": "0", "non": "0"}
 _DENSITY = {"1": "A", "2": "B", "3": "C", "4": "D", "A": "A", "B": "B", "C": "C", "D": "D"}
 _BIRADS = re.compile(r"(?:BI-?RADS\s*)?(0|1|2|3|4[ABC]?|5|6)", re.IGNORECASE)
 
@@ -65,7 +67,7 @@ def label(text: str) -> float | None:
 
 def truth(text: str) -> float | None:
     """1 or 0 for "1", "0.0", "True", ...; None for empty text or nan; `ValueError` for other text."""
-    value = label(text)
+    value = number({"true": "1", "false": "0"}.get(text.lower(), text))
     if value not in (0, 1, None) or (value is None and text and text.lower() != "nan"):
         raise ValueError(f"{text!r} must be 0 or 1")
     return value
