@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINES = {
     ("engine", "kernels"): 57_714,
-    ("engine", "kernels", "cli", "benchmarks"): 65_411,
+    ("engine", "kernels", "cli", "benchmarks"): 65_410,
     ("benchmarks",): 4_199,
 }
 WORDS = {
