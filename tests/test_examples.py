@@ -103,7 +103,7 @@ def test_two_devices_give_the_gradient_of_one(tmp_path, monkeypatch):
         assert main(tmp_path) < 1e-10
         return
     step = sys.modules["two_devices"].step
-    assert pickle.loads(pickle.dumps(step)) is step  # as processes that are begun anew get it; here they are forked
+    assert pickle.loads(pickle.dumps(step)) is step  # as new processes get it; here they are forked
     process = Forked(with_forked_devices, str(FOLDER), "two_devices", str(tmp_path))
     assert process.wait() == 0, process.error
     assert float(process.output.split()[-1]) < 1e-10

@@ -60,7 +60,7 @@ PIECES = 1024
 networks share, and checks all recordings of a code in each call."""
 SYMBOLIC_COST, SYMBOLIC_SECONDS = 4.0, 10.0
 """A recording of symbolic sizes may take this many times the first recording's processor time, but at least these
-seconds. Otherwise each size is recorded by itself: symbolic sizes of window attention take minutes."""
+seconds. Otherwise each size is recorded by itself: those of window attention can take minutes."""
 
 _numbers = itertools.count()
 log = logging.getLogger("gigamorph")

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..images.header import DicomInfo, read_info
-from ..images.open import is_dicom as begins_as_dicom
-from ..images.open import open_pixels
+from ..images.open import begins_as_dicom, open_pixels
 from ..images.parallel import run_parallel
 from ..images.rawfile import reading
 from .tables import values

@@ -119,7 +119,7 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
         from .tiff import TiffPixels
 
         return TiffPixels(path, frame)
-    if is_dicom(head):
+    if begins_as_dicom(head):
         from .dicom import open_dicom
 
         return open_dicom(path, voi=voi, frame=frame, for_processing=for_processing)
@@ -153,7 +153,7 @@ def _open_file(path: Path, *, voi: str, frame: int | None, for_processing: bool)
     return stored
 
 
-def is_dicom(head: bytes) -> bool:
+def begins_as_dicom(head: bytes) -> bool:
     """Whether these first bytes of a file are DICOM's: its prefix or, without one, an early element of a data set."""
     if head[128:132] == b"DICM":
         return True

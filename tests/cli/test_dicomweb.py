@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 import stores
-from commands import rows, run
+from commands import SMALL_TRAINING, rows, run
 
 from gigamorph.engine.evaluate.read import PROBABILITY
 from gigamorph.engine.images.dicomweb import parse_location
@@ -27,8 +27,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(files, tmp_path_factory):
     out, [table] = tmp_path_factory.mktemp("t") / "run", files[0].parents[1].glob("*.csv")
-    options = ("--model", "lesionnet?stages=1", "--mean", "0.3", "--std", "0.1", "--epochs", "1")
-    assert run("train", table, "--out", out, *options) == 0
+    assert run("train", table, "--out", out, *SMALL_TRAINING) == 0
     return out / "best.ckpt"
 
 

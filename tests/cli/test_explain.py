@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from commands import run
+from commands import SMALL_TRAINING, run
 
 from gigamorph import accelerate
 from gigamorph.engine.images.open import open_pixels
@@ -30,23 +30,7 @@ def table(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(table, tmp_path_factory):
     out = tmp_path_factory.mktemp("t") / "run"
-    assert (
-        run(
-            "train",
-            table,
-            "--out",
-            out,
-            "--model",
-            "lesionnet?stages=1",
-            "--mean",
-            "0.3",
-            "--std",
-            "0.1",
-            "--epochs",
-            "1",
-        )
-        == 0
-    )
+    assert run("train", table, "--out", out, *SMALL_TRAINING) == 0
     return out / "best.ckpt"
 
 

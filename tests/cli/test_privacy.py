@@ -5,7 +5,7 @@ from pathlib import Path
 import lookalikes
 import pydicom
 import pytest
-from commands import run
+from commands import SMALL_TRAINING, run
 
 from gigamorph.engine.mammography.phantom import write_phantoms
 
@@ -34,18 +34,7 @@ def told(folder: Path, *texts: str) -> list[str]:
 
 
 def test_training_and_prediction_tell_no_patients(secret, tmp_path, capfd):
-    options = [
-        "--model",
-        "lesionnet?stages=1",
-        "--mean",
-        "0.3",
-        "--std",
-        "0.1",
-        "--epochs",
-        1,
-        "--memory-budget",
-        "64MiB",
-    ]
+    options = [*SMALL_TRAINING, "--memory-budget", "64MiB"]
     assert run("train", secret, "--out", tmp_path / "run", *options) == 0
     said = capfd.readouterr()
     assert (tmp_path / "run" / "best.ckpt").stat().st_size > 0

@@ -16,7 +16,7 @@ import pytest
 import rich_click as click
 import torch
 import yaml
-from commands import rows, run
+from commands import SMALL_TRAINING, rows, run
 
 from gigamorph import load
 from gigamorph.cli.train import scores_line
@@ -27,7 +27,7 @@ from gigamorph.engine.train.config import TrainConfig
 from gigamorph.engine.train.inputs import training_data
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-FAST = ["--model", "lesionnet?stages=1", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
+FAST = [*SMALL_TRAINING, "--accumulate", "4"]
 
 
 @pytest.fixture(scope="module")

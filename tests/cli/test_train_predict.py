@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import rows, run
+from commands import SMALL_TRAINING, rows, run
 from forked import command as forked
 
 from gigamorph import GigamorphError, load
@@ -24,7 +24,7 @@ from gigamorph.engine.predict.parts import read_parts
 from gigamorph.engine.train.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-FAST = ["--model", "lesionnet?stages=1", "--mean", "0.3", "--std", "0.1", "--epochs", "1", "--accumulate", "4"]
+FAST = [*SMALL_TRAINING, "--accumulate", "4"]
 
 
 @pytest.fixture(scope="module")

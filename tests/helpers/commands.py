@@ -10,6 +10,9 @@ import pytest
 from gigamorph.cli.main import main
 from gigamorph.engine.mammography.phantom import write_phantoms
 
+SMALL_TRAINING = ["--model", "lesionnet?stages=1", "--mean", "0.3", "--std", "0.1", "--epochs", "1"]
+"""Options of `gigamorph train` for one epoch of a small network."""
+
 
 def run(*args: object) -> int | str | None:
     """Exit code of ``gigamorph ARGS``."""

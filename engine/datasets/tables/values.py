@@ -7,11 +7,9 @@ import re
 
 from .schema import Box
 
-SIDES: dict[str, str] = {"L": "L", "LEFT": "L", "LINKS": "L", "GAUCHE": "L"}
-SIDES |= {"R": "R", "RIGHT": "R", "RECHTS": "R", "DROITE": "R"}
+SIDES = {"L": "L", "LEFT": "L", "LINKS": "L", "GAUCHE": "L", "R": "R", "RIGHT": "R", "RECHTS": "R", "DROITE": "R"}
 """Words for L and R, in English, German and French."""
-_TRUTH: dict[str, str] = {"true": "1", "yes": "1", "ja": "1", "oui": "1"}
-_TRUTH |= {"false": "0", "no": "0", "nein": "0", "non": "0"}
+_TRUTH = {"true": "1", "yes": "1", "ja": "1", "oui": "1", "false": "0", "no": "0", "nein": "0", "non": "0"}
 _DENSITY = {"1": "A", "2": "B", "3": "C", "4": "D", "A": "A", "B": "B", "C": "C", "D": "D"}
 _BIRADS = re.compile(r"(?:BI-?RADS\s*)?(0|1|2|3|4[ABC]?|5|6)", re.IGNORECASE)
 

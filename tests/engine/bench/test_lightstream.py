@@ -21,7 +21,7 @@ def resnet():
 
 @pytest.fixture(scope="module")
 def records():
-    """Recordings by size and mode: each search for a tile makes the same two of ResNet-18 anew."""
+    """Recordings by size and mode: each search for a tile would make the same two of ResNet-18."""
     return {}
 
 

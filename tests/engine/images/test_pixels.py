@@ -484,8 +484,8 @@ def growth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, ...
         write(path)
     process = Forked(grown_memory.print_growth, [str(path) for path in paths.values()])
     assert process.wait() == 0, process.error
-    told = [tuple(int(word) for word in line.split()) for line in process.output.splitlines()]
-    return dict(zip(paths, told, strict=True))
+    printed = [tuple(int(word) for word in line.split()) for line in process.output.splitlines()]
+    return dict(zip(paths, printed, strict=True))
 
 
 @pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="no resource usage here")
