@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..accelerate import accelerate, freeze_batch_norm
+from ..accelerate import Accelerated, accelerate, freeze_batch_norm
 from ..models import build_model
 from ..morph.files import create_grown
 from ..tiling.memory import peak_bytes, return_free_pages, used_bytes
+from ..tiling.scan import TileEvent
 from ..torch_private import BatchNorm
 from .meter import NvmlPeak, measure
 from .ordinary import loss_of
@@ -65,7 +67,6 @@ class PeerWork:
 
     def __init__(self, task: BenchTask, peer: str, settings: Settings, cap: int | None):
         self.task, chosen = task, PEERS[peer]
-        self.label = chosen.label
         self.nvml = NvmlPeak(task.device)
         if task.device == "cuda" and cap is not None:
             total = torch.cuda.mem_get_info()[1]
@@ -159,8 +160,19 @@ class Server:
         return measure_ceilings(device)
 
     def profile(self, folder: str) -> None:
-        from .profile import profile_step  # imported late: matplotlib would count as memory of the process
+        """Run one step under PyTorch's profiler and write ``trace.json``, in which the end of each tile is marked."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.work.task.device == "cuda" else [])]
+        runs = self.work.runs
 
-        work = self.work
-        title = f"{work.task}, {work.label}"
-        profile_step(work.runs, lambda: work.step(work.image), title, work.task.device, Path(folder))
+        def mark(event: TileEvent) -> None:
+            with record_function(f"tile done: {event.phase} {event.done}"):
+                pass
+
+        if isinstance(runs, Accelerated):
+            runs.on_tile = mark
+        with profile(activities=activities, profile_memory=True) as recorded:
+            self.work.step(self.work.image)
+        if isinstance(runs, Accelerated):
+            runs.on_tile = None
+        recorded.export_chrome_trace(str(Path(folder) / "trace.json"))

@@ -43,6 +43,10 @@ LOOSE_SHARE_INFERENCE, LOOSE_UNDER = 4, 0.85
 # On a GPU: the workspaces of cuBLAS (32 MiB per stream on Hopper, two streams) and cuDNN; and the maximum number of
 # splits of the gradient of a large weight. Both are from documentation and code; no GPU was measured.
 GPU_LIBRARIES, WGRAD_SPLITS = 96 * 2**20, 8
+# Number of strategies that are made of a long series before the search knows between which two the best one is.
+SAMPLE = 8
+# Number of choices of stored maps that are tried in order, from the first that might fit, before the search bisects.
+IN_ORDER = 3
 # Number of sides, from the largest, that are tried before the next choice of stored maps.
 COARSE = 3
 # On a GPU, number of further sides that are tried after one that fits but runs op by op, to find one that is captured.

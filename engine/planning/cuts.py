@@ -29,7 +29,7 @@ def cuts_by_outputs(maps: Maps, nodes: Sequence[Node | Op]) -> Iterator[list[int
     order = [node for node in nodes if isinstance(node, Local)]
     alive, ends = _alive(maps, order), list(accumulate(_shares(maps, order)))
     last: list[int] = []
-    for parts in _TRAINING_PARTS:
+    for parts in _TRAINING_PARTS if order else ():
         found: dict[int, None] = {}
         for number in range(1, parts):
             low, high = ((number + half) / parts * ends[-1] for half in (-0.5, 0.5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -41,14 +42,14 @@ class _Options:
     def __init__(self, request: Request, device: torch.device, shard: SpatialShard | None, agree: bool):
         self.request, self.device, self.shard, self.agree = request, device, shard, agree
         self.tried: list[Choice] = []
-        self.options: list[tuple[StagedProgram, int]] = []  # with the offloaded bytes
+        self.options: list[tuple[StagedProgram, Strategy]] = []
         self._known = Known()
         self._ready: set[int] = set()
-        self._estimates: dict[int, Estimator] = {}
+        self._estimates: dict[int, Estimator] = {}  # by the identity of the staged program
         self._values = 0  # number of the program's values after rewriting the first choice
 
-    def add(self, strategy: Strategy) -> bool:
-        """Add a choice if it is possible; returns whether it is."""
+    def add(self, strategy: Strategy, place: int | None = None) -> bool:
+        """Add a choice, by default as the last one, if it is possible; returns whether it is."""
         staged, stored, request = strategy.staged, strategy.stored_bytes, self.request
         if self.shard is not None:
             if staged.place != "device":
@@ -57,29 +58,31 @@ class _Options:
             stored = stored_peak(staged, request.training, staged.wanted(request.image_grad))
         if staged.place == "disk" and strategy.away_bytes > _free_disk():
             return False
-        self.tried.append(Choice(strategy.name, strategy.cost, stored))
-        self.options.append((staged, strategy.away_bytes))
+        place = len(self.options) if place is None else place
+        self.tried.insert(place, Choice(strategy.name, strategy.cost, stored))
+        self.options.insert(place, (staged, strategy))
         return True
 
     def fit(self, number: int, coarse: bool) -> Plan | None:
         """The plan of a choice; None if nothing fits."""
-        staged, away = self.options[number]
+        staged, strategy = self.options[number]
         plan = fitting(self._estimate(number), self.request, coarse)
         if self.shard is not None and self.agree and not self.shard.all_agree(plan is not None, self.device):
             plan = None
-        return plan and replace(plan, choice=number, maps=staged.place, away_bytes=away)
+        return plan and replace(plan, choice=number, maps=staged.place, away_bytes=strategy.away_bytes)
 
     def _estimate(self, number: int) -> Estimator:
         """The estimate of a choice, whose stages are prepared first."""
-        if number not in self._estimates:
-            staged, request = self.options[number][0], self.request
+        staged, request = self.options[number][0], self.request
+        if id(staged) not in self._estimates:
             prepare_once(staged, self._ready, request)
             self._values = self._values or len(staged.program.values)
-            self._estimates[number] = Estimator(
+            self._estimates[id(staged)] = Estimator(
                 staged, request.training, request.image_grad, self._known, alone=self.shard is None
             )
-        self._estimates[number].records = self._records()
-        return self._estimates[number]
+        estimate = self._estimates[id(staged)]
+        estimate.records = self._records()
+        return estimate
 
     def _records(self) -> int:
         """Bytes of Python objects of recording and planning; 0 on a GPU, where they do not count."""
@@ -90,9 +93,9 @@ class _Options:
     def slower(self) -> Plan | None:
         """The plan of the fastest later choice that fits; small tiles are the last resort."""
         count = self._useful()
-        found = first_that_fits(lambda number: self.fit(number, coarse=True), 1, count)
+        found = self._fastest(lambda number: self.fit(number, coarse=True), 1, count)
         small = max(0, count - constants.SMALL_TILES)
-        return found or first_that_fits(lambda number: self.fit(number, coarse=False), small, count)
+        return found or self._fastest(lambda number: self.fit(number, coarse=False), small, count)
 
     def captured(self, first: int) -> Plan | None:
         """The plan of the fastest choice, from `first` on, whose step a GPU captures as a whole within the budget.
@@ -104,7 +107,27 @@ class _Options:
             plan = self.fit(number, coarse=True)
             return plan if plan is not None and plan.capture_bytes else None
 
-        return first_that_fits(fit, first, self._useful())
+        return self._fastest(fit, first, self._useful())
+
+    def _first_possible(self, first: int, end: int) -> int:
+        """The first choice whose memory without any tile is within the limit, by bisection."""
+        limit, counted = self.request.limit(self.device), self.request.count_tile or self.request.tile is None
+        return first + bisect_left(range(first, end), True, key=lambda n: self._estimate(n).floor(counted) <= limit)
+
+    def _fastest(self, fit: Callable[[int], Plan | None], first: int, end: int) -> Plan | None:
+        """The plan of the first choice that fits, also among those between it and the one before.
+
+        The first ones that might fit are tried in order: if their tiles differ, not every later one needs less.
+        """
+        start = first if self.shard is not None else self._first_possible(first, end)
+        later = min(start + constants.IN_ORDER, end)
+        found = next((plan for n in range(start, later) if (plan := fit(n))), None) or first_that_fits(fit, later, end)
+        if found is None or found.choice <= first:
+            return found
+        place = number = found.choice
+        for strategy in self.options[number][1].before():
+            place += self.add(strategy, place)
+        return first_that_fits(fit, number, place) or replace(found, choice=place)
 
     def _useful(self) -> int:
         """The number of choices without the last ones, if these store less but need more memory than earlier ones.

@@ -17,8 +17,10 @@ All strategies may offload their maps: on a GPU to host memory, otherwise to a f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import chain, pairwise
 
 from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
@@ -41,6 +43,7 @@ class Strategy:
         stored_bytes: peak of the bytes of stored maps and their gradients on the device.
         away_bytes: peak of the offloaded bytes.
         packed_bytes: bytes of the weights that a stage packs (`lowering/onednn.py`), in the stage with the most.
+        before: makes the useful strategies between the one before and this one, by cost.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Strategy:
     stored_bytes: int
     away_bytes: int = 0
     packed_bytes: int = 0
+    before: Callable[[], list[Strategy]] = list
 
     @property
     def bytes(self) -> int:
@@ -56,88 +60,146 @@ class Strategy:
         return self.stored_bytes + self.packed_bytes
 
 
+_Series = Sequence[Callable[[], list[Strategy]]]
+"""Strategies of one kind, made when needed: each stores less than the one before and, as a rule, costs more."""
+
+
+def _sampled(series: _Series) -> list[int]:
+    """A few places from all over a series, with the first and the last."""
+    last = len(series) - 1
+    return [*range(0, last, -(-last // constants.SAMPLE) or 1), last]
+
+
+def _sample(every: Iterable[_Series]) -> Iterator[Strategy]:
+    return (strategy for series in every for place in _sampled(series) for strategy in series[place]())
+
+
 def strategies(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
     """The useful strategies: the first stores everything, each later one is slower and needs less memory.
+
+    Long series of similar strategies are sampled; `Strategy.before` makes those between two of the sample.
 
     On the CPU a network of one stage has other strategies. In training, tiles run through one part of the network at a
     time, which stores maps between parts but needs smaller tiles. In inference, weights are packed for one part at a
     time.
     """
-    every = every_strategy(maps, nodes, training, image_grad)
-    least = next(every)
-    yield least
+    every = _every_series(maps, nodes, training, image_grad)
+    first = next(every)
+    least, *others = _sample([first])
+    yield least  # the rest is only made if this one does not fit
+    later = list(every)
+    sample = chain(others, _sample(later))
     if len(least.staged.stages) > 1 or least.packed_bytes:
-        for strategy in sorted(every, key=lambda s: (s.cost, s.bytes)):
-            if strategy.bytes < least.bytes:
-                least = strategy
-                yield strategy
+        for strategy in _falling(sample, least.bytes):
+            yield replace(strategy, before=partial(_between, later, least, strategy))
+            least = strategy
     elif training:
-        yield from (strategy for strategy in every if strategy.staged.place == "disk")
+        yield from (strategy for strategy in sample if strategy.staged.place == "disk")
+
+
+def _falling(every: Iterable[Strategy], most: int) -> Iterator[Strategy]:
+    """By cost, the strategies that need fewer bytes than `most` and than all cheaper ones."""
+    for strategy in sorted(every, key=lambda s: (s.cost, s.bytes)):
+        if strategy.bytes < most:
+            most = strategy.bytes
+            yield strategy
+
+
+def _between(every: Iterable[_Series], low: Strategy, high: Strategy) -> list[Strategy]:
+    """The useful strategies that cost less than `high` and need less memory than `low`."""
+    made: list[Strategy] = []
+    for series in every:
+        for place, later in pairwise(_sampled(series)):
+            pairs = zip(series[place](), series[later](), strict=False)
+            if any(one.cost < high.cost and other.cost > low.cost for one, other in pairs):
+                made += (strategy for make in series[place + 1 : later] for strategy in make())
+    return list(_falling((strategy for strategy in made if strategy.cost < high.cost), low.bytes))
 
 
 def every_strategy(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[Strategy]:
-    """All strategies, first the one that stores everything; they do not depend on the size of the image."""
+    """A sample of all strategies, first the one that stores everything; it does not depend on the image's size."""
+    return _sample(_every_series(maps, nodes, training, image_grad))
+
+
+def _every_series(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_grad: bool) -> Iterator[_Series]:
+    """All strategies; the first series has those that store everything."""
     known = {id(node): _cost(maps, node) for node in nodes if isinstance(node, Local)}
     unit = max(1, sum(known.values()))
 
     kind = maps.program.values[maps.program.image].device.type
 
-    def weigh(name: str, staged: StagedProgram, more: float = 0) -> Iterator[Strategy]:
+    def weigh(name: str, staged: StagedProgram, more: float = 0) -> list[Strategy]:
         cost = program_cost(staged, training, known) + more
         stored, here = stored_peaks(staged, training, wanted)
         packed = 0 if training or kind != "cpu" else max(map(packed_bytes, staged.stages), default=0)
-        yield Strategy(name, staged, cost / unit, stored, packed_bytes=packed)
         moved = moved_bytes(staged, training)
-        for place, flops in constants.ELSEWHERE.get(kind, {}).items() if moved else ():
-            away = replace(staged, place=place)
-            cost_there = (cost + flops * moved) / unit
-            yield Strategy(f"{name}; {PLACES[place]}", away, cost_there, here, stored - here, packed)
+        elsewhere = constants.ELSEWHERE.get(kind, {}).items() if moved else ()
+        there = [(f"{name}; {PLACES[p]}", replace(staged, place=p), (cost + f * moved) / unit) for p, f in elsewhere]
+        found = Strategy(name, staged, cost / unit, stored, packed_bytes=packed)
+        return [found, *(Strategy(*each, here, stored - here, packed) for each in there)]
 
     everything = split(maps, nodes, crossing(maps, nodes))
     wanted = everything.wanted(image_grad)  # equal for all strategies, which have the same ops
-    yield from weigh("all maps that later stages read", everything)
-    for name, staged in _candidates(maps, nodes, training):
-        yield from weigh(name, staged)
+    yield [lambda: weigh("all maps that later stages read", everything)]
+    for makes in _candidates(maps, nodes, training):
+        yield [cache(lambda make=make: [] if (made := make()) is None else weigh(*made)) for make in makes]
     if kind == "cpu" and len(everything.stages) == 1:
         for cuts in cuts_by_outputs(maps, nodes) if training else cuts_by_weights(maps, nodes, _cuttable(maps, nodes)):
             staged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
             name = f"the maps between {len(staged.stages)} parts"
-            yield from weigh(name, staged, constants.FLOPS_PER_BYTE[kind] * moved_bytes(staged, training))
+            more = constants.FLOPS_PER_BYTE[kind] * moved_bytes(staged, training)
+            yield [partial(weigh, name, staged, more)]
 
 
 PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
 
 
-def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[tuple[str, StagedProgram]]:
+_Make = Callable[[], tuple[str, StagedProgram] | None]
+
+
+def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[list[_Make]]:
+    """Series of choices, each with its name; None if a choice equals another."""
     cuts = cut_maps(maps, nodes)
     fixed = _drawn_by_position(maps, nodes)
     hooked = any(op.name == "tensor_hook" for op in maps.program.ops)  # hooks would see another graph in a segment
     read_later, level = crossing(maps, nodes), levels(maps, nodes)
     stored = [v for v in read_later if level[v] or v in fixed]
     if len(stored) < len(read_later):
-        yield "all maps that later stages read, except those of the first layers", split(maps, nodes, stored)
+        name = "all maps that later stages read, except those of the first layers"
+        yield [lambda: (name, split(maps, nodes, stored))]
+
+    @cache
+    def cut_at(grouped: int, until: int) -> tuple[list[int], list[int], dict[int, int]]:
+        chosen = cuts[::-1][::grouped][::-1][:until]
+        return chosen, crossing(maps, nodes, chosen), levels(maps, nodes, chosen)
+
+    def make(grouped: int, until: int, number: int, ends: bool) -> tuple[str, StagedProgram] | None:
+        """The choice that cuts at the first `until` maps and stores none before the end of block `number`.
+
+        With `ends`, the ends of these blocks are stored as well.
+        """
+        chosen, read_later, level = cut_at(grouped, until)
+        end = level[chosen[number - 1]] if number else -1
+        dropped = {v for v in read_later if level[v] <= end and v not in fixed} - set(chosen if ends else ())
+        if number and not dropped:
+            return None
+        stored = [v for v in read_later if v not in dropped]
+        kept = [v for v in chosen if v in stored]
+        staged = split(maps, nodes, stored, kept)
+        if training and kept and not hooked:
+            staged.segments = segments_between(staged, kept)
+        text = f"; blocks 1 to {number}: {'ends only' if ends else 'none'}" if number else ""
+        return _named_after(until, -(-len(cuts) // grouped), grouped, training) + text, staged
+
+    # The fewer maps are stored, the more storing late maps costs: these choices are not better than others.
+    if training and len(cuts) > 1:
+        for number, ends in ((0, True), (1, True), (1, False)):
+            yield [partial(make, 1, until, number, ends) for until in range(1, len(cuts))]
     for grouped in (1, 2, 4) if training else (1,):
-        every = cuts[::-1][::grouped][::-1]
-        for until in range(1 if training and grouped == 1 else len(every), len(every) + 1):
-            chosen = every[:until]
-            name = _named_after(until, len(every), grouped, training)
-            read_later = crossing(maps, nodes, chosen)
-            level = levels(maps, nodes, chosen)
-            # The fewer maps are stored, the more storing late maps costs: these choices are not better than others.
-            for number in range((until if until == len(every) else 1) + 1):
-                end = level[chosen[number - 1]] if number else -1
-                inside = {v for v in read_later if level[v] <= end and v not in fixed}
-                for dropped, text in ((inside - set(chosen), "ends only"), (inside, "none")):
-                    if number and not dropped:
-                        continue
-                    stored = [v for v in read_later if v not in dropped]
-                    kept = [v for v in chosen if v in stored]
-                    staged = split(maps, nodes, stored, kept)
-                    if training and kept and not hooked:
-                        staged.segments = segments_between(staged, kept)
-                    yield name + (f"; blocks 1 to {number}: {text}" if number else ""), staged
-                    if not number:
-                        break
+        count = -(-len(cuts) // grouped)
+        if count:
+            yield [partial(make, grouped, count, number, True) for number in range(count + 1)]
+            yield [partial(make, grouped, count, number, False) for number in range(1, count + 1)]
 
 
 def _named_after(until: int, count: int, grouped: int, training: bool) -> str:

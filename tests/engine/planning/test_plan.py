@@ -242,6 +242,8 @@ def test_a_stage_that_only_reduces_the_image_has_a_plan() -> None:
     net = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1)).train()
     made = plan(net, (1, 300, 200), "100MiB")
     assert len(made.sides) == 2 and made.tile_bytes > 300 * 200 * 4 / (made.tiles[0] * made.tiles[1])
+    only_pools = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    assert plan(only_pools, (1, 3, 512, 512), "5MiB").tiles > (1, 1)
 
 
 def test_the_heaviest_tile_is_the_last_one() -> None:
