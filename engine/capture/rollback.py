@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from .tracebacks import ENGINE, is_users
 # gigamorph's own files have state of other networks.
 _OURS = tuple(os.path.join(os.path.dirname(ENGINE), name, "") for name in ("engine", "kernels", "cli"))
 _ITEMS = 10_000  # containers with more are data, not state
+_OF_DYNAMO = re.compile(r"__|.*_\d+_c\d+$|.*\W")  # names of globals
 _BYTES = 1 << 20  # so are larger arrays and tensors that are not held by a module
 
 
@@ -59,6 +61,8 @@ class Rollback:
 
     def _save(self, value: Any) -> Iterator[Any]:
         """Save one object; yields what it holds."""
+        if isinstance(value, Tensor):
+            yield vars(value)
         if isinstance(value, Tensor | np.ndarray):
             if _has_memory(value) and (id(value) in self._held or value.nbytes <= _BYTES):
                 self._undo.append(_restore_memory(value))
@@ -125,12 +129,16 @@ def _restore_memory(value: Tensor | np.ndarray[Any, Any]) -> Callable[[], Any]:
         array = value.copy()
         return lambda: np.copyto(value, array) if value.flags.writeable else None
     alias, before = value.detach(), value.detach().clone()
+    wants, grad = value.requires_grad, value.grad if value.is_leaf else None
 
     def restore() -> None:
         if value.data_ptr() != alias.data_ptr() or value.shape != alias.shape:
             value.data = alias
         if not torch.equal(value, before):
             value.copy_(before)
+        if value.is_leaf:
+            value.grad = grad
+            value.requires_grad_(wants)
 
     return restore
 
@@ -139,7 +147,7 @@ def _restore_items(value: Any, before: Any) -> None:
     if isinstance(value, dict):
         is_globals = "__builtins__" in value
         for key in [key for key in value if key not in before]:
-            if not (is_globals and (key.startswith("__") or not key.isidentifier())):  # those are of TorchDynamo
+            if not (is_globals and _OF_DYNAMO.match(key)):
                 del value[key]
         if not is_globals and [*value] != [*before]:
             value.clear()

@@ -297,6 +297,9 @@ _BACKWARD = {"aten::native_batch_norm_backward": (6, 2), "aten::native_group_nor
 class RoundedSums(TorchDispatchMode):
     """Means, sums and norms are off by a few last bits of what went into them, in a direction of each channel's own.
 
+    Convolutions are off by the last bit of each value, in a direction of its own: places with equal patches, as in a
+    flat image, are equal maxima only if the same loop computes them.
+
     Args:
         sign: 1.0 or -1.0; the two errors are opposite, so that one of them moves any zero over a kink.
     """
@@ -310,6 +313,9 @@ class RoundedSums(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
+        if name == "aten::convolution":
+            bits = torch.randint(0, 2, result.shape, generator=self.dice, dtype=torch.int8).mul_(2).sub_(1)
+            result.add_(self.sign * bits * torch.finfo(result.dtype).eps * result.detach())
         norms = ("aten::native_batch_norm", "aten::native_group_norm")
         if name.removesuffix("_backward") in norms or name in ("aten::mean", "aten::sum"):
             first = result[0] if isinstance(result, tuple) else result

@@ -116,6 +116,12 @@ class Writer(nn.Module):
                 weight.mul_(2)
         elif self.how == "memory of a parameter":
             weight.data = weight.data.renorm(2, 0, 0.5)
+        elif self.how == "whether a parameter wants gradients":
+            weight.requires_grad_(False)
+        elif self.how == "gradient of a parameter":
+            weight.grad = torch.ones_like(weight)
+        elif self.how == "attribute of a parameter":
+            weight.seen = x.shape[-1]
         elif self.how == "global":
             COUNT += 1
         elif self.how == "items of a global":
@@ -148,6 +154,9 @@ class Writer(nn.Module):
         "parameter in place",
         "parameter without gradients",
         "memory of a parameter",
+        "whether a parameter wants gradients",
+        "gradient of a parameter",
+        "attribute of a parameter",
         "global",
         "items of a global",
         "class",
@@ -162,7 +171,8 @@ def test_a_refusal_restores_what_an_earlier_piece_has_written(how: str) -> None:
 
     def seen() -> str:
         weight, function = net.conv.weight, vars(_count_calls)
-        kept = weight.data_ptr(), weight.tolist(), TABLE, COUNT, Writer.total, Writer.everyone, net.nested
+        wants = weight.requires_grad, weight.grad, getattr(weight, "seen", None)
+        kept = weight.data_ptr(), weight.tolist(), wants, TABLE, COUNT, Writer.total, Writer.everyone, net.nested
         return repr((*kept, _count_calls.__defaults__, function, random.getstate(), np.random.get_state(), vars(net)))
 
     before, ours = seen(), accelerate(net, tile=8, fallback="untiled")
