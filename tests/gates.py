@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_711,
-    ("engine", "kernels", "cli", "benchmarks"): 65_407,
+    ("engine", "kernels"): 57_710,
+    ("engine", "kernels", "cli", "benchmarks"): 65_406,
     ("benchmarks",): 4_199,
 }
 WORDS = {

@@ -134,7 +134,10 @@ class Recorder(TorchFunctionMode):
             return value
         with torch.inference_mode(made := self.values.of_inference(value)):
             twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        return twin if made else twin.requires_grad_(value.requires_grad).clone()
+        if not made:
+            return twin.requires_grad_(value.requires_grad).clone()
+        alias = self.values.aliases.of.get(id(value))  # PyTorch lets calls write to `x.data`, not to `x.data[1:]`
+        return twin.detach() if alias and alias.chain[-1:] and alias.chain[-1].name in ("data", "detach") else twin
 
     @contextlib.contextmanager
     def _no_inference(self) -> Iterator[None]:

@@ -56,7 +56,7 @@ class _Options:
                 return False  # all processes would need the same disk
             staged = split_network(staged, self.shard)
             stored = stored_peak(staged, request.training, staged.wanted(request.image_grad))
-        if staged.place == "disk" and strategy.away_bytes > _free_disk():
+        if staged.place == "disk" and strategy.away_bytes > shutil.disk_usage(tempfile.gettempdir()).free:
             return False
         place = len(self.options) if place is None else place
         self.tried.insert(place, Choice(strategy.name, strategy.cost, stored))
@@ -187,9 +187,7 @@ def arrange(
     options = _Options(request, program.values[0].device, shard, agree)
     found: Plan | None = None
     for strategy in strategies(maps, nodes, request.training, request.image_grad):
-        if options.add(strategy) and len(options.options) == 1:
-            found = options.fit(0, coarse=True)
-        if found is not None:
+        if options.add(strategy) and len(options.options) == 1 and (found := options.fit(0, coarse=True)):
             break
     found = found or options.slower()
     if found is None:
@@ -232,11 +230,6 @@ def first_that_fits(fit: Callable[[int], Plan | None], first: int, end: int) -> 
         else:
             found, end = plan, middle
     return found
-
-
-def _free_disk() -> int:
-    """Free bytes for temporary files."""
-    return shutil.disk_usage(tempfile.gettempdir()).free
 
 
 def _too_little(estimates: Sequence[Estimator], request: Request) -> BudgetError:

@@ -31,10 +31,24 @@ def written(y: Tensor, row: Tensor) -> Tensor:
     return y + row
 
 
+def written_as_data(y: Tensor, row: Tensor) -> Tensor:
+    row.data.clamp_(0.6, 0.9)
+    row.detach().mul_(0.5)
+    return y + row
+
+
+def a_view_of_data_written(y: Tensor, row: Tensor) -> Tensor:
+    row.data[1:].mul_(0.5)
+    return y + row
+
+
 USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "saved": lambda y, row: y * row,
     "a view saved": lambda y, row: y * row[None, None, None],
     "written": written,
+    "written as data": written_as_data,
+    "a view of data written": a_view_of_data_written,
+    "data saved": lambda y, row: y * row.data,
     "added": lambda y, row: y + row,
     "copied": lambda y, row: y * row.clone(),
     "written into": lambda y, row: y.clone().mul_(row),

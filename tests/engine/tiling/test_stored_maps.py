@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import tempfile
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_the_plan_takes_the_disk_where_there_is_room(monkeypatch: pytest.MonkeyP
     assert found.maps == "disk" and found.away_bytes > found.stored_bytes
     assert "on disk" in str(found) and found.choices[found.choice].name.endswith("; on disk")
     assert plan(net, (1024, 1024), "60MiB").maps == "device"
-    monkeypatch.setattr(PLAN, "_free_disk", lambda: 0)
+    monkeypatch.setattr(PLAN.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
     assert not any(choice.name.endswith("; on disk") for choice in plan(net, (1024, 1024)).choices)
 
 
