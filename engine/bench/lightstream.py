@@ -15,7 +15,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from ..capture.recording import record_call
+from ..capture.recording import capture
 from ..errors import BudgetError, UnsupportedError
 from ..models.compat import make_torchvision_importable
 from ..planning.simulate import stock_peak
@@ -89,10 +89,9 @@ def _tiles(network: nn.Module, task: BenchTask, budget: int) -> tuple[list[int],
     if not sides:
         raise UnsupportedError(f"no tile of whole strides ({_STEP}) divides {height} x {width} without remainder")
     parameters = sum(t.nbytes for t in network.state_dict().values())
-    device = torch.device("cpu")
     with torch.set_grad_enabled(task.training):
-        given = [record_call(network, (n, channels, side, side), torch.float32, device) for side in (_LOW, _HIGH)]
-    low, high = (stock_peak(recording, device, task.training) for recording in given)
+        programs = [capture(network, (n, channels, side, side), torch.float32, "cpu") for side in (_LOW, _HIGH)]
+    low, high = (stock_peak(program, task.training) for program in programs)
     pixel = (high - low) / (_HIGH**2 - _LOW**2)  # gradients of the parameters do not grow with the image
     return sides, [side for side in sides if parameters + high + pixel * (side**2 - _HIGH**2) <= budget]
 

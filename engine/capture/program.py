@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -147,9 +148,23 @@ def same_value(one: Any, other: Any) -> bool:
     return type(one) is type(other) and repr(one) == repr(other)
 
 
-def call(op: Op, env: Any) -> list[Tensor]:
-    """The op's outputs; tensors that it writes to are copied before, so `env` is unchanged."""
-    scope = {v: env[v].clone() if v in op.mutated else env[v] for v in op.inputs}
+def op_autocast(op: Op, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context with the autocast state of an op, if it is not that of the forward's start."""
+    if op.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=op.autocast[1], enabled=op.autocast[0])
+
+
+def call(op: Op, env: Any, copied: Container[int] | None = None) -> list[Tensor]:
+    """The op's outputs.
+
+    Args:
+        op: the op.
+        env: its inputs.
+        copied: which of the tensors that it writes to are copied before; None for all, so that `env` is unchanged.
+    """
+    copied = op.mutated if copied is None else copied
+    scope = {v: env[v].clone() if v in copied else env[v] for v in op.inputs}
     result = op.func(*bind(op.args, scope), **bind(op.kwargs, scope))
     tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
     made = {id(t): t for t in (*tensors, *(scope[v] for v in op.mutated))}

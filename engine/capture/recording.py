@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,51 +12,20 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..torch_private import FakeTensor
-from .call_trees import tree_leaves
 from .dynamo import record, stand_in
-from .graph import Graph, single
+from .graph import single
 from .program import Given, Program
 
 
-@dataclass(frozen=True)
-class Recording:
-    """A recorded call.
-
-    Attributes:
-        graph: the graph of the call.
-        flat: one input for each source of the graph: stand-ins without memory for images, and the network's tensors.
-        roles: see `Graph.program`.
-        image: shape and dtype of the image batch.
-        device: device of the image.
-        moved: see `Graph.program`.
-    """
-
-    graph: Graph
-    flat: Sequence[Any]
-    roles: dict[int, str]
-    image: Given
-    device: torch.device
-    moved: torch.device | None
-
-    def program(self) -> Program:
-        """The program of the call, in the current gradient mode and autocast."""
-        return self.graph.program(self.flat, self.image, self.roles, self.device, self.moved)
-
-    def run(self, twin: Callable[[Any], Any]) -> list[Any]:
-        """The graph's outputs as stock PyTorch computes them, for the inputs mapped by `twin`."""
-        graph = self.graph if self.moved is None else self.graph.on(self.moved)
-        return tree_leaves(graph.run([twin(value) for value in self.flat]))
-
-
-def record_call(
+def capture(
     model: nn.Module,
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device | str,
     call: Callable[..., Any] | None = None,
     inputs: Sequence[Given] = (),
-) -> Recording:
-    """Record a call of the model on an image batch, in the current gradient mode and autocast.
+) -> Program:
+    """The program of a call of the model on an image batch, in the current gradient mode and autocast.
 
     Args:
         model: the network, in the training or evaluation mode to record; it may be on the meta device.
@@ -82,20 +50,8 @@ def record_call(
     graph, flat = record(_call, model if call is None else call, image, tuple(maps))
     roles = {id(image): "image", **{id(one): "map" for one in maps}}
     found = {index: roles[id(value)] for index, value in enumerate(flat) if id(value) in roles}
-    batch = Given(tuple(shape), dtype)
-    return Recording(graph, flat, found, batch, device, device if home.type == "meta" else None)
-
-
-def capture(
-    model: nn.Module,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    call: Callable[..., Any] | None = None,
-    inputs: Sequence[Given] = (),
-) -> Program:
-    """The program of a call; see `record_call`."""
-    return record_call(model, shape, dtype, device, call, inputs).program()
+    moved = device if home.type == "meta" else None
+    return graph.program(flat, Given(tuple(shape), dtype), found, device, moved)
 
 
 @functools.cache

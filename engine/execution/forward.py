@@ -9,7 +9,6 @@ interleaved: each step runs for all forwards before the next step.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ..capture.program import Op, bind, call, refs
+from ..capture.program import Op, bind, call, op_autocast, refs
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole_passes import WholePasses
 from ..lowering.folding import Fold, fold_together
@@ -348,11 +347,5 @@ def run_vector_op(staged: StagedProgram, op: Op | VectorOp, env: dict[int, Tenso
     # If only the dtype and device of a map are read, an empty tensor replaces it.
     values = staged.program.values
     maps = {v: torch.empty(0, dtype=values[v].dtype, device=device) for v in staged.maps.inputs(op) if v not in env}
-    with _autocast(op, device):
+    with op_autocast(op, device):
         env.update(zip(op.outputs, call(op, {**{v: env[v] for v in op.inputs if v in env}, **maps}), strict=False))
-
-
-def _autocast(op: Op, device: torch.device):
-    if op.autocast is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=op.autocast[1], enabled=op.autocast[0])

@@ -31,7 +31,7 @@ def refuse_hopeless(maps: Maps, nodes: Sequence[Node | Op], request: Request, sh
     """
     if request.budget is None:
         return
-    own = _parameters(maps, request.training)
+    own = held_bytes(maps, request.training)
     limit = format_bytes(request.budget)
     if request.budget < own:
         what = "parameters and their gradients alone need" if request.training else "the parameters alone need"
@@ -55,7 +55,7 @@ def least_bytes(maps: Maps, nodes: Sequence[Node | Op], request: Request) -> int
     of the largest weight, a compiled kernel per convolution, and the records of the network.
     """
     program = maps.program
-    values, total = program.values, _parameters(maps, request.training)
+    values, total = program.values, held_bytes(maps, request.training)
     results = {v for v in program.results() if v in maps and v != program.image and v not in program.inputs}
     made = {v for node in nodes if isinstance(node, Local) for v in node.op.outputs}
     total += sum(value_bytes(values[v]) for v in results & made)
@@ -73,7 +73,7 @@ def least_bytes(maps: Maps, nodes: Sequence[Node | Op], request: Request) -> int
     return total
 
 
-def _parameters(maps: Maps, training: bool) -> int:
-    """Bytes of parameters and buffers, and of gradients."""
+def held_bytes(maps: Maps, training: bool) -> int:
+    """Bytes of parameters and buffers, and in training of gradients."""
     named = {v.name: v for v in maps.program.values if v.name is not None}
     return sum(value_bytes(value) * (1 + (training and value.trainable)) for value in named.values())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..capture.program import Given, Program
-from ..capture.recording import Recording, record_call
+from ..capture.recording import capture
 from ..errors import GigamorphError
 from ..images.labels import Criterion, LabelSource, with_loss
 from ..module.arguments import HALO_STORAGE, check_choice, check_network, is_whole, tile_sides
@@ -68,10 +68,10 @@ def plan(
     call, given = _with_loss(network, criterion, labels)
     request = Request(limit, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
     with _autocast_of(device, network):
-        recording = _recording(network, shape, dtype, device, training, call, given)
-        _, chosen = arrange(_program(recording, device, training), request)
+        program = _program(network, shape, dtype, device, training, call, given)
         held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
-        stock = held + stock_peak(recording, device, training)
+        stock = held + stock_peak(program, training)
+        _, chosen = arrange(program, request)
     return replace(chosen, stock_bytes=stock)
 
 
@@ -104,7 +104,7 @@ def plan_each(
     check_network(model)
     network, shape, dtype, device = _asked(model, image_size, None, device)
     with _autocast_of(device, network):
-        program = _program(_recording(network, shape, dtype, device, training), device, training)
+        program = _program(network, shape, dtype, device, training)
         return arrange_each(program, Request(None, None, training), memory_budgets)
 
 
@@ -128,7 +128,7 @@ def _set_autocast(kind: str, enabled: bool, dtype: torch.dtype) -> None:
     torch.set_autocast_dtype(kind, dtype)
 
 
-def _recording(
+def _program(
     network: nn.Module,
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
@@ -136,17 +136,11 @@ def _recording(
     training: bool,
     call: Callable[..., Any] | None = None,
     inputs: Sequence[Given] = (),
-) -> Recording:
-    """The recorded forward; it is recorded on the network's device, because `device` may not be installed."""
-    lies = _lies(network) or (device if is_here(device) else torch.device("cpu"))
+) -> Program:
+    """The program of a call with all values on `device`, which need not be installed."""
     with torch.set_grad_enabled(training):
-        return record_call(network, shape, dtype, lies, call, inputs)
-
-
-def _program(recording: Recording, device: torch.device, training: bool) -> Program:
-    """The program of a recording, with all values on `device`."""
-    with torch.set_grad_enabled(training):
-        program = recording.program()
+        lies = _lies(network) or (device if is_here(device) else torch.device("cpu"))
+        program = capture(network, shape, dtype, lies, call, inputs)
     for value in program.values:
         value.device = device
     return program

@@ -25,6 +25,7 @@ class Request:
         count_tile: whether to count the bytes of a given tile, which takes time; the schedule does not need them.
         fallback: the treatment of ops that cannot be tiled, see `sort`.
         available: free bytes, of which a share is used; None queries the device.
+        stock: the peak of the same step in stock PyTorch, if it limits the retained graphs of tiles.
     """
 
     budget: int | None
@@ -35,6 +36,7 @@ class Request:
     count_tile: bool = True
     fallback: str | None = None
     available: int | None = None
+    stock: int | None = None
 
     def limit(self, device: torch.device) -> int:
         """Bytes that the step may use."""
@@ -45,15 +47,16 @@ class Request:
     def room(self, device: torch.device) -> int | None:
         """The peak up to which graphs of tiles may be retained: the budget, or without one the limit on a GPU.
 
-        On the CPU it is a part of the limit, because other processes share the memory; processes that train together
-        divide it. It is None if only a tile is given: on a GPU small tiles are replayed faster than retained, and on
-        the CPU a given tile signals a low memory use.
+        On the CPU it is the peak of stock PyTorch's step, and at most a part of the limit, because other processes
+        share the memory; processes that train together divide it. It is None if only a tile is given: on a GPU small
+        tiles are replayed faster than retained, and on the CPU a given tile signals a low memory use.
         """
         if self.budget is not None or self.tile is not None:
             return self.budget
         if device.type != "cpu":
             return self.limit(device)
-        return int(constants.FREE_ROOM_SHARE * self.limit(device)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        room = int(constants.FREE_ROOM_SHARE * self.limit(device)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return room if self.stock is None else min(room, self.stock)
 
     def halo_places(self, device: torch.device) -> list[str]:
         """The storage options of the halos, the fastest first."""

@@ -22,9 +22,10 @@ from . import constants
 from .candidate_tiles import sides_worth_trying
 from .estimate import Estimator
 from .lifetimes import stored_peak
-from .lower_bound import least_bytes, refuse_hopeless
+from .lower_bound import held_bytes, least_bytes, refuse_hopeless
 from .plan import Choice, Plan
 from .request import Request
+from .simulate import stock_peak
 from .strategy import Strategy, strategies
 from .tile_peaks import Known
 
@@ -184,7 +185,11 @@ def arrange(
     """
     maps, nodes = sort(program, request.fallback)
     refuse_hopeless(maps, nodes, request, shared=shard is not None)
-    options = _Options(request, program.values[0].device, shard, agree)
+    device = program.values[program.image].device
+    if request.training and request.budget is None and request.tile is None and device.type == "cpu":
+        tensors = int(constants.STOCK_SHARE * stock_peak(program, training=True))
+        request = replace(request, stock=held_bytes(maps, training=False) + tensors)
+    options = _Options(request, device, shard, agree)
     found: Plan | None = None
     for strategy in strategies(maps, nodes, request.training, request.image_grad):
         if options.add(strategy) and len(options.options) == 1 and (found := options.fit(0, coarse=True)):

@@ -12,15 +12,15 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..capture.program import Value
-from ..capture.recording import Recording
+from ..capture.higher_order import TensorHook
+from ..capture.program import Program, Value, call, op_autocast
 from ..lowering.stages import ProgramStage
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore
@@ -38,6 +38,8 @@ from ..torch_private import (
 )
 from .interstage import value_bytes
 from .meta_attention import AttentionOfTheCPU
+
+_Result = TypeVar("_Result")
 
 
 class StorageMeter(TorchDispatchMode):
@@ -100,21 +102,26 @@ def tile_peak(stage: ProgramStage, tiled: TiledStage, training: bool, wanted: Co
         training: whether there is a backward.
         wanted: the sources and vectors that require a gradient.
     """
-    values = stage.program.values
-    autocast = Autocast.current(values[stage.image].device)
-    casts = autocast.enabled or any(op.autocast is not None for op in stage.program.ops)
+    autocast = Autocast.current(stage.program.values[stage.image].device)
+    return _without_values(stage.program, lambda: _tile_peak(stage, tiled, training, wanted, autocast))
+
+
+def _without_values(program: Program, run: Callable[[], _Result]) -> _Result:
+    """The result of a function that runs a program's ops on tensors without values."""
+    values, device = program.values, program.values[program.image].device
+    casts = torch.is_autocast_enabled(device.type) or any(op.autocast is not None for op in program.ops)
     with torch.autograd.set_detect_anomaly(False):  # it reads values
-        if values[stage.image].device.type == "cpu" and not casts:
+        if device.type == "cpu" and not casts:
             with (
                 contextlib.suppress(RuntimeError),
                 on_devices(torch.device("meta"), values),
                 _OnMeta(),
                 AttentionOfTheCPU(),
             ):
-                return _tile_peak(stage, tiled, training, wanted, autocast)
+                return run()
         # Rules may hold weights, which are not fake.
         with on_devices(None, values), FakeTensorMode(allow_non_fake_inputs=True):
-            return _tile_peak(stage, tiled, training, wanted, autocast)
+            return run()
 
 
 def is_here(device: torch.device) -> bool:
@@ -283,33 +290,36 @@ def _entering(stage: ProgramStage, tiled: TiledStage, i: int, j: int, memory_for
     return Halos(above, left)
 
 
-def stock_peak(recording: Recording, device: torch.device, training: bool) -> int:
+def stock_peak(program: Program, training: bool) -> int:
     """Peak bytes of the same step in stock PyTorch on the whole image, without the inputs and parameters.
 
-    Args:
-        recording: the recorded call of the network, with or without its loss; sums of its outputs are differentiated.
-        device: the device of the step.
-        training: whether there is a backward.
+    The backward is that of a sum of the outputs. Hooks are not called.
     """
-    fake, device = FakeTensorMode(), device if is_here(device) else torch.device("cpu")
+    return _without_values(program, lambda: _stock_peak(program, training))
 
-    def twin(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        with torch.inference_mode(False):
-            like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-            return like.requires_grad_(value.requires_grad)
 
-    twins: dict[int, Any] = {}
-    with fake:
-        for value in recording.flat:
-            twins[id(value)] = twin(value)
-        with StorageMeter() as meter, torch.set_grad_enabled(training):
-            meter.ignore(list(twins.values()))
-            output = recording.run(lambda value: twins[id(value)])
-            if training:
-                roots = [t.sum() for t in output if isinstance(t, Tensor) and t.requires_grad]
-                leaves = [t for t in twins.values() if isinstance(t, Tensor) and t.requires_grad]
-                del output
-                torch.autograd.grad(roots, leaves, allow_unused=True)
+def _stock_peak(program: Program, training: bool) -> int:
+    values, kept = program.values, set(program.handed_out())
+    last = {v: n for n, op in enumerate(program.ops) for v in (*op.outputs, *op.inputs)}
+    env: dict[int, Tensor] = {}
+    for v in (program.image, *program.inputs, *program.vectors, *program.state()):
+        made = torch.empty(values[v].shape, dtype=values[v].dtype, device=values[v].device)
+        env[v] = made.requires_grad_(values[v].trainable)
+    inputs = list(env.values())  # kept, so that no other tensor gets the address of one that is ignored
+    with StorageMeter() as meter, torch.set_grad_enabled(training):
+        meter.ignore(inputs)
+        for n, op in enumerate(program.ops):
+            if isinstance(op.func, TensorHook):
+                results = [env[v] for v in op.inputs]
+            else:
+                with op_autocast(op, values[program.image].device):
+                    results = call(op, env, [v for v in op.mutated if last[v] > n or v in kept])
+            env.update(zip(op.outputs, results, strict=False))
+            for v in {*op.inputs, *op.outputs} - kept:
+                if last[v] == n:
+                    del env[v]
+        roots = [env[v].sum() for v in kept if env[v].requires_grad]
+        env.clear()
+        if training and roots:
+            torch.autograd.grad(roots, [tensor for tensor in inputs if tensor.requires_grad], allow_unused=True)
     return meter.peak

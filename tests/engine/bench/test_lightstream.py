@@ -27,16 +27,16 @@ def records():
 
 @pytest.fixture
 def one_recording(resnet, records, monkeypatch):
-    record_call = lightstream.record_call
+    capture = lightstream.capture
 
     def recorded(network, shape, *args):
         assert network is resnet
         key = shape, torch.is_grad_enabled(), args
         if key not in records:
-            records[key] = record_call(network, shape, *args)
+            records[key] = capture(network, shape, *args)
         return records[key]
 
-    monkeypatch.setattr(lightstream, "record_call", recorded)
+    monkeypatch.setattr(lightstream, "capture", recorded)
 
 
 def test_the_best_tile_goes_through_the_fewest_pixels(resnet, one_recording):

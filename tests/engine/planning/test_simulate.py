@@ -19,7 +19,7 @@ from gigamorph.engine.lowering.rewrites import prepare
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models import create_model
 from gigamorph.engine.models.resnet import BasicBlock, ResNet
-from gigamorph.engine.planning import simulate
+from gigamorph.engine.planning import constants, simulate
 from gigamorph.engine.tiling import stage as tiling
 from gigamorph.engine.tiling.scan import Autocast
 from gigamorph.engine.tiling.stage import TiledStage
@@ -73,6 +73,28 @@ def test_meta_tensors_count_what_fake_ones_do(name: str, training: bool, monkeyp
         counted = simulate.tile_peak(stage, tiled, training, wanted)
         assert counted == pytest.approx(fake, rel=0.01)
         assert counted[0] > 0 and {value.device.type for value in values} == {"cpu"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [*NETWORKS, "unet"])
+def test_the_peak_of_stock_is_that_of_a_real_step(name: str, training: bool) -> None:
+    net = create_model("unet", in_channels=3).train() if name == "unet" else NETWORKS[name]()
+    with torch.set_grad_enabled(training):
+        counted = simulate.stock_peak(capture(net, (1, 3, 160, 128), torch.float32, "cpu"), training)
+        image, own = torch.randn(1, 3, 160, 128), list(net.parameters())
+        with simulate.StorageMeter() as meter:
+            meter.ignore(image, own, list(net.buffers()))
+            result = net(image).sum()
+            if training:
+                torch.autograd.grad(result, own)
+    # Variables of a forward may keep tensors, which training mostly needs anyway.
+    assert (0.99 if training else 0.75) * meter.peak <= counted <= 1.01 * meter.peak
+
+
+def test_without_a_budget_a_step_takes_no_more_memory_than_stock() -> None:
+    made = plan(create_model("resnet18").train(), (1, 1, 1024, 1024))
+    assert made.stock_bytes is not None and made.retained > 1
+    assert made.peak_bytes <= constants.STOCK_SHARE * made.stock_bytes
 
 
 CHANNELS_LAST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
