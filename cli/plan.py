@@ -99,13 +99,16 @@ def plan(
     import torch
 
     from ..engine.accelerate import freeze_batch_norm
-    from ..engine.models.classifier import record
+    from ..engine.bench.results import BenchTask
+    from ..engine.bench.roofline import count
+    from ..engine.models.classifier import taking_images
     from ..engine.morph.files import create_grown
     from ..engine.planning import constants
-    from ..engine.planning.preview import plan as make_plan
+    from ..engine.planning.preview import plan_each
+    from ..engine.planning.simulate import is_here
     from ..engine.train.mask_target import WithLoss
     from ..engine.train.options import AUTOCAST, Loss
-    from .table import show_budgets, show_plan
+    from .table import BudgetRow, show_budgets, show_plan
 
     kind, memory = device
     if memory is not None and memory_budget is not None and memory_budget > memory:
@@ -118,19 +121,34 @@ def plan(
         memory_budget = int(constants.FREE_SHARE * memory)
     autocast = AUTOCAST.get(precision)
     shape = (batch, channels, *size)
-    with _autocast(kind, autocast):
-        with torch.set_grad_enabled(not inference):
-            record(net, model, shape, "cpu")  # reports errors of the network itself in one line
-        if task == "masks":
-            net = WithLoss(net, classes, Loss())
-        made = make_plan(net, shape, memory_budget, device=kind, training=not inference)
+    if task == "masks":
+        net = WithLoss(net, classes, Loss())
+    compared: list[tuple[str, int, dict[str, float]]] = []
+
+    def budgets(made: Plan) -> list[int]:
+        """Print the plan; returns the budgets to compare it with."""
         if not as_json:
             show_plan(made, model)
-        rows, rates = _compare(net, made, model, precision, kind)
+        compared.extend(_compared(made, kind))
+        return [budget for _, budget, _ in compared]
+
+    with _autocast(kind, autocast):
+        named: Any = {"device": kind, "training": not inference, "recording": taking_images(net, model, shape)}
+        made, plans = plan_each(net, shape, memory_budget, budgets, **named)
+        sixteen = "fp32" if precision == "fp32" else "bf16"
+        work = count(net, BenchTask(model, made.image, made.training, precision=sixteen))
+    rows = []
+    for (name, budget, rates), each in zip(compared, plans, strict=True):
+        floor = work.seconds(rates, sixteen)  # of stock PyTorch's step; the plan's work multiplies it
+        rows.append(BudgetRow(name, budget, each, floor * each.work if each and floor is not None else None))
+    source = "those of the manufacturer's data sheets"
+    if compared and is_here(torch.device(kind)):
+        source = f"this machine's, measured now: {_rates(compared[0][2], sixteen)}"
     if as_json:
-        click.echo(json.dumps({"model": model, **_plain(made), "budgets": [_row(row) for row in rows], "rates": rates}))
+        found = {"model": model, **_plain(made), "budgets": [_row(row) for row in rows], "rates": source}
+        click.echo(json.dumps(found))
         return
-    show_budgets(rows, f"rates: {rates}")
+    show_budgets(rows, f"rates: {source}")
     if kernels:
         _measure_kernels(net, made, torch.device(kind), autocast)
 
@@ -165,37 +183,24 @@ def _row(row: BudgetRow) -> dict[str, Any]:
     return {"name": row.name, "budget": row.budget, "plan": of, "seconds_at_best": row.seconds}
 
 
-def _compare(net: nn.Module, made: Plan, model: str, precision: str, kind: str) -> tuple[list[BudgetRow], str]:
-    """Return the cost of five budgets (shares of stock's memory, or GPUs), and the source of the rates."""
+def _compared(made: Plan, kind: str) -> list[tuple[str, int, dict[str, float]]]:
+    """Return name, bytes and rates of five budgets: shares of stock's memory, or GPUs."""
     import torch
 
-    from ..engine.bench.results import BenchTask
-    from ..engine.bench.roofline import count, measure_ceilings
+    from ..engine.bench.roofline import measure_ceilings
     from ..engine.planning import constants
-    from ..engine.planning.preview import plan_each
-    from .table import BudgetRow
+    from ..engine.planning.simulate import is_here
 
-    sixteen = "fp32" if precision == "fp32" else "bf16"
-    work = count(net, BenchTask(model, made.image, made.training, precision=sixteen))
-    if kind == "cpu" or torch.cuda.is_available():
+    if is_here(torch.device(kind)):
         rates = measure_ceilings(kind, seconds=0.5)
         stock = made.stock_bytes or made.peak_bytes
         names = {1: "stock's memory", 2: "1/2 of it", 4: "1/4 of it", 8: "1/8 of it", 16: "1/16 of it"}
-        rows: list[tuple[str, int, dict[str, float]]] = [(name, stock // share, rates) for share, name in names.items()]
-        source = f"this machine's, measured now: {_rates(rates, sixteen)}"
-    else:
-        kinds: tuple[str, ...] = ("gb_per_s", "tflop_per_s fp32", "tflop_per_s bf16")
-        rows = [
-            (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), dict(zip(kinds, rate, strict=True)))
-            for name, (gb, *rate) in constants.GPUS.items()
-        ]
-        source = "those of the manufacturer's data sheets"
-    plans = plan_each(net, made.image, [budget for _, budget, _ in rows], device=kind, training=made.training)
-    found = []
-    for (name, budget, rates), each in zip(rows, plans, strict=True):
-        floor = work.seconds(rates, sixteen)  # of stock PyTorch's step; the plan's work multiplies it
-        found.append(BudgetRow(name, budget, each, floor * each.work if each and floor is not None else None))
-    return found, source
+        return [(name, stock // share, rates) for share, name in names.items()]
+    kinds: tuple[str, ...] = ("gb_per_s", "tflop_per_s fp32", "tflop_per_s bf16")
+    return [
+        (f"{name}, {gb} GB", int(constants.FREE_SHARE * gb * 1e9), dict(zip(kinds, rate, strict=True)))
+        for name, (gb, *rate) in constants.GPUS.items()
+    ]
 
 
 def _rates(rates: dict[str, float], precision: str) -> str:

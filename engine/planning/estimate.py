@@ -128,16 +128,17 @@ class Estimator:
         folds = [{v for op in stage.prelude for v in op.outputs} for stage in staged.stages]
         folded = frozenset[int]().union(*folds)
         named = {v.name: value_bytes(v) for n, v in enumerate(values) if v.name is not None and n not in folded}
-        made = sum(value_bytes(values[v]) for v in vectors if values[v].name is None and v not in counted | folded)
+        others = vectors.keys() - counted - folded
+        made = sum(value_bytes(values[v]) for v in others if values[v].name is None)
         of_stages = [sum(value_bytes(values[v]) for v in own - counted) for own in folds]
         made += sum(of_stages) if self.training else max(of_stages, default=0)
         self.gradient_bytes = sum(vectors.values())
         self.parameter_bytes = sum(named.values()) + made + copies
         if self.training:
             summed = {values[v].name for v in vectors}  # the sums become their gradients
-            others = {v.name: value_bytes(v) for n, v in enumerate(values) if n in self.wanted and v.name}
+            wanted = {v.name: value_bytes(v) for n, v in enumerate(values) if n in self.wanted and v.name}
             self.parameter_bytes += sum(n for v, n in vectors.items() if v not in counted)
-            self.parameter_bytes += sum(n for name, n in others.items() if name not in summed)
+            self.parameter_bytes += sum(n for name, n in wanted.items() if name not in summed)
 
     def floor(self, count_tile: bool = True) -> int:
         """A lower bound of the peak for all tile sizes; see `plan`."""

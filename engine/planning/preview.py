@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,14 +13,14 @@ from torch import nn
 
 from ..capture.program import Given, Program
 from ..capture.recording import capture
-from ..errors import GigamorphError
+from ..errors import BudgetError, GigamorphError
 from ..images.labels import Criterion, LabelSource, with_loss
 from ..module.arguments import HALO_STORAGE, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
 from ..torch_private import tree_flatten
 from .plan import Plan
 from .request import Request
-from .search import arrange, arrange_each
+from .search import PlanSearch
 from .simulate import is_here, stock_peak
 
 ENDLESS = 1 << 60
@@ -61,6 +61,30 @@ def plan(
         UnsupportedError: if the network or the criterion cannot be computed exactly.
         BudgetError: if no tile fits the budget.
     """
+    rest: Any = {"tile": tile, "dtype": dtype, "device": device, "training": training, "halos": halos}
+    return plan_each(model, image_size, memory_budget, lambda _: (), criterion=criterion, labels=labels, **rest)[0]
+
+
+def plan_each(
+    model: nn.Module,
+    image_size: tuple[int, ...],
+    memory_budget: int | str | None,
+    further: Callable[[Plan], Iterable[int]],
+    *,
+    tile: int | tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    training: bool = True,
+    halos: str = "auto",
+    criterion: Criterion | None = None,
+    labels: Any = None,
+    recording: contextlib.AbstractContextManager[Any] | None = None,
+) -> tuple[Plan, list[Plan | None]]:
+    """`plan`, and the plans for the further budgets in bytes that a function returns for it; None if nothing fits.
+
+    Args:
+        recording: context in which the network is recorded, which runs its code.
+    """
     check_network(model)
     check_choice("halos", halos, HALO_STORAGE)
     network, shape, dtype, device = _asked(model, image_size, dtype, device)
@@ -68,11 +92,18 @@ def plan(
     call, given = _with_loss(network, criterion, labels)
     request = Request(limit, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
     with _autocast_of(device, network):
-        program = _program(network, shape, dtype, device, training, call, given)
+        with recording or contextlib.nullcontext():
+            program = _program(network, shape, dtype, device, training, call, given)
         held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
         stock = held + stock_peak(program, training)
-        _, chosen = arrange(program, request)
-    return replace(chosen, stock_bytes=stock)
+        search = PlanSearch(program, request)
+        made = replace(search.plan(limit), stock_bytes=stock)
+        plans: list[Plan | None] = []
+        for budget in further(made):
+            plans.append(None)
+            with contextlib.suppress(BudgetError):
+                plans[-1] = search.plan(budget)
+    return made, plans
 
 
 def _with_loss(
@@ -90,22 +121,6 @@ def _with_loss(
     leaves, structure = tree_flatten(labels)
     given = [Given(one.shape, one.dtype) for one in map(LabelSource, leaves)]
     return partial(with_loss, network, criterion, structure), given
-
-
-def plan_each(
-    model: nn.Module,
-    image_size: tuple[int, ...],
-    memory_budgets: Sequence[int],
-    *,
-    device: torch.device | str | None = None,
-    training: bool = True,
-) -> list[Plan | None]:
-    """Like `plan`, for several budgets in bytes; None if nothing fits. Stock PyTorch is not simulated."""
-    check_network(model)
-    network, shape, dtype, device = _asked(model, image_size, None, device)
-    with _autocast_of(device, network):
-        program = _program(network, shape, dtype, device, training)
-        return arrange_each(program, Request(None, None, training), memory_budgets)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from . import constants
 from .candidate_tiles import sides_worth_trying
 from .estimate import Estimator
 from .lifetimes import stored_peak
-from .lower_bound import held_bytes, least_bytes, refuse_hopeless
+from .lower_bound import held_bytes, refuse_hopeless
 from .plan import Choice, Plan
 from .request import Request
 from .simulate import stock_peak
@@ -30,24 +30,55 @@ from .strategy import Strategy, strategies
 from .tile_peaks import Known
 
 
-class _Options:
-    """The choices of stored maps of one program, and their plans.
+class PlanSearch:
+    """The choices of stored maps of one program, made when needed, and the plans for any budgets.
 
     Args:
-        request: the constraints of the step.
-        device: the device of the step.
-        shard: this process's part of the image, if it is split.
+        program: the recorded program.
+        request: the constraints of the step, except its budget.
+        shard: this process's part of the image, if it is split; the plans are for this process.
         agree: whether a choice must fit in all processes, which then search together.
     """
 
-    def __init__(self, request: Request, device: torch.device, shard: SpatialShard | None, agree: bool):
-        self.request, self.device, self.shard, self.agree = request, device, shard, agree
-        self.tried: list[Choice] = []
-        self.options: list[tuple[StagedProgram, Strategy]] = []
+    def __init__(self, program: Program, request: Request, shard: SpatialShard | None = None, agree: bool = False):
+        self.request, self.shard, self.agree = request, shard, agree
+        self.device = program.values[program.image].device
+        self._maps, self._nodes = sort(program, request.fallback)
+        self._later: Iterator[Strategy] | None = None
         self._known = Known()
         self._ready: set[int] = set()
         self._estimates: dict[int, Estimator] = {}  # by the identity of the staged program
         self._values = 0  # number of the program's values after rewriting the first choice
+        self.tried: list[Choice] = []
+        self.options: list[tuple[StagedProgram, Strategy]] = []
+
+    def plan(self, budget: int | None) -> Plan:
+        """The plan of the fastest choice that fits a budget.
+
+        A budget is used fully: tiles whose graph still fits are not recomputed in pass 2. Without a budget, the free
+        memory is the limit, and graphs are retained up to `Request.room`.
+
+        Raises:
+            BudgetError: if nothing fits.
+        """
+        request = self.request = replace(self.request, budget=budget)
+        refuse_hopeless(self._maps, self._nodes, request, shared=self.shard is not None)
+        if request.training and budget is None and request.tile is None and self.device.type == "cpu":
+            tensors = int(constants.STOCK_SHARE * stock_peak(self._maps.program, training=True))
+            self.request = replace(request, stock=held_bytes(self._maps, training=False) + tensors)
+        self._later = self._later or iter(strategies(self._maps, self._nodes, request.training, request.image_grad))
+        while not self.options and (strategy := next(self._later, None)):
+            self.add(strategy)
+        found = self.fit(0, coarse=True) if self.options else None
+        if found is None:
+            for strategy in self._later:
+                self.add(strategy)
+            found = self.slower()
+            if found is None:
+                raise self.refusal()
+            if found.op_by_op and found.choice + 1 < len(self.options):
+                found = self.captured(found.choice + 1) or found
+        return replace(found, choices=tuple(self.tried))
 
     def add(self, strategy: Strategy, place: int | None = None) -> bool:
         """Add a choice, by default as the last one, if it is possible; returns whether it is."""
@@ -108,7 +139,7 @@ class _Options:
             plan = self.fit(number, coarse=True)
             return plan if plan is not None and plan.capture_bytes else None
 
-        return self._fastest(fit, first, self._useful())
+        return first_that_fits(fit, first, self._useful())
 
     def _first_possible(self, first: int, end: int) -> int:
         """The first choice whose memory without any tile is within the limit, by bisection."""
@@ -164,57 +195,12 @@ class _Options:
 
 
 def arrange(
-    program: Program,
-    request: Request,
-    shard: SpatialShard | None = None,
-    agree: bool = False,
+    program: Program, request: Request, shard: SpatialShard | None = None, agree: bool = False
 ) -> tuple[StagedProgram, Plan]:
-    """The staged program and its plan: the fastest choice of stored maps that fits the budget.
-
-    A budget is used fully: tiles whose graph still fits are not recomputed in pass 2. Without a budget, the free memory
-    is the limit; graphs may fill it on a GPU, and a part of it on the CPU (`Request.room`).
-
-    Args:
-        program: the recorded program.
-        request: the constraints of the step.
-        shard: this process's part of the image, if it is split; the plan is for this process.
-        agree: whether the choice must fit in all processes, which must all call this function.
-
-    Raises:
-        BudgetError: if nothing fits.
-    """
-    maps, nodes = sort(program, request.fallback)
-    refuse_hopeless(maps, nodes, request, shared=shard is not None)
-    device = program.values[program.image].device
-    if request.training and request.budget is None and request.tile is None and device.type == "cpu":
-        tensors = int(constants.STOCK_SHARE * stock_peak(program, training=True))
-        request = replace(request, stock=held_bytes(maps, training=False) + tensors)
-    options = _Options(request, device, shard, agree)
-    found: Plan | None = None
-    for strategy in strategies(maps, nodes, request.training, request.image_grad):
-        if options.add(strategy) and len(options.options) == 1 and (found := options.fit(0, coarse=True)):
-            break
-    found = found or options.slower()
-    if found is None:
-        raise options.refusal()
-    if found.op_by_op and found.choice + 1 < len(options.options):
-        found = options.captured(found.choice + 1) or found
-    return options.options[found.choice][0], replace(found, choices=tuple(options.tried))
-
-
-def arrange_each(program: Program, request: Request, budgets: Sequence[int]) -> list[Plan | None]:
-    """The plans of `arrange` for several budgets, in about the time of one; None if nothing fits."""
-    maps, nodes = sort(program, request.fallback)
-    options = _Options(request, program.values[0].device, None, agree=False)
-    for strategy in strategies(maps, nodes, request.training, request.image_grad):
-        options.add(strategy)
-    plans: list[Plan | None] = []
-    least = least_bytes(maps, nodes, request)
-    for budget in budgets:
-        options.request = replace(request, budget=budget)
-        found = None if budget < least else options.fit(0, coarse=True) or options.slower()
-        plans.append(found and replace(found, choices=tuple(options.tried)))
-    return plans
+    """The staged program and its plan; see `PlanSearch`."""
+    search = PlanSearch(program, request, shard, agree)
+    plan = search.plan(request.budget)
+    return search.options[plan.choice][0], plan
 
 
 def prepare_once(staged: StagedProgram, ready: set[int], request: Request) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +38,6 @@ from ..torch_private import (
 )
 from .interstage import value_bytes
 from .meta_attention import AttentionOfTheCPU
-
-_Result = TypeVar("_Result")
 
 
 class StorageMeter(TorchDispatchMode):
@@ -106,7 +104,7 @@ def tile_peak(stage: ProgramStage, tiled: TiledStage, training: bool, wanted: Co
     return _without_values(stage.program, lambda: _tile_peak(stage, tiled, training, wanted, autocast))
 
 
-def _without_values(program: Program, run: Callable[[], _Result]) -> _Result:
+def _without_values(program: Program, run: Callable[[], Any]) -> Any:
     """The result of a function that runs a program's ops on tensors without values."""
     values, device = program.values, program.values[program.image].device
     casts = torch.is_autocast_enabled(device.type) or any(op.autocast is not None for op in program.ops)
@@ -133,8 +131,9 @@ def is_here(device: torch.device) -> bool:
 def on_devices(device: torch.device | None, values: Sequence[Value]) -> Iterator[None]:
     """Context that moves values to another device; with None, from a GPU that is not installed to the CPU."""
     before = [value.device for value in values]
+    used = {one: device or (one if is_here(one) else torch.device("cpu")) for one in set(before)}
     for value in values:
-        value.device = device or (value.device if is_here(value.device) else torch.device("cpu"))
+        value.device = used.get(value.device, value.device)  # some stand twice in the list
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ def table():
 def rates(request, monkeypatch, named_rates):
     """The table of budgets is made for the tests that look at it."""
     if "table" not in request.fixturenames:
-        monkeypatch.setattr("gigamorph.cli.plan._compare", lambda *args: ([], "none"))
+        monkeypatch.setattr("gigamorph.cli.plan._compared", lambda *args: [])
 
 
 def test_plan_prints_tile_and_memory_of_the_step_that_training_takes(capsys):

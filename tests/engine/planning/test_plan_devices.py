@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,8 +45,8 @@ def test_a_network_on_a_gpu_is_recorded_there(device: str | None, gpu: bool) -> 
     made = plan(on_gpu(), SIZE, BUDGET, tile=128, device=device, training=False)
     assert (made.library_bytes >= GPU_LEAST) == gpu
     assert made == plan(network(), SIZE, BUDGET, tile=128, device="cuda" if gpu else "cpu", training=False)
-    (each,) = plan_each(on_gpu(), SIZE, [BUDGET], device=device, training=False)
-    assert each is not None and (each.library_bytes >= GPU_LEAST) == gpu
+    again, (each,) = plan_each(on_gpu(), SIZE, BUDGET, lambda _: [BUDGET], tile=128, device=device, training=False)
+    assert again == made and each == replace(made, stock_bytes=None)
 
 
 def test_a_network_on_the_cpu_is_recorded_there_for_a_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
