@@ -197,7 +197,7 @@ def _gpu_problems(machine: Machine) -> Iterator[HealthProblem]:
         several = f", and {len(others)} more" if others else ""
         yield HealthProblem(
             f"kernels failed on this GPU, so PyTorch's own ops replace them: {first}{several}",
-            "report it with the output of GIGAMORPH_KERNELS=triton gigamorph plan --kernels ...; "
+            "report it with the output of gigamorph bench kernels; "
             "they are tried again after an update of torch, triton or gigamorph",
         )
 

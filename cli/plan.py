@@ -6,32 +6,36 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from ..engine.tiling.memory import format_bytes
 from . import options
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from ..engine.planning.plan import Plan
     from ..engine.train.options import Precision
     from .table import BudgetRow
 
 
-def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, int | None]:
-    """Parse ``cuda:24GiB`` as ("cuda", bytes)."""
+def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, list[int]]:
+    """Parse ``cuda:24GiB,40GiB`` as ("cuda", bytes of each)."""
     import torch
 
     kind, colon, memory = value.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not re.search(r"[kmgt]", memory.lower()))):
+    sizes = memory.split(",") if colon else []
+    if kind not in ("auto", "cpu", "cuda") or any(
+        kind != "cuda" or not re.search(r"[kmgt]", size.lower()) for size in sizes
+    ):
         raise click.BadParameter(f"{value!r} must be auto, cpu, cuda or cuda:MEMORY, as in cuda:24GiB", ctx, param)
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return kind, options.parse_budget(ctx, param, memory) if colon else None
+    return kind, sorted(options.parse_budget(ctx, param, size) or 0 for size in sizes)
 
 
 @click.command()
@@ -58,14 +62,16 @@ def _parse_device(ctx: click.Context, param: click.Parameter, value: str) -> tup
 )
 @click.option("--inference", is_flag=True, help="Plan a prediction instead of a training step.")
 @click.option(
-    "--kernels", is_flag=True, help="Also run some tiles on the GPU and list the times of our kernels and cuDNN's."
-)
-@click.option(
     "--device",
     default="auto",
     callback=_parse_device,
-    metavar="auto|cpu|cuda[:MEMORY]",
-    help="Device of the step; cuda:24GiB plans for a GPU that this machine need not have.",
+    metavar="auto|cpu|cuda[:MEMORY,...]",
+    help="Device of the step; cuda:24GiB plans for a GPU that this machine need not have; cuda:24GiB,40GiB for two.",
+)
+@click.option(
+    "--largest",
+    type=click.Choice(["size", "batch"]),
+    help="Find the largest image of about the proportions of --size, or the largest batch; takes about a minute a GPU.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan and the budgets as JSON; sizes in bytes.")
 def plan(
@@ -79,8 +85,8 @@ def plan(
     precision: Precision,
     task: str,
     inference: bool,
-    kernels: bool,
-    device: tuple[str, int | None],
+    device: tuple[str, list[int]],
+    largest: str | None,
     as_json: bool,
 ) -> None:
     """Print the tile size for a network and an image size, the predicted peak memory, and that of stock PyTorch.
@@ -88,14 +94,12 @@ def plan(
     A table shows the cost of five other budgets, or, for a GPU that this machine does not have, which GPUs are large
     enough. Its times are lower bounds (roofline) for the stated rates.
 
-    The step itself is not computed, except with --kernels. The exit code is 2 if no tile fits the budget. The choice of
-    kernels is measured once per layer and amount of work, and stored; the environment variable
-    GIGAMORPH_KERNELS=stock (or triton, or auto) overrides it.
+    The step itself is not computed. The exit code is 2 if no tile fits the budget.
 
     Example: gigamorph plan --model timm:efficientnet_b2 --size 4096x3328 --views 4 --device cuda
+
+    Example: gigamorph plan --model resnet50 --size 4096x3328 --largest batch --device cuda:16GiB,24GiB,80GiB
     """
-    if as_json and kernels:
-        raise click.UsageError("--kernels and --json exclude each other")
     import torch
 
     from ..engine.accelerate import freeze_batch_norm
@@ -104,37 +108,41 @@ def plan(
     from ..engine.models.classifier import taking_images
     from ..engine.morph.files import create_grown
     from ..engine.planning import constants
-    from ..engine.planning.preview import plan_each
+    from ..engine.planning.largest import largest as find_largest
+    from ..engine.planning.preview import searching
     from ..engine.planning.simulate import is_here
     from ..engine.train.mask_target import WithLoss
     from ..engine.train.options import AUTOCAST, Loss
-    from .table import BudgetRow, show_budgets, show_plan
+    from .table import BudgetRow, show_budgets, show_largest, show_plan
 
-    kind, memory = device
-    if memory is not None and memory_budget is not None and memory_budget > memory:
+    kind, memories = device
+    if memories and memory_budget is not None and memory_budget > memories[0]:
         raise click.UsageError("--memory-budget exceeds the memory of --device; lower it, or name a larger GPU")
     channels = options.channels_of(model, channels)
     net = create_grown(model, classes, channels).train(not inference)
     if batch_norm == "frozen":
         freeze_batch_norm(net)
-    if memory is not None and memory_budget is None:
-        memory_budget = int(constants.FREE_SHARE * memory)
+    if memories and memory_budget is None:
+        memory_budget = int(constants.FREE_SHARE * memories[0])
     autocast = AUTOCAST.get(precision)
     shape = (batch, channels, *size)
     if task == "masks":
         net = WithLoss(net, classes, Loss())
-    compared: list[tuple[str, int, dict[str, float]]] = []
-
-    def budgets(made: Plan) -> list[int]:
-        """Print the plan; returns the budgets to compare it with."""
-        if not as_json:
-            show_plan(made, model)
-        compared.extend(_compared(made, kind))
-        return [budget for _, budget, _ in compared]
-
+    given: Any = {"device": kind, "training": not inference, "recording": partial(taking_images, net, model)}
+    if largest is not None:
+        budgets = [memory_budget] if memory_budget and len(memories) < 2 else []
+        cards = [(format_bytes(budget), budget, {}) for budget in budgets] or _compared(None, kind, memories)
+        with _autocast(kind, autocast):
+            plans = find_largest(net, shape, [budget for _, budget, _ in cards], largest, **given)
+        show_largest(largest, [name for name, *_ in cards], plans, as_json)
+        return
     with _autocast(kind, autocast):
-        named: Any = {"device": kind, "training": not inference, "recording": taking_images(net, model, shape)}
-        made, plans = plan_each(net, shape, memory_budget, budgets, **named)
+        with searching(net, shape, **given) as search:
+            made = replace(search.plan(memory_budget), stock_bytes=search.stock_bytes)
+            if not as_json:
+                show_plan(made, model)
+            compared = _compared(made, kind, memories)
+            plans = [search.plan_or_none(budget) for _, budget, _ in compared]
         sixteen = "fp32" if precision == "fp32" else "bf16"
         work = count(net, BenchTask(model, made.image, made.training, precision=sixteen))
     rows = []
@@ -142,15 +150,13 @@ def plan(
         floor = work.seconds(rates, sixteen)  # of stock PyTorch's step; the plan's work multiplies it
         rows.append(BudgetRow(name, budget, each, floor * each.work if each and floor is not None else None))
     source = "those of the manufacturer's data sheets"
-    if compared and is_here(torch.device(kind)):
+    if compared and compared[0][2] and is_here(torch.device(kind)):
         source = f"this machine's, measured now: {_rates(compared[0][2], sixteen)}"
     if as_json:
         found = {"model": model, **_plain(made), "budgets": [_row(row) for row in rows], "rates": source}
         click.echo(json.dumps(found))
         return
     show_budgets(rows, f"rates: {source}")
-    if kernels:
-        _measure_kernels(net, made, torch.device(kind), autocast)
 
 
 @contextlib.contextmanager
@@ -183,15 +189,17 @@ def _row(row: BudgetRow) -> dict[str, Any]:
     return {"name": row.name, "budget": row.budget, "plan": of, "seconds_at_best": row.seconds}
 
 
-def _compared(made: Plan, kind: str) -> list[tuple[str, int, dict[str, float]]]:
-    """Return name, bytes and rates of five budgets: shares of stock's memory, or GPUs."""
+def _compared(made: Plan | None, kind: str, memories: list[int]) -> list[tuple[str, int, dict[str, float]]]:
+    """Return name, bytes and rates of budgets: GPUs of these memories, shares of stock's memory, or common GPUs."""
     import torch
 
     from ..engine.bench.roofline import measure_ceilings
     from ..engine.planning import constants
     from ..engine.planning.simulate import is_here
 
-    if is_here(torch.device(kind)):
+    if len(memories) > 1:
+        return [(f"{kind}:{format_bytes(size)}", int(constants.FREE_SHARE * size), {}) for size in memories]
+    if made is not None and is_here(torch.device(kind)):
         rates = measure_ceilings(kind, seconds=0.5)
         stock = made.stock_bytes or made.peak_bytes
         names = {1: "stock's memory", 2: "1/2 of it", 4: "1/4 of it", 8: "1/8 of it", 16: "1/16 of it"}
@@ -206,30 +214,3 @@ def _compared(made: Plan, kind: str) -> list[tuple[str, int, dict[str, float]]]:
 def _rates(rates: dict[str, float], precision: str) -> str:
     arithmetic = rates.get(f"tflop_per_s {precision}")
     return f"{rates['gb_per_s']:.3g} GB/s" + (f", {arithmetic:.3g} TFLOP/s" if arithmetic else "")
-
-
-def _measure_kernels(net: nn.Module, made: Plan, device: torch.device, autocast: torch.dtype | None) -> None:
-    """Run the tiles of a small image, including interior ones, and list the chosen kernels."""
-    import torch
-
-    from .. import kernels
-    from ..engine.accelerate import accelerate
-    from .table import show_choices
-
-    if not kernels.enabled(device):
-        click.echo(f"kernels        none on {device.type}: PyTorch's own ops run (ours need a CUDA GPU and Triton)")
-        return
-    from ..kernels.choice import table
-
-    n, channels, *size = made.image
-    few = [min(side, 3 * tile) for side, tile in zip(size, made.tile, strict=True)]
-    image = torch.rand(n, channels, *few, device=device)
-    run = accelerate(net.to(device), tile=made.tile)
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        if made.training:
-            output = run(image)
-            output.float().square().mean().backward()
-        else:
-            with torch.no_grad():
-                run(image)
-    show_choices(table())

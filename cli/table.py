@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..engine.planning.largest import MOST_WORK
 from ..engine.planning.plan import Plan
 from ..engine.tiling.memory import format_bytes
-
-if TYPE_CHECKING:
-    from ..kernels.choice import CachedChoice
 
 _BAR_WIDTH = 32
 _MAX_WIDTH = 1000
@@ -109,6 +108,24 @@ def show_budgets(rows: Sequence[BudgetRow], rates: str, console: Console | None 
     )
 
 
+def show_largest(what: str, names: Sequence[str], plans: Sequence[Plan | None], as_json: bool) -> None:
+    """Print the largest image or batch for each budget."""
+    rows = []
+    for name, plan in zip(names, plans, strict=True):
+        row: dict[str, Any] = {"budget": name, f"largest {what}": "does not fit"}
+        if plan is not None:
+            n, _, height, width = plan.image
+            size = f"{n} x {height} x {width}" if n > 1 or what == "batch" else f"{height} x {width}"
+            row |= {f"largest {what}": size, "Mpx": n * height * width / 1e6, "peak GiB": plan.peak_bytes / 2**30}
+            row["work"] = plan.work
+        rows.append(row)
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    show_rows(rows)
+    click.echo(f"with all maps on the device, and at most {MOST_WORK:g} times the work of stock PyTorch")
+
+
 def _time(seconds: float | None) -> str:
     return "unknown" if seconds is None else f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
@@ -134,21 +151,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def show_choices(choices: Sequence[CachedChoice], console: Console | None = None) -> None:
-    """Print the chosen kernels with the measured times, largest gain first."""
-    console = console or Console(highlight=False)
-    names = ("op", "channels and settings", ">pixels", ">stock ms", ">ours ms", ">ours / stock", "runs")
-    table = _table(*names, title="kernels, as measured on this GPU", title_justify="left")
-    for column in table.columns[:2]:
-        column.no_wrap, column.overflow = False, "fold"
-    for choice in sorted(choices, key=lambda c: c.ratio):
-        ours = min(ms for name, ms in choice.ms.items() if name != "stock")
-        style = "" if choice.chosen == "stock" else "green"
-        row = (f"{choice.work:,}", f"{choice.ms['stock']:.3f}", f"{ours:.3f}", f"{choice.ratio:.2f}", choice.chosen)
-        table.add_row(choice.op, choice.key, *row, style=style)
-    console.print(table)
 
 
 def _parts(plan: Plan) -> list[tuple[str, int, str]]:

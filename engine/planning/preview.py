@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..capture.program import Given, Program
 from ..capture.recording import capture
-from ..errors import BudgetError, GigamorphError
+from ..errors import GigamorphError
 from ..images.labels import Criterion, LabelSource, with_loss
 from ..module.arguments import HALO_STORAGE, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import parse_bytes
@@ -21,7 +21,7 @@ from ..torch_private import tree_flatten
 from .plan import Plan
 from .request import Request
 from .search import PlanSearch
-from .simulate import is_here, stock_peak
+from .simulate import is_here
 
 ENDLESS = 1 << 60
 """Memory of a GPU that is not installed: unlimited."""
@@ -62,14 +62,15 @@ def plan(
         BudgetError: if no tile fits the budget.
     """
     rest: Any = {"tile": tile, "dtype": dtype, "device": device, "training": training, "halos": halos}
-    return plan_each(model, image_size, memory_budget, lambda _: (), criterion=criterion, labels=labels, **rest)[0]
+    limit = None if memory_budget is None else parse_bytes(memory_budget)
+    with searching(model, image_size, criterion=criterion, labels=labels, **rest) as search:
+        return replace(search.plan(limit), stock_bytes=search.stock_bytes)
 
 
-def plan_each(
+@contextlib.contextmanager
+def searching(
     model: nn.Module,
     image_size: tuple[int, ...],
-    memory_budget: int | str | None,
-    further: Callable[[Plan], Iterable[int]],
     *,
     tile: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
@@ -78,32 +79,22 @@ def plan_each(
     halos: str = "auto",
     criterion: Criterion | None = None,
     labels: Any = None,
-    recording: contextlib.AbstractContextManager[Any] | None = None,
-) -> tuple[Plan, list[Plan | None]]:
-    """`plan`, and the plans for the further budgets in bytes that a function returns for it; None if nothing fits.
+    recording: Callable[[tuple[int, ...]], contextlib.AbstractContextManager[Any]] | None = None,
+) -> Iterator[PlanSearch]:
+    """Context with the search for plans of a step, for any budgets; see `plan`.
 
     Args:
-        recording: context in which the network is recorded, which runs its code.
+        recording: makes the context in which the network is recorded for a shape (N, C, H, W), which runs its code.
     """
     check_network(model)
     check_choice("halos", halos, HALO_STORAGE)
     network, shape, dtype, device = _asked(model, image_size, dtype, device)
-    limit = None if memory_budget is None else parse_bytes(memory_budget)
     call, given = _with_loss(network, criterion, labels)
-    request = Request(limit, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
+    request = Request(None, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
     with _autocast_of(device, network):
-        with recording or contextlib.nullcontext():
+        with contextlib.nullcontext() if recording is None else recording(shape):
             program = _program(network, shape, dtype, device, training, call, given)
-        held = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
-        stock = held + stock_peak(program, training)
-        search = PlanSearch(program, request)
-        made = replace(search.plan(limit), stock_bytes=stock)
-        plans: list[Plan | None] = []
-        for budget in further(made):
-            plans.append(None)
-            with contextlib.suppress(BudgetError):
-                plans[-1] = search.plan(budget)
-    return made, plans
+        yield PlanSearch(program, request)
 
 
 def _with_loss(

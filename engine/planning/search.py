@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -64,8 +66,7 @@ class PlanSearch:
         request = self.request = replace(self.request, budget=budget)
         refuse_hopeless(self._maps, self._nodes, request, shared=self.shard is not None)
         if request.training and budget is None and request.tile is None and self.device.type == "cpu":
-            tensors = int(constants.STOCK_SHARE * stock_peak(self._maps.program, training=True))
-            self.request = replace(request, stock=held_bytes(self._maps, training=False) + tensors)
+            self.request = replace(request, stock=int(constants.STOCK_SHARE * self.stock_bytes))
         self._later = self._later or iter(strategies(self._maps, self._nodes, request.training, request.image_grad))
         while not self.options and (strategy := next(self._later, None)):
             self.add(strategy)
@@ -79,6 +80,17 @@ class PlanSearch:
             if found.op_by_op and found.choice + 1 < len(self.options):
                 found = self.captured(found.choice + 1) or found
         return replace(found, choices=tuple(self.tried))
+
+    def plan_or_none(self, budget: int) -> Plan | None:
+        """The plan for a budget; None if nothing fits."""
+        with contextlib.suppress(BudgetError):
+            return self.plan(budget)
+        return None
+
+    @cached_property
+    def stock_bytes(self) -> int:
+        """The tensors of the same step in stock PyTorch, with the parameters."""
+        return held_bytes(self._maps, training=False) + stock_peak(self._maps.program, self.request.training)
 
     def add(self, strategy: Strategy, place: int | None = None) -> bool:
         """Add a choice, by default as the last one, if it is possible; returns whether it is."""

@@ -209,26 +209,16 @@ def test_a_budget_that_is_none(capsys):
     assert "lots" in capsys.readouterr().err
 
 
-def test_without_a_gpu_kernels_are_said_to_be_pytorch_s(capsys):
-    assert run(*NET, "--inference", "--kernels", "--device", "cpu") == 0
-    assert "PyTorch's own ops run" in capsys.readouterr().out
-
-
-def test_choices_are_listed_with_their_times():
-    from gigamorph.cli.table import show_choices
-    from gigamorph.kernels.choice import CachedChoice
-
-    out = StringIO()
-    show_choices(
-        [
-            CachedChoice("conv2d_forward", '["bfloat16"]', 4096, "stock", {"stock": 1.0, "triton": 1.25}, 1.25),
-            CachedChoice("conv2d_dgrad", '["bfloat16"]', 4096, "triton", {"stock": 2.0, "triton": 1.0}, 0.5),
-        ],
-        Console(file=out, width=120),
-    )
-    lines = out.getvalue().splitlines()
-    assert "0.50" in lines[2] and lines[2].rstrip().endswith("triton")
-    assert "1.250" in lines[3] and lines[3].rstrip().endswith("stock")
+@pytest.mark.parametrize("what", ["size", "batch"])
+def test_the_largest_that_fits_cards(what: str, table, capsys) -> None:
+    assert run(*NET[:2], "--size", "512x384", "--largest", what, "--device", "cuda:1GiB,2GiB", "--json") == 0
+    small, large = json.loads(capsys.readouterr().out)
+    assert small["budget"] == "cuda:1.00 GiB" and small["work"] <= 2
+    assert 0.85 < small["peak GiB"] / 0.8 <= 1 and 1.3 < large["Mpx"] / small["Mpx"] < 3
+    sides = [int(side) for side in small[f"largest {what}"].split(" x ")]
+    assert sides[-2:] == [512, 384] if what == "batch" else abs(sides[0] / sides[1] - 4 / 3) < 0.1
+    assert run(*NET, "--largest", what, "--device", "cuda:2MiB") == 0
+    assert "does not fit" in capsys.readouterr().out
 
 
 def test_a_plan_as_json(table, capsys):

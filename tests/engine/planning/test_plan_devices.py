@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gigamorph import plan
 from gigamorph.engine.planning import preview
-from gigamorph.engine.planning.preview import plan_each
+from gigamorph.engine.planning.preview import searching
+from gigamorph.engine.tiling.memory import parse_bytes
 
 SIZE, BUDGET = (1, 512, 512), 200 << 20
 GPU_LEAST = 96 << 20  # what libraries take on any GPU
@@ -45,8 +46,9 @@ def test_a_network_on_a_gpu_is_recorded_there(device: str | None, gpu: bool) -> 
     made = plan(on_gpu(), SIZE, BUDGET, tile=128, device=device, training=False)
     assert (made.library_bytes >= GPU_LEAST) == gpu
     assert made == plan(network(), SIZE, BUDGET, tile=128, device="cuda" if gpu else "cpu", training=False)
-    again, (each,) = plan_each(on_gpu(), SIZE, BUDGET, lambda _: [BUDGET], tile=128, device=device, training=False)
-    assert again == made and each == replace(made, stock_bytes=None)
+    with searching(on_gpu(), SIZE, tile=128, device=device, training=False) as search:
+        assert search.plan_or_none(1) is None
+        assert replace(search.plan(parse_bytes(BUDGET)), choices=made.choices) == replace(made, stock_bytes=None)
 
 
 def test_a_network_on_the_cpu_is_recorded_there_for_a_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
