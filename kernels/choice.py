@@ -23,6 +23,7 @@ import os
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -256,8 +257,37 @@ def _may_measure(like: Tensor | None) -> bool:
     )
 
 
-def measured() -> list[Measurement]:
-    """All choices measured on the current GPU with these versions; empty without a GPU."""
+@dataclass(frozen=True)
+class CachedChoice:
+    """One cached choice, for display.
+
+    Attributes:
+        op, key, work: as given to `choose`; the key as JSON.
+        chosen: the candidate that is used.
+        ms: median milliseconds of each candidate.
+        ratio: time of our fastest candidate divided by stock's; below 1 ours is faster.
+    """
+
+    op: str
+    key: str
+    work: int
+    chosen: str
+    ms: dict[str, float]
+    ratio: float
+
+
+def table() -> list[CachedChoice]:
+    """All choices measured on the current GPU with these versions, by op, key and work; empty without a GPU."""
+    choices = []
+    for row in sorted(_rows(), key=lambda row: (row.label, row.work)):
+        ms = {name: statistics.median(samples) for name, samples in row.ms.items()}
+        if len(ms) > 1:
+            ratio = min(t for name, t in ms.items() if name != "stock") / ms["stock"]
+            choices.append(CachedChoice(row.op, row.label.partition(" ")[2], row.work, fastest(row.ms), ms, ratio))
+    return choices
+
+
+def _rows() -> list[Measurement]:
     if not torch.cuda.is_available():
         return []
     with _lock:

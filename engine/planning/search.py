@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 
 from ..capture.program import Program
+from ..cuda_graphs import buffers
 from ..errors import BudgetError
 from ..lowering.nodes import sort
 from ..lowering.rewrites import prepare
@@ -65,7 +66,8 @@ class PlanSearch:
         """
         request = self.request = replace(self.request, budget=budget)
         refuse_hopeless(self._maps, self._nodes, request, shared=self.shard is not None)
-        if request.training and budget is None and request.tile is None and self.device.type == "cpu":
+        captures = self.device.type != "cpu" or buffers.executor(self.device) is not None
+        if request.training and budget is None and request.tile is None and not captures:
             self.request = replace(request, stock=int(constants.STOCK_SHARE * self.stock_bytes))
         self._later = self._later or iter(strategies(self._maps, self._nodes, request.training, request.image_grad))
         while not self.options and (strategy := next(self._later, None)):

@@ -66,7 +66,7 @@ def test_healthy_machines_have_no_problem():
             replace(CUDA, failed_kernels=("conv2d [64]: RuntimeError: ptxas died", "pool [3]: x")),
             "warning",
             "ptxas died, and 1 more",
-            "GIGAMORPH_KERNELS=triton",
+            "gigamorph bench kernels",
         ),
         (replace(HEALTHY, threads=1), "warning", "1 thread on 8 cores", "OMP_NUM_THREADS"),
         (replace(HEALTHY, threads=64), "warning", "64 threads on 8 usable cores", "OMP_NUM_THREADS=8"),

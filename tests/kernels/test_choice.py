@@ -226,7 +226,7 @@ def test_damaged_line_is_ignored_with_a_warning(gpu, caplog, text):
         assert gpu.choose((), work=1, stock=2.0, triton=1.0) == "stock", "the whole line counts"
     assert len(caplog.records) == 1 and str(gpu.file) in caplog.text
     gpu.restart()
-    assert len(choice.measured()) == 3
+    assert len(choice.table()) == 3
 
 
 def test_a_measurement_serves_nearly_equal_work(gpu):
@@ -268,7 +268,7 @@ def test_a_candidate_that_raises_is_out_of_the_running(gpu, caplog):
     gpu.calls.clear()
     assert gpu.choose(stock=2.0, triton=1.0) == "stock" and "triton" not in gpu.calls, "in the next process, too"
     assert "ptxas: no such chip" in str(choice.failures())
-    assert [row.op for row in choice.measured() if len(row.ms) > 1] == ["conv2d"], "one that failed alone has no ratio"
+    assert [row.op for row in choice.table()] == ["conv2d"], "one that failed alone has no ratio"
 
 
 def test_a_failure_of_stock_is_raised(gpu):
@@ -413,7 +413,7 @@ def test_without_a_gpu_stock(gpu, monkeypatch):
     assert gpu.choose(stock=2.0, triton=1.0) == "stock"
     with choice.override("triton"):
         assert gpu.choose(stock=2.0, triton=1.0, other=0.5) == "triton"
-    assert not gpu.calls and choice.measured() == []
+    assert not gpu.calls and choice.table() == []
 
 
 def test_measured_without_autograd_and_autocast(gpu, monkeypatch):
@@ -474,13 +474,14 @@ def test_mistakes_are_named(gpu, monkeypatch):
 # -- what is shown, and who shares it -----------------------------------------------------------------------------
 
 
-def test_what_was_measured(gpu):
-    assert choice.measured() == []
+def test_table(gpu):
+    assert choice.table() == []
     gpu.choose(stock=4.0, triton=1.0)
     gpu.choose(op="add", stock=1.0, triton=2.0, other=3.0)
-    conv, added = sorted(choice.measured(), key=lambda row: row.op, reverse=True)
-    assert added.op == "add" and {*added.ms} == {"stock", "triton", "other"}
-    assert conv.op == "conv2d" and conv.label.endswith('[[1,64,32,32],"torch.bfloat16",null]')
+    added, conv = choice.table()
+    assert (added.op, added.chosen, added.ms, added.ratio) == ("add", "stock", {"stock": 1, "triton": 2, "other": 3}, 2)
+    assert (conv.op, conv.chosen, conv.ratio) == ("conv2d", "triton", 0.25)
+    assert conv.key == '[[1,64,32,32],"torch.bfloat16",null]'
 
 
 WORKER = """
