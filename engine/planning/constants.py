@@ -69,9 +69,9 @@ ARENA_SHARE = 2
 FREE_SHARE = 0.8
 # Share of that memory that graphs of tiles may fill on the CPU.
 FREE_ROOM_SHARE = 0.25
-# Peak of stock PyTorch's step on the CPU, as a share of its tensors' peak: its libraries and its heap take the rest. It
-# was 1.16 to 1.69 on ten networks (ResNet, EfficientNet, MobileNetV3, ConvNeXt, DenseNet, RegNetY, GhostNetV2).
-STOCK_SHARE = 1.15
+# Peak of stock PyTorch's step on the CPU from its tensors' peak: a share, and bytes of its libraries and its heap. Ten
+# networks took at least 104 MiB more than their tensors at 512 to 1024 pixels, and ResNet-18 at 2048 took 165 MiB more.
+STOCK_SHARE, STOCK_BYTES = 1.03, 80 * 2**20
 # Floating-point operations per moved byte; the cost of pointwise ops is the bytes that they move.
 FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
 # Storage for offloaded maps, and the floating-point operations per byte moved there.
