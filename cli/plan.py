@@ -110,6 +110,7 @@ def plan(
     from ..engine.planning import constants
     from ..engine.planning.largest import largest as find_largest
     from ..engine.planning.preview import searching
+    from ..engine.planning.request import Request
     from ..engine.planning.simulate import is_here
     from ..engine.train.mask_target import WithLoss
     from ..engine.train.options import AUTOCAST, Loss
@@ -128,8 +129,11 @@ def plan(
     shape = (batch, channels, *size)
     if task == "masks":
         net = WithLoss(net, classes, Loss())
-    given: Any = {"device": kind, "training": not inference, "recording": partial(taking_images, net, model)}
+    request = Request(None, None, not inference)
+    given: Any = {"request": request, "device": kind, "recording": partial(taking_images, net, model)}
     if largest is not None:
+        if memory_budget is None and is_here(torch.device(kind)):
+            memory_budget = request.limit(torch.device(kind))
         budgets = [memory_budget] if memory_budget and len(memories) < 2 else []
         cards = [(format_bytes(budget), budget, {}) for budget in budgets] or _compared(None, kind, memories)
         with _autocast(kind, autocast):

@@ -10,6 +10,7 @@ from torch import nn
 
 from .plan import Plan
 from .preview import searching
+from .request import Request
 
 _STEP = 64
 """Sides of an image are multiples of this many pixels."""
@@ -17,12 +18,19 @@ _SHARE = 32
 """The number of steps of a side, or of images, is at most this fraction of itself too small."""
 _SHARES = (1.0, 0.75, 0.5)
 """Shares of the budget that are tried: with less memory, a plan may have smaller tiles and less work."""
+_MOST = 1 << 12
+"""Largest number of steps of a side, or of images: without stored halos, as in inference, memory need not grow."""
 MOST_WORK = 2.0
 """Largest work of a plan, in that of stock PyTorch: larger images take far more recomputation."""
 
 
 def largest(
-    model: nn.Module, shape: tuple[int, int, int, int], budgets: Sequence[int], what: str, **options: Any
+    model: nn.Module,
+    shape: tuple[int, int, int, int],
+    budgets: Sequence[int],
+    what: str,
+    request: Request,
+    **options: Any,
 ) -> list[Plan | None]:
     """For each budget, the plan of the largest step; None if not even a small one fits.
 
@@ -34,7 +42,8 @@ def largest(
         shape: (N, C, H, W); "size" keeps N and about H / W, "batch" keeps H and W.
         budgets: bytes of the device that a step may use, in ascending order.
         what: "size" or "batch".
-        options: `device`, `training` and `recording` of `searching`.
+        request: the other constraints of the step.
+        options: `device` and `recording` of `searching`.
 
     Returns:
         Plans of steps that are at most 3 % too small on a side, or in their number of images.
@@ -46,7 +55,7 @@ def largest(
         if (count, budget) not in made:
             side = count * _STEP, max(1, round(count * width / height)) * _STEP
             asked = (count, c, height, width) if what == "batch" else (n, c, *side)
-            with searching(model, asked, **options) as search:
+            with searching(model, asked, request, **options) as search:
                 plans = (plan for share in _SHARES if (plan := search.plan_or_none(int(share * budget))))
                 here = (plan for plan in plans if plan.maps == plan.halos == "device" and plan.work <= MOST_WORK)
                 made[count, budget] = next(here, None)
@@ -57,11 +66,11 @@ def largest(
     for number, budget in enumerate(budgets):
         # Memory is about proportional to the pixels, so the last result predicts the next one.
         growth = 1.2**power if number and found[-1] else 2.0
-        low, high = round(low * (budget / budgets[number - 1]) ** power) if growth < 2 else low, 0
+        low, high = min(_MOST, round(low * (budget / budgets[number - 1]) ** power)) if growth < 2 else low, 0
         while low and not fits(low, budget):
             low, high = int(low / growth), low
-        while low and not high:
-            above = max(low + 1, math.ceil(low * growth))
+        while low and not high and low < _MOST:
+            above = min(_MOST, max(low + 1, math.ceil(low * growth)))
             low, high = (above, 0) if fits(above, budget) else (low, above)
         while high - low > max(1, low // _SHARE):
             middle = (low + high) // 2

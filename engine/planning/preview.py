@@ -61,9 +61,12 @@ def plan(
         UnsupportedError: if the network or the criterion cannot be computed exactly.
         BudgetError: if no tile fits the budget.
     """
-    rest: Any = {"tile": tile, "dtype": dtype, "device": device, "training": training, "halos": halos}
+    check_network(model)
+    check_choice("halos", halos, HALO_STORAGE)
     limit = None if memory_budget is None else parse_bytes(memory_budget)
-    with searching(model, image_size, criterion=criterion, labels=labels, **rest) as search:
+    call, given = _with_loss(_network_of(model), criterion, labels)
+    request = Request(None, tile_sides(tile), training, halos)
+    with searching(model, image_size, request, dtype, device, call=call, inputs=given) as search:
         return replace(search.plan(limit), stock_bytes=search.stock_bytes)
 
 
@@ -71,29 +74,28 @@ def plan(
 def searching(
     model: nn.Module,
     image_size: tuple[int, ...],
-    *,
-    tile: int | tuple[int, int] | None = None,
+    request: Request,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    training: bool = True,
-    halos: str = "auto",
-    criterion: Criterion | None = None,
-    labels: Any = None,
+    *,
+    call: Callable[..., Any] | None = None,
+    inputs: Sequence[Given] = (),
     recording: Callable[[tuple[int, ...]], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> Iterator[PlanSearch]:
-    """Context with the search for plans of a step, for any budgets; see `plan`.
+    """Context with the search for plans of a step, for any budgets.
 
     Args:
+        model, image_size, dtype, device: see `plan`.
+        request: the constraints, except the budget.
+        call, inputs: see `capture`.
         recording: makes the context in which the network is recorded for a shape (N, C, H, W), which runs its code.
     """
     check_network(model)
-    check_choice("halos", halos, HALO_STORAGE)
     network, shape, dtype, device = _asked(model, image_size, dtype, device)
-    call, given = _with_loss(network, criterion, labels)
-    request = Request(None, tile_sides(tile), training, halos, available=None if is_here(device) else ENDLESS)
+    request = replace(request, available=None if is_here(device) else ENDLESS)
     with _autocast_of(device, network):
         with contextlib.nullcontext() if recording is None else recording(shape):
-            program = _program(network, shape, dtype, device, training, call, given)
+            program = _program(network, shape, dtype, device, request.training, call, inputs)
         yield PlanSearch(program, request)
 
 
@@ -152,12 +154,17 @@ def _program(
     return program
 
 
+def _network_of(model: nn.Module) -> nn.Module:
+    """The network of an accelerated one, or the model itself."""
+    return model.__dict__.get("_network", model)
+
+
 def _asked(
     model: nn.Module, image_size: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[nn.Module, tuple[int, int, int, int], torch.dtype, torch.device]:
     """The network itself, the full image shape (N, C, H, W), the image's dtype, and the device."""
     shape = _full_shape(model, image_size)
-    network = model.__dict__.get("_network", model)
+    network = _network_of(model)
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     place = device or _lies(network) or "cpu"
     return network, shape, own if dtype is None else dtype, torch.device(place)

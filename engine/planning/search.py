@@ -68,7 +68,9 @@ class PlanSearch:
         refuse_hopeless(self._maps, self._nodes, request, shared=self.shard is not None)
         captures = self.device.type != "cpu" or buffers.executor(self.device) is not None
         if request.training and budget is None and request.tile is None and not captures:
-            self.request = replace(request, stock=int(constants.STOCK_SHARE * self.stock_bytes) + constants.STOCK_BYTES)
+            with contextlib.suppress(RuntimeError):  # an op that needs values: no limit
+                stock = int(constants.STOCK_SHARE * self.stock_bytes) + constants.STOCK_BYTES
+                self.request = replace(request, stock=stock)
         self._later = self._later or iter(strategies(self._maps, self._nodes, request.training, request.image_grad))
         while not self.options and (strategy := next(self._later, None)):
             self.add(strategy)

@@ -221,6 +221,14 @@ def test_the_largest_that_fits_cards(what: str, table, capsys) -> None:
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_the_largest_where_memory_does_not_grow(table, capsys) -> None:
+    """A prediction with frozen norms stores nothing of the image."""
+    given = ["--size", "512x512", "--largest", "batch", "--inference", "--memory-budget", "100GiB", "--device", "cpu"]
+    assert run(*NET[:2], *given, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert 1 < int(found["largest batch"].split(" x ")[0]) <= 4096
+
+
 def test_a_plan_as_json(table, capsys):
     given = ["--model", "lesionnet", "--size", "512x512", "--memory-budget", "1GiB", "--device", "cuda"]
     with pytest.raises(SystemExit) as caught:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gigamorph import plan
 from gigamorph.engine.planning import preview
 from gigamorph.engine.planning.preview import searching
+from gigamorph.engine.planning.request import Request
 from gigamorph.engine.tiling.memory import parse_bytes
 
 SIZE, BUDGET = (1, 512, 512), 200 << 20
@@ -46,7 +47,7 @@ def test_a_network_on_a_gpu_is_recorded_there(device: str | None, gpu: bool) -> 
     made = plan(on_gpu(), SIZE, BUDGET, tile=128, device=device, training=False)
     assert (made.library_bytes >= GPU_LEAST) == gpu
     assert made == plan(network(), SIZE, BUDGET, tile=128, device="cuda" if gpu else "cpu", training=False)
-    with searching(on_gpu(), SIZE, tile=128, device=device, training=False) as search:
+    with searching(on_gpu(), SIZE, Request(None, (128, 128), False), device=device) as search:
         assert search.plan_or_none(1) is None
         assert replace(search.plan(parse_bytes(BUDGET)), choices=made.choices) == replace(made, stock_bytes=None)
 
