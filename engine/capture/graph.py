@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..errors import UnsupportedError
 from ..torch_private import (
@@ -96,6 +97,7 @@ class Graph:
         single: whether the call returns exactly one tensor, as marked by `single`.
         piece: the reason why the graph ends before the call does; empty for a complete graph.
         numbers: slots of Python numbers: symbolic sizes and counters, and numbers computed from them.
+        shapes: settings of the fake tensors with which Dynamo has computed the shapes.
     """
 
     sources: tuple[Source, ...]
@@ -104,13 +106,14 @@ class Graph:
     single: bool
     piece: str = ""
     numbers: frozenset[int] = frozenset()
+    shapes: Any = None
 
     @classmethod
     def of(cls, module: fx.GraphModule) -> Graph:
         """A copy of a graph module that is independent of Dynamo."""
         slots: dict[fx.Node, Any] = {}  # a slot, or the constant or graph itself
         sources, instructions = list[Source](), list[Instruction]()
-        output, is_single, numbers, free = None, False, set[int](), set[int]()
+        output, is_single, numbers, free, shapes = None, False, set[int](), set[int](), None
         inputs = sum(node.op == "placeholder" for node in module.graph.nodes)  # PyTorch 2.11 has some between calls
         for node in module.graph.nodes:
             try:
@@ -143,8 +146,10 @@ class Graph:
             made = node.meta.get("example_value")
             if isinstance(made, Tensor) and not made.requires_grad:
                 free.add(len(instructions))
+            shapes = shapes or getattr(getattr(getattr(made, "fake_mode", None), "shape_env", None), "settings", None)
             instructions.append(Instruction(target, args, kwargs, _module_of(node), _line_of(node)))
-        made = cls(tuple(sources), tuple(instructions), output, is_single, _break_of(module), frozenset(numbers))
+        reason, counts = _break_of(module), frozenset(numbers)
+        made = cls(tuple(sources), tuple(instructions), output, is_single, reason, counts, shapes)
         for at, step in enumerate(instructions):
             made = made._move_hook(at, free) if getattr(step.target, "__name__", "") == "register_hook" else made
         return made
@@ -279,7 +284,8 @@ class Graph:
         """
         if len(FakeTensorMode.cache) > _CACHED_SHAPES:  # PyTorch never frees the results of an op and shape
             FakeTensorMode.cache_clear()
-        values = Values(FakeTensorMode(allow_non_fake_inputs=False), device)
+        shapes = None if self.shapes is None else _KnownShapes(self.shapes)
+        values = Values(FakeTensorMode(shape_env=shapes, static_shapes=True), device)
         recorder, program = Recorder(values), values.program
 
         def before(step: Instruction) -> None:
@@ -356,6 +362,17 @@ class Graph:
             for step in self.instructions
         )
         return replace(self, instructions=tuple(steps))
+
+
+class _KnownShapes(ShapeEnv):
+    """Makes fake tensors without symbolic sizes find what PyTorch has stored of the same calls on Dynamo's."""
+
+    allow_scalar_outputs = False  # pyright: ignore[reportAssignmentType]
+    allow_dynamic_output_shape_ops = False  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, settings: Any):
+        super().__init__()
+        self.settings = settings
 
 
 def single(result: Tensor) -> Tensor:
