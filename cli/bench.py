@@ -263,50 +263,6 @@ def kernels(match: str, path: Path | None) -> None:
 
 
 @bench.command()
-@click.option("--seeds", type=click.IntRange(1), default=3, help="Number of seeds.")
-@_json
-def morph(seeds: int, path: Path | None) -> None:
-    """Measure how long growing a network takes, and how soon it is as good as one trained from scratch.
-
-    Example: gigamorph bench morph --seeds 1
-    """
-    from ..engine.bench.scripts import measure_morphs
-
-    results = _new_results("cpu")
-    for seed in range(seeds):
-        found = measure_morphs([seed], say=click.echo)
-        for row in found:
-            reached = f"after {row.seconds:.1f} s, {row.epochs} epochs" if row.seconds else "never"
-            click.echo(f"seed {row.seed}  {row.how:36} accuracy {row.accuracy:.1%} {reached}")
-        results.morphs += found
-        _save(results, path)
-
-
-@bench.command()
-@click.option("--row", "numbers", type=int, multiple=True, help="Number of a comparison; all by default. Repeatable.")
-@_json
-def rows(numbers: tuple[int, ...], path: Path | None) -> None:
-    """Run the declared comparisons that this machine can run, and print why it cannot run the others.
-
-    Example: gigamorph bench rows --row 10 --row 11 --json rows.json
-    """
-    import torch
-
-    from ..engine.bench.rows import ROWS, run
-
-    known = [declared.number for declared in ROWS]
-    if absent := [number for number in numbers if number not in known]:
-        raise click.BadParameter(f"unknown row {absent[0]}; rows are {min(known)} to {max(known)}", param_hint="--row")
-    results = _new_results("cuda" if torch.cuda.is_available() else "cpu")
-    for outcome in run(results.ceilings, numbers, _show_step):
-        results.declared.append(outcome.row)
-        results.steps += outcome.steps
-        row = outcome.row
-        click.echo(f"{row.number:2} {row.status:13} {row.text}: {row.found or row.reason}")
-        _save(results, path)
-
-
-@bench.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the report.")
 def report(results: tuple[Path, ...], out: Path) -> None:

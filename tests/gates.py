@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_762,
-    ("engine", "kernels", "cli", "benchmarks"): 65_457,
+    ("engine", "kernels"): 57_564,
+    ("engine", "kernels", "cli", "benchmarks"): 65_270,
     ("benchmarks",): 4_199,
 }
 WORDS = {

@@ -1,4 +1,4 @@
-"""Reads results of gigamorph bench, benchmarks/gpu.py and benchmarks/morph_training.py."""
+"""Reads results of gigamorph bench and benchmarks/gpu.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BOUND = 0.03  # on loss and gradient norm, in bfloat16
 
 
 def read(path: Path) -> Results:
-    """Read results of `gigamorph bench`, `benchmarks/gpu.py` or `benchmarks/morph_training.py`.
+    """Read results of `gigamorph bench` or `benchmarks/gpu.py`.
 
     Raises:
         DataError: the file is something else.
@@ -42,13 +42,8 @@ def read(path: Path) -> Results:
         return _parse_results(data)
     if isinstance(data, dict) and {"ceilings", "checks", "ops", "steps", "skipped"} <= data.keys():
         return _from_gpu(data)
-    if isinstance(data, dict) and {"settings", "seeds", "summary"} <= data.keys():
-        from .scripts import morph_rows
-
-        return Results("benchmarks/morph_training.py", data.get("provenance", {}), morphs=morph_rows(data))
     raise DataError(
-        f"{path}: not results of gigamorph bench ({FORMAT!r}), benchmarks/gpu.py or benchmarks/morph_training.py; "
-        "run the measurement again"
+        f"{path}: not results of gigamorph bench ({FORMAT!r}) or benchmarks/gpu.py; run the measurement again"
     )
 
 
@@ -70,8 +65,6 @@ def _row(kind: type, row: dict[str, Any]) -> Any:
         row["worst"] = tuple(row["worst"])
     if "tries" in row:
         row["tries"] = [Try(**one) for one in row["tries"]]
-    if "curve" in row:
-        row["curve"] = [tuple(point) for point in row["curve"]]
     return kind(**row)
 
 

@@ -68,7 +68,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> Path:
         GigamorphError: there are no rows, or a file cannot be written.
     """
     runs = [read(path) for path in paths]
-    sections = [*_steps(runs), *_exactness(runs), *_limits(runs), *_kernels(runs), *_morphs(runs), *_declared(runs)]
+    sections = [*_steps(runs), *_exactness(runs), *_limits(runs), *_kernels(runs)]
     if not sections:
         raise GigamorphError("these results have no rows; measure something with gigamorph bench first")
     sections.append(_runs(runs))
@@ -322,40 +322,6 @@ def _kernels(runs: Sequence[Results]) -> list[Section]:
 def _floor(row: KernelRow, ceilings: dict[str, float]) -> float | None:
     rate, bandwidth = ceilings.get(f"tflop_per_s {row.dtype}"), ceilings.get("gb_per_s")
     return row.floor_ms({"tflop_per_s": rate, "gb_per_s": bandwidth}) if rate and bandwidth else None
-
-
-def _morphs(runs: Sequence[Results]) -> list[Section]:
-    cells = [
-        {
-            "seed": str(row.seed),
-            "network": row.how,
-            "morph, s": _format(row.morph_seconds, ".2f"),
-            "accuracy aimed at": f"{row.accuracy:.1%}",
-            "reached after, s": _format(row.seconds, ".1f") or "never",
-            "epochs": "" if row.epochs is None else str(row.epochs),
-            "run": str(number),
-            "remarks": row.reason or "",
-        }
-        for number, row in _with_run_numbers(runs, lambda run: run.morphs)
-    ]
-    title = "Growing a trained network against training from scratch"
-    return [Section(title, TextTable.of(cells, grouped=True))] if cells else []
-
-
-def _declared(runs: Sequence[Results]) -> list[Section]:
-    cells = [
-        {
-            "number": str(row.number),
-            "row": row.text,
-            "aim": row.aim,
-            "status": row.status,
-            "run": str(number),
-            "found": row.found or row.reason or "",
-        }
-        for number, row in _with_run_numbers(runs, lambda run: run.declared)
-    ]
-    lines = ["Each row runs if the machine allows it."]
-    return [Section("The declared list", TextTable.of(cells), lines)] if cells else []
 
 
 def _runs(runs: Sequence[Results]) -> Section:

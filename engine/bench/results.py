@@ -1,7 +1,7 @@
 """The common format of benchmark results; `read.py` reads it.
 
 A file of results is a JSON object: `format`, `what` (the command), `provenance` (machine, versions, commit, date),
-`ceilings` (measured in the same run) and lists of rows: `steps`, `limits`, `kernels`, `morphs`, `declared`. Rows hold
+`ceilings` (measured in the same run) and lists of rows: `steps`, `limits`, `kernels`. Rows hold
 measurements, from which rates and shares follow. A row that could not be measured has its status and the reason.
 """
 
@@ -210,47 +210,10 @@ class KernelRow:
         return max(self.flops / ceilings["tflop_per_s"] / 1e9, self.bytes / ceilings["gb_per_s"] / 1e6)
 
 
-@dataclass
-class MorphRow:
-    """Growth of a trained network, or its rival trained from scratch.
-
-    Attributes:
-        how: "widened", "widened, as many epochs", ...
-        morph_seconds: of the morph with its checks; None for a rival.
-        accuracy: the accuracy that both must reach.
-        seconds, epochs: until it was reached, including the parent's training; None: never.
-        curve: (seconds, epoch, accuracy).
-    """
-
-    seed: int
-    how: str
-    morph_seconds: float | None
-    accuracy: float
-    seconds: float | None
-    epochs: int | None
-    curve: list[tuple[float, int, float]]
-    status: str = OK
-    reason: str | None = None
-
-
-@dataclass
-class DeclaredRow:
-    """A row of the declared list (`rows.py`): whether it was run, or why not."""
-
-    number: int
-    text: str
-    aim: str
-    status: str
-    reason: str | None = None
-    found: str | None = None
-
-
 ROWS: dict[str, type] = {
     "steps": StepRow,
     "limits": LimitRow,
     "kernels": KernelRow,
-    "morphs": MorphRow,
-    "declared": DeclaredRow,
 }
 
 
@@ -264,8 +227,6 @@ class Results:
     steps: list[StepRow] = field(default_factory=list)
     limits: list[LimitRow] = field(default_factory=list)
     kernels: list[KernelRow] = field(default_factory=list)
-    morphs: list[MorphRow] = field(default_factory=list)
-    declared: list[DeclaredRow] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write the JSON atomically.

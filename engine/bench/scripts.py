@@ -1,20 +1,17 @@
-"""Measurements that are scripts of the checkout: kernels, and growing networks."""
+"""Measurements that are scripts of the checkout: kernels."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from ..errors import GigamorphError
 from .machine import ROOT
-from .results import FAILED, OK, KernelRow, MorphRow
-
-_RIVAL = "from scratch, same epochs"
+from .results import FAILED, OK, KernelRow
 
 
 def script(name: str) -> ModuleType:
@@ -50,30 +47,4 @@ def measure_kernels(match: str = "", say: Callable[[KernelRow], None] = lambda r
         status = FAILED if failed else OK
         rows.append(KernelRow(name, "bf16", found["flops"], found["bytes"], found["ms"], status, failed or None))
         say(rows[-1])
-    return rows
-
-
-def measure_morphs(seeds: Sequence[int], say: Callable[[str], None] = print) -> list[MorphRow]:
-    """Run `benchmarks/morph_training.py` with 30 epochs each."""
-    return morph_rows(script("morph_training").run(seeds, (30, 30), say))
-
-
-def morph_rows(result: dict[str, Any]) -> list[MorphRow]:
-    """Convert the result of `morph_training.run` to rows: time and epochs until an accuracy is reached.
-
-    A grown network and one that is trained from scratch are compared; the accuracy is the final one of the latter.
-
-    Seconds are of one CPU core, including the parent's training.
-    """
-    rows = []
-    for one in result["seeds"]:
-        for name in ("widened", "deepened"):
-            rival = f"{name}, {_RIVAL}"
-            aim = one["curves"][rival][-1]["test_accuracy"]
-            for how in (name, rival):
-                curve = [(p["seconds"], p["epoch"], p["test_accuracy"]) for p in one["curves"][how]]
-                reached = next((point for point in curve if point[2] >= aim), None)
-                seconds = one["checks"][name]["seconds"] if how == name else None
-                when, epoch = reached[:2] if reached else (None, None)
-                rows.append(MorphRow(one["seed"], how, seconds, aim, when, epoch, curve))
     return rows

@@ -165,42 +165,7 @@ def test_a_network_that_does_not_take_the_images_is_told(tmp_path, capsys, monke
     assert error.startswith("error: model 'colour_nets:colour' cannot take an image of 1 x ") and error.count("\n") == 1
 
 
-def test_the_declared_rows_and_the_morphs_are_printed_and_kept(monkeypatch, tmp_path, capsys):
-    from gigamorph.engine.bench import rows, scripts
-    from gigamorph.engine.bench.results import NOT_RUN, DeclaredRow, MorphRow
-
-    row = DeclaredRow(3, "VGG16", "fast", NOT_RUN, "needs a GPU")
-    monkeypatch.setattr(rows, "run", lambda ceilings, numbers, say: iter([rows.RowOutcome(row)]))
-    assert run("rows", "--json", str(tmp_path / "r.json")) == 0
-    assert read(tmp_path / "r.json").declared == [row]
-    made = [MorphRow(seed, "widened", 0.5, 0.9, 12.0, 7, [(12.0, 7, 0.9)]) for seed in range(2)]
-    monkeypatch.setattr(scripts, "measure_morphs", lambda seeds, say: [made[seed] for seed in seeds])
-    assert run("morph", "--seeds", 2, "--json", str(tmp_path / "m.json")) == 0
-    assert read(tmp_path / "m.json").morphs == made
-    out = capsys.readouterr().out
-    assert "needs a GPU" in out and "after 12.0 s, 7 epochs" in out
-
-
-def test_a_row_that_is_not_declared_is_told(capsys):
-    assert run("rows", "--row", 99) == 2
-    assert "unknown row 99; rows are 1 to 15" in capsys.readouterr().err
-
-
-def test_every_set_of_growths_is_kept_once_it_is_measured(monkeypatch, tmp_path):
-    from gigamorph.engine.bench import scripts
-    from gigamorph.engine.bench.results import MorphRow
-
-    def measure(seeds, say):
-        if 1 in seeds:
-            raise KeyboardInterrupt
-        return [MorphRow(seed, "widened", 0.5, 0.9, 12.0, 7, [(12.0, 7, 0.9)]) for seed in seeds]
-
-    monkeypatch.setattr(scripts, "measure_morphs", measure)
-    assert run("morph", "--json", tmp_path / "m.json") == 130
-    assert [row.seed for row in read(tmp_path / "m.json").morphs] == [0]
-
-
-@pytest.mark.parametrize("given", [("step", "--size", "9x9"), ("limit", "--memory-budget", "1MiB"), ("rows",)])
+@pytest.mark.parametrize("given", [("step", "--size", "9x9"), ("limit", "--memory-budget", "1MiB")])
 def test_where_no_results_can_be_written_is_told_before_they_are_measured(given, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(process.Child, "ask", lambda self, do, device: pytest.fail("measured"))
     (tmp_path / "file").write_text("")

@@ -6,10 +6,8 @@ from gigamorph.engine.bench.results import (
     OUT_OF_MEMORY,
     BenchTask,
     Check,
-    DeclaredRow,
     KernelRow,
     LimitRow,
-    MorphRow,
     Results,
     StepRow,
     Try,
@@ -35,11 +33,10 @@ def everything() -> Results:
                 roofline_seconds=1.0,
             ),
             StepRow(TASK, "stock", OUT_OF_MEMORY, "killed", cap_bytes=10**9),
+            StepRow(TASK, "compile", NOT_RUN, "no GPU"),
         ],
         [LimitRow(TASK, "stock", 10**9, side=900, too_large=960, predicted_side=1000, tries=[Try(900, OK, 9, 1.0)])],
         [KernelRow("conv", "bf16", 2e9, 1e6, {"ours": 0.5, "cudnn": 0.6})],
-        [MorphRow(0, "widened", 0.2, 0.9, 3.0, 4, [(1.0, 2, 0.5)])],
-        [DeclaredRow(3, "VGG16-BN", "runs", NOT_RUN, "no GPU")],
     )
 
 

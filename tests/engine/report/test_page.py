@@ -49,7 +49,7 @@ def test_a_template_with_nothing_to_show_is_an_error():
 
 def test_what_results_of_benchmarks_say_is_text(tmp_path):
     made = everything()
-    made.what, made.steps[1].reason, made.declared[0].text = BAD, BAD, BAD
+    made.what, made.steps[1].reason, made.kernels[0].op = BAD, BAD, BAD
     made.write(tmp_path / "a.json")
     text = write_bench([tmp_path / "a.json"], tmp_path / "out").read_text()
     assert BAD not in text and text.count(ESCAPED) == 3
