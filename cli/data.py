@@ -125,6 +125,7 @@ def _report_masks(masks: list[Path]) -> None:
 @click.argument("source", type=click.Path(exists=True))
 @click.option("--out", type=click.Path(dir_okay=False), help="CSV file for all problems: image, kind and problem.")
 @_dataset
+@options.columns
 @options.white
 @options.workers
 def check(source: str, out: str | None, dataset: str | None, white: Any, workers: int | None) -> None:
@@ -133,8 +134,9 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     Files: unreadable or blank images, and masks that are missing or of another size than the image.
     Grey values: images that use little of their grey scale (12 bits in a 16-bit PNG), and file types (DICOM, PNG) that
     have different grey values or predict the label.
-    Tables: the same pixels twice (also mirrored or in another format), patients or images in two splits, and sides or
-    views on which table, header and pixels disagree. For information: implants, spot views, phantoms and similar.
+    Tables: rows without a label next to others with one, an image in several rows, the same pixels twice (also mirrored
+    or in another format), patients or images in two splits, and sides or views on which table, header and pixels
+    disagree. For information: implants, spot views, phantoms and similar.
 
     The exit code is 1 if something must be corrected. Masks of a folder are recognised by their names and left out.
 
@@ -145,7 +147,7 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     from ..engine.datasets.tables.generic import labels_of
     from .counter import Count
 
-    table = _read(source, dataset, check_files=False, labels=False)
+    table = _read(source, dataset, check_files=False, labels=False, repeated=True)
     records = table.records
     _report_masks(table.masks)
     labels = labels_of(Path(source), table)
@@ -170,6 +172,8 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     part = f"{checked[0]} of " if checked else ""
     wrong = len({problem.path for problem in serious})
     click.echo(f"{part}{counted(len(records), 'image')}, {wrong} with problems to correct")
+    if Path(source).is_file() and not any(labels) and not any(record.labels for record in records):
+        click.echo("no image has a label: predict reads this table, train needs a column label (--column label=NAME)")
     if checked:
         click.echo("stopped by Ctrl-C; this result covers only the checked images", err=True)
         raise Stopped
@@ -186,6 +190,7 @@ def check(source: str, out: str | None, dataset: str | None, white: Any, workers
     callback=_parse_fractions,
     help="Shares of the patients for train, val and test.",
 )
+@options.columns
 @options.seed
 def split(table: str, out: str, fractions: tuple[float, float, float], seed: int) -> None:
     """Split a table by patient, with each label in the same proportions; the same seed gives the same split.
@@ -241,6 +246,7 @@ def _warn_of_empty_splits(records: Sequence[Record], fractions: tuple[float, flo
 @click.argument("source", type=click.Path(exists=True))
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for table.csv and images.")
 @_dataset
+@options.columns
 @_label
 @_skip
 @click.option(
@@ -382,6 +388,7 @@ def _read(
     labels: bool,
     label: str | None = None,
     skip_missing: bool = False,
+    repeated: bool = False,
 ) -> Table:
     """Read a public data set if the source is one, else a table or folder of the user."""
     from ..engine.datasets.tables import read_table
@@ -391,7 +398,8 @@ def _read(
     if name is None:
         labels = labels and label != "none"
         own = None if label == "none" else label
-        return read_table(source, labels=labels, label=own, check_files=check_files, skip_missing=skip_missing)
+        how: Any = {"check_files": check_files, "skip_missing": skip_missing, "repeated": repeated}
+        return read_table(source, labels=labels, label=own, **how)
     if dataset is None:
         click.echo(f"{source} is {DATA_SETS[name].title} (--dataset {name})")
     wanted = None if label == "none" else label

@@ -61,6 +61,7 @@ def _parse_classes(value: str) -> tuple[str, ...]:
     type=click.Path(exists=True, dir_okay=False),
     help="The csv with the predicted images: labels, splits, exams and columns that the predictions lack.",
 )
+@options.columns
 @click.option("--label", metavar="COLUMN", help="Column of the truth, 1 or 0; by default label, or every label_NAME.")
 @click.option(
     "--score",

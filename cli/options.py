@@ -100,6 +100,33 @@ def _parse_white(value: str) -> White:
     return parse_white(value)
 
 
+COLUMNS = "gigamorph.columns"
+"""The names of --column, in the context's `meta`."""
+
+
+def _parse_columns(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    from ..engine.datasets.tables import columns_named
+
+    for text in given:
+        if not all(text.partition("=")[::2]):
+            raise click.BadParameter(f"{text!r} must be NAME=COLUMN, as in label=cancer", ctx, param)
+    names = {name.strip(): column.strip() for name, _, column in (text.partition("=") for text in given)}
+    ctx.with_resource(columns_named(names))
+    ctx.meta[COLUMNS] = names
+    return names
+
+
+columns: Any = click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="NAME=COLUMN",
+    expose_value=False,
+    callback=_parse_columns,
+    help="Read COLUMN of the table as NAME, as in label=cancer or image_path=Datei. Repeatable.",
+)
+
+
 def channels_of(model: str, channels: int) -> int:
     """Return the image channels of a model: those of a folder of gigamorph import, else `channels`."""
     from ..engine.models.folder import is_folder, read_description

@@ -99,6 +99,7 @@ _MODEL_OPTIONS = (
         help="DICOMweb store for the results, sent once at the end, as in dicomweb+https://host/dicom-web.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print progress, failures and the end as JSON lines."),
+    options.columns,
     options.white,
     options.trust,
     options.memory_budget,

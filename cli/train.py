@@ -89,6 +89,7 @@ def _parse_time(value: str) -> float:
     help="classes: one of several classes; labels: any of the columns label_NAME; ordinal: ordered classes; numbers: "
     "values of label_NAME; masks: a class for each pixel, in the files of mask_path.",
 )
+@options.columns
 @click.option("--label", "labels", multiple=True, metavar="NAME", help="For --task labels or numbers: column to learn.")
 @click.option(
     "--views",
@@ -263,6 +264,8 @@ def _make_config(ctx: click.Context, given: dict[str, Any], echo: Printer) -> Tr
                 (f"{one}." for one in ("data", "optimizer", "loss") if hasattr(getattr(defaults, one), name)), ""
             )
             put(values, table + name, _plain(name, value))
+    if ctx.meta[options.COLUMNS]:
+        put(values, "data.columns", ctx.meta[options.COLUMNS])
     for setting in given["settings"]:
         key, value = parse_value(setting)
         if key in ("model", "log", "callbacks"):  # typed by the user, as in the option

@@ -10,10 +10,12 @@ from typing import Any
 import rich_click as click
 from click.core import ParameterSource
 
+from .options import COLUMNS
 from .processes import Printer, count_processes, is_restarted, start
 
 _RECIPE_OPTIONS = {
     *("data", "out", "recipe", "config", "memory_budget", "precision", "seed", "device", "devices", "split_image"),
+    "columns",
     *("devices_per_image", "timeout", "resume", "quiet", "verbose"),
 }
 
@@ -38,13 +40,17 @@ def begin_recipe(data: str, out: Path, given: dict[str, Any], echo: Printer) -> 
     settings = kind() if given["config"] is None else load_config(given["config"], kind)
     # Arguments of `Run`, which itself cannot be sent to another process.
     own = {"out": out, **{name: given[name] for name in ("seed", "device", "memory_budget", "resume", "precision")}}
-    args = given["recipe"], settings, data, own, given["devices_per_image"] or given["split_image"], echo
+    columns, split = click.get_current_context().meta[COLUMNS], given["devices_per_image"] or given["split_image"]
+    args = given["recipe"], settings, data, own, columns, split, echo
     on_stop = f"stopped; the same command with --resume continues from the files in {out}"
     start(_train_recipe, count, given["device"], given["timeout"], lambda: on_stop, *args)
 
 
-def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split: bool | int, echo: Printer) -> None:
+def _train_recipe(
+    name: str, config: Any, data: str, own: dict[str, Any], columns: dict[str, str], split: bool | int, echo: Printer
+) -> None:
     """Run a recipe in this process, alone or as one of several; only the first process prints."""
+    from ..engine.datasets.tables import columns_named
     from ..engine.mammography.recipes import get_recipe
     from ..engine.parallel.process_group import ProcessGroup
     from ..engine.train.run import Run
@@ -53,10 +59,11 @@ def _train_recipe(name: str, config: Any, data: str, own: dict[str, Any], split:
 
     run = Run(**{**own, "resume": own["resume"] or is_restarted(own["out"])}, group=ProcessGroup.here(split))
     if not run.group.leads:
-        get_recipe(name).train(Path(data), config, run)
+        with columns_named(columns):
+            get_recipe(name).train(Path(data), config, run)
         return
     echo.listen()
-    with ProgressView(device=run.device, quiet=echo.quiet) as view:
+    with columns_named(columns), ProgressView(device=run.device, quiet=echo.quiet) as view:
         metrics = get_recipe(name).train(Path(data), config, replace(run, report=view, say=view.say))
     if echo.quiet:
         return

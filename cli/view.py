@@ -39,6 +39,7 @@ from .messages import counted
     help="Port of the server; by default a free one.",
 )
 @click.option("--browser/--no-browser", default=True, help="Open the page.")
+@options.columns
 @options.white
 @options.trust
 @options.memory_budget

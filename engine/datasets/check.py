@@ -27,7 +27,8 @@ KINDS = {
     "blank": "all pixels are equal",
     "grey": "outside the scale from black to white: nearly black, or brighter than white",
     "mask": "a mask that is missing, unreadable, empty, or of another size than its image",
-    "duplicate": "the same pixels twice, perhaps mirrored",
+    "label": "no label, although other rows have one: train refuses such a table",
+    "duplicate": "the same image or the same pixels twice, perhaps mirrored",
     "leak": "a patient or an image in two splits",
     "patient": "one patient under two names, which breaks splits by patient",
     "laterality": "table, header and pixels disagree on the side of the breast",
@@ -112,6 +113,9 @@ def check_images(
     problems += [Problem(r.path, "blank", f"all {_size(f)}pixels are equal") for r, f in good if f.blank]
     problems += [Problem(r.path, "grey", f.grey) for r, f in good if f.grey and not f.blank]
     problems += [Problem(r.path, "mask", text) for r, f in good for text in f.masks]
+    if any(labels):
+        none = "has no label; fill it in, or remove the row"
+        problems += [Problem(r.path, "label", none) for r, label in zip(records, labels, strict=True) if not label]
     problems += _duplicates(good)
     problems += _leaks(records, good)
     problems += _disagreements(good)
@@ -202,10 +206,10 @@ def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
         first, first_fact = group[0]
         for record, fact in group[1:]:
             text = f"has the pixels of {first.path}"
+            if (record.path, record.frame) == (first.path, first.frame):
+                text = "is in several rows of the table"
             if record.split != first.split:
-                problems.append(
-                    Problem(record.path, "leak", f"{text}, which is in {first.split}; this one is in {record.split}")
-                )
+                problems.append(Problem(record.path, "leak", f"{text}, in splits {first.split} and {record.split}"))
             elif _patient(record, fact) != _patient(first, first_fact):
                 problems.append(Problem(record.path, "duplicate", f"{text}, under another patient"))
             else:

@@ -80,7 +80,7 @@ def index_folder(
     if fitting is not None:
         named = [_named(record, fitting, always=wanted is not None) for record in records]
         errors += [
-            DataError(f"{record.path}: name does not fit the pattern {fitting.text}; rename it, or change the pattern")
+            DataError(f"{record.path}: {fitting.misfit(record.path)}; rename it, or change the pattern")
             for record, new in zip(records, named, strict=True)
             if new is None
         ]
@@ -215,16 +215,17 @@ class NamePattern:
             )
         pieces = _FIELD.split(text)
         expression = re.escape(pieces[0])
+        self._begins: list[tuple[str, re.Pattern[str]]] = []  # the pattern up to each field
         for field, literal in zip(pieces[1::2], pieces[2::2], strict=True):
-            group = f"(?:{_FIELDS[field]})" if field == "any" else f"(?P<{field}>{_FIELDS[field]})"
-            expression += group + re.escape(literal)
+            expression += f"(?:{_FIELDS[field]})" if field == "any" else f"(?P<{field}>{_FIELDS[field]})"
+            self._begins.append((field, re.compile(expression, re.IGNORECASE)))
+            expression += re.escape(literal)
         self._expression = re.compile(expression, re.IGNORECASE)
         self._depth = text.count("/") + 1
 
     def match(self, path: Path) -> dict[str, str | None] | None:
         """The fields in a path, without those that the pattern lacks; None if it does not fit the pattern."""
-        parts = [*path.parts[:-1], path.stem][-self._depth :]
-        found = self._expression.fullmatch("/".join(parts))
+        found = self._expression.fullmatch(self._name(path))
         if found is None:
             return None
         fields: dict[str, str | None] = found.groupdict()
@@ -233,6 +234,18 @@ class NamePattern:
         if view := fields.get("view"):
             fields["view"] = view.upper()
         return fields
+
+    def misfit(self, path: Path) -> str:
+        """Why a path does not fit the pattern: its first field that is missing, with the texts that it can have."""
+        name = self._name(path)
+        field = next((field for field, begin in self._begins if begin.match(name) is None), None)
+        if field is None:
+            return f"{name} does not fit the pattern {self.text}: it has other text after {{{self._begins[-1][0]}}}"
+        texts = {"laterality": "L, R, left, ...", "view": "CC, MLO, ML, ..."}.get(field)
+        return f"{name} does not fit the pattern {self.text}: it has no {{{field}}}{f' ({texts})' if texts else ''}"
+
+    def _name(self, path: Path) -> str:
+        return "/".join([*path.parts[:-1], path.stem][-self._depth :])
 
 
 def find_pattern(paths: Sequence[Path]) -> NamePattern | None:

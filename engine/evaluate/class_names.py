@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from ..parsing import is_whole
 
 POSITIVE = frozenset(
-    "malignant malignancy cancer carcinoma positive pos abnormal suspicious disease diseased case yes true".split()
+    "malignant malignancy malign maligne cancer carcinoma positive pos abnormal suspicious disease diseased case "
+    "yes true ja oui bösartig".split()
 )
-NEGATIVE = frozenset("benign normal negative neg healthy control no none false".split())
+NEGATIVE = frozenset("benign benigne normal negative neg healthy control no none false nein non gutartig".split())
 _NOT = re.compile(r"(?:not?|non)[ _-]+(.+)")
 
 

@@ -37,6 +37,8 @@ class DataOptions:
     classes: tuple[str, ...] = ()
     """Names of the classes in their order; by default those of the table, sorted. For "masks" the names of the values 0
     (background), 1, ...; by default as many as the masks have."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Other names of the table's columns: {"label": "cancer"} reads its column cancer as label."""
     channels: Literal[1, 3] = 1
     mean: Numbers | Literal["auto"] = 0.0
     """"auto" for mean and std measures both on a sample of the training images."""
@@ -132,6 +134,7 @@ class TrainConfig(TrainOptions):
         normalize: Any = "auto" if own.mean == "auto" else Normalize(_numbers(own.mean), _numbers(own.std))
         return {
             "labels": Labels(own.task, own.labels, own.classes, own.views),
+            "columns": own.columns,
             "channels": own.channels,
             "normalize": normalize,
             "voi": own.voi,

@@ -17,7 +17,7 @@ from ..datasets.dataset import ImageDataset
 from ..datasets.exams import ExamDataset
 from ..datasets.grey import grey_warnings, label_by_kind_warning
 from ..datasets.splits import assign_splits, check_leaks
-from ..datasets.tables import Record, label_columns, read_table
+from ..datasets.tables import Record, columns_named, label_columns, read_table
 from ..errors import DataError
 from ..images.levels import White
 from ..images.pixels import Normalize
@@ -65,20 +65,22 @@ def choose_images(
     for_processing: bool = False,
     white: White | None = None,
     skip_bad: bool = False,
+    columns: Mapping[str, str] | None = None,
     warn: Callable[[str], object] = warnings.warn,
     **others: Any,
 ) -> Chosen:
     """Read a table, and with ``skip_bad`` all its images, once for several calls of `training_data`.
 
     Args:
-        table, labels, channels, voi, for_processing, white, skip_bad, warn: see `training_data`.
+        table, labels, channels, voi, for_processing, white, skip_bad, columns, warn: see `training_data`.
         others: other arguments of `training_data`, which are ignored.
 
     Raises:
         DataError: for errors in the table.
     """
     bad: dict[Path, str] = {}
-    records, target = _read(table, labels or Labels(), not skip_bad, warn, bad)
+    with columns_named(columns or {}):
+        records, target = _read(table, labels or Labels(), not skip_bad, warn, bad)
     if skip_bad:
         records = _without_bad(images(records, channels, _settings(None, voi, 1, for_processing, white)), warn, bad)
     return Chosen(records, target, bad)
@@ -109,6 +111,7 @@ def training_data(
     skip_bad: bool = False,
     fold: tuple[int, int] | None = None,
     chosen: Chosen | None = None,
+    columns: Mapping[str, str] | None = None,
     seed: int = 0,
     warn: Callable[[str], object] = warnings.warn,
 ) -> Data:
@@ -127,6 +130,7 @@ def training_data(
         skip_bad: read all images first, and leave out unreadable ones.
         fold: (k, n): the k-th of n runs of a cross-validation, from 1; see `folds.draw_folds`.
         chosen: the result of `choose_images`; None reads the table.
+        columns: other names of the table's columns, see `columns_named`.
         seed: of splits and augmentation.
         warn: called with each warning.
 
@@ -134,7 +138,7 @@ def training_data(
         DataError: for errors in the table, with file and line; missing files; a patient in two splits.
     """
     if chosen is None:
-        how: dict[str, Any] = {"voi": voi, "for_processing": for_processing, "white": white}
+        how: dict[str, Any] = {"voi": voi, "for_processing": for_processing, "white": white, "columns": columns}
         chosen = choose_images(table, labels=labels, channels=channels, skip_bad=skip_bad, warn=warn, **how)
     read, target = chosen.records, chosen.target
     preprocessing = _settings(normalize, voi, downsample, for_processing, white)

@@ -160,6 +160,29 @@ def test_split_keeps_the_table_that_it_reads(tmp_path, capsys):
     assert table.read_bytes() == before
 
 
+def test_other_names_of_columns(phantoms, tmp_path, capsys):
+    lines = (phantoms / "phantoms.csv").read_text().splitlines()
+    header = lines[0].replace("image_path", "Datei").replace("label", "Krebs").replace("patient_id", "Nummer")
+    own = phantoms / "own.csv"
+    own.write_text("\n".join([header, *lines[1:], lines[1]]))
+    columns = ["--column", "image_path=Datei", "--column", "label=Krebs"]
+    assert run("split", own, "--out", tmp_path / "s.csv", *columns) == 2
+    assert "column patient_id is missing" in capsys.readouterr().err
+    columns += ["--column", "patient_id=Nummer"]
+    assert run("check", own, *columns, "--workers", 1) == 1
+    assert "1 duplicate: the same image or the same pixels twice" in capsys.readouterr().out
+    assert run("split", own, "--out", tmp_path / "s.csv", *columns) == 0
+    assert run("convert", own, "--out", tmp_path / "c", *columns) == 0
+    wanted = [(r.path, r.label, r.patient_id) for r in read_table(phantoms / "phantoms.csv").records]
+    for table in (tmp_path / "s.csv", tmp_path / "c" / "table.csv"):
+        assert [(r.path, r.label, r.patient_id) for r in read_table(table).records] == wanted
+    assert commands.run("train", own, "--print-config", *columns) == 0
+    text = '[data.columns]\nimage_path = "Datei"\nlabel = "Krebs"\npatient_id = "Nummer"\n'
+    assert text in capsys.readouterr().out
+    assert run("check", own, "--column", "label") == 2
+    assert "'label' must be NAME=COLUMN, as in label=cancer" in capsys.readouterr().err
+
+
 def test_split(phantoms, tmp_path, capsys):
     lines = [",".join(line.split(",")[:3]) for line in (phantoms / "phantoms.csv").read_text().splitlines()]
     (phantoms / "bare.csv").write_text("\n".join(lines))

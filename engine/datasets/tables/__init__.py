@@ -1,6 +1,6 @@
 """Tables of images, as records of one schema: csv files and folders per class."""
 
-from .generic import label_columns, missing_files, missing_masks, read_table, without_masks
+from .generic import columns_named, label_columns, missing_files, missing_masks, read_table, without_masks
 from .schema import READING, SPLITS, Box, Finding, Record, Table, reading_of, write_table
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Finding",
     "Record",
     "Table",
+    "columns_named",
     "label_columns",
     "missing_files",
     "missing_masks",

@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from ...errors import DataError
 from ...files import write_atomically
@@ -31,7 +32,8 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)")
 _SEPARATOR = re.compile(r'"?sep=([,;\t|])"?[\r\n]*', re.IGNORECASE)
 _EXCEL_MEMORY = 4 * 2**30
-_UTF8, _UTF16 = "utf-8-sig", "utf-16"
+_CHUNK = 2**20
+log = logging.getLogger("gigamorph")
 _BREAKS = re.compile(r"[\r\n]+")
 
 
@@ -52,16 +54,12 @@ class Rows:
             raise DataError(f"{self.path}: column {', '.join(missing)} is missing; it has {', '.join(self.header)}")
 
 
-class _NotUtf8Error(DataError):
-    """A csv file is in another encoding."""
-
-
 def read_rows(path: Path, *, sheet: str | None = None) -> Rows:
     """All rows of a csv (also .gz), Parquet, .xlsx or .xls file; empty rows and columns without a name are dropped.
 
     Separator (comma, semicolon, tab, or that of a first line sep=;) and line ends are detected; text is UTF-8,
-    UTF-16 with a byte order mark, or cp1252. Line breaks within a cell become blanks. Integers of Excel sheets lose
-    their ".0".
+    UTF-16 with a byte order mark, or cp1252, with a warning. Line breaks within a cell become blanks. Integers of
+    Excel sheets lose their ".0".
 
     Args:
         path: the file.
@@ -70,24 +68,17 @@ def read_rows(path: Path, *, sheet: str | None = None) -> Rows:
     Raises:
         DataError: names the file and the line.
     """
-    try:
-        header, found = stream_rows(path, sheet=sheet)
-        pairs = list(found)
-    except _NotUtf8Error:
-        header, found = stream_rows(path, encoding="cp1252")
-        pairs = list(found)
+    header, found = stream_rows(path, sheet=sheet)
+    pairs = list(found)
     return Rows(path, header, [row for _, row in pairs], [place for place, _ in pairs])
 
 
-def stream_rows(
-    path: Path, *, sheet: str | None = None, encoding: str | None = None
-) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+def stream_rows(path: Path, *, sheet: str | None = None) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
     """The columns of a table, and an iterator over (line, row) as in `read_rows`; Excel files are read whole.
 
     Args:
         path: the file.
         sheet: the sheet of an Excel file; the first one by default.
-        encoding: of a csv file; by default UTF-8 or UTF-16.
 
     Raises:
         DataError: names the file and the line; also during iteration.
@@ -99,7 +90,7 @@ def stream_rows(
     if path.name.lower().endswith(EXCEL):
         lines, unit = iter(_excel(path, sheet)), "row"
     else:
-        lines, unit = _csv(path, encoding), "line"
+        lines, unit = _csv(path), "line"
     names = column_names(path, next(lines, (0, []))[1])
 
     def rows() -> Iterator[tuple[str, dict[str, str]]]:
@@ -180,9 +171,26 @@ def _clean(cell: str) -> str:
     return " ".join(filter(None, map(str.strip, _BREAKS.split(cell)))) if _BREAKS.search(cell) else cell
 
 
-def _encoding(start: bytes) -> str:
-    """The encoding of a file by its first bytes: UTF-8, or UTF-16 for Excel's "Unicode text"."""
-    return _UTF16 if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else _UTF8
+def _encoding(path: Path) -> str:
+    """The encoding of a csv file: UTF-16 by its first bytes (Excel's "Unicode text"), UTF-8, otherwise cp1252."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with _open(path) as file:
+        chunk = file.read(_CHUNK)
+        if chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-16"
+        try:
+            while chunk:
+                decoder.decode(chunk)
+                chunk = file.read(_CHUNK)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            log.warning("%s: read as cp1252, because it is not in UTF-8; in Excel, save it as CSV UTF-8", path)
+            return "cp1252"
+    return "utf-8-sig"
+
+
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb") if path.suffix != ".gz" else cast(IO[bytes], _LimitedGzip(path))
 
 
 def _reader(lines: Iterator[str], first: str) -> tuple[int, Any]:
@@ -196,15 +204,12 @@ def _reader(lines: Iterator[str], first: str) -> tuple[int, Any]:
     return 0, csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
 
 
-def _csv(path: Path, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
+def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(number of its last line, cells) of each row, without loading the file."""
-    own = _UTF8
     try:
-        with path.open("rb") if path.suffix != ".gz" else _LimitedGzip(path) as file:
-            own = _encoding(file.read(2))
-            file.seek(0)
-            errors = "strict" if encoding is None else "replace"
-            text = io.TextIOWrapper(file, encoding or own, errors, newline="")  # pyright: ignore[reportArgumentType]
+        encoding = _encoding(path)
+        with _open(path) as file:
+            text = io.TextIOWrapper(file, encoding, "replace" if encoding == "cp1252" else "strict", newline="")
             lines = _without_zeros(text, path)
             begun, reader = _reader(lines, next(lines, ""))
             try:
@@ -214,8 +219,7 @@ def _csv(path: Path, encoding: str | None) -> Iterator[tuple[int, list[str]]]:
                     f"{path}, line {begun + reader.line_num}: is not a csv file ({error}); save it as one"
                 ) from error
     except UnicodeDecodeError as error:
-        kind = _NotUtf8Error if own == _UTF8 else DataError
-        raise kind(f"{path}: is not a csv file in UTF-8 ({error}); save it as one (in Excel: CSV UTF-8)") from error
+        raise DataError(f"{path}: is damaged ({error}); save it again (in Excel: CSV UTF-8)") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 

@@ -6,9 +6,12 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from ...errors import DataError
 from ...images.levels import White, parse_white
@@ -36,6 +39,32 @@ _COLUMNS = {
     *("image_path", "label", "patient_id", "exam_id", "split", "laterality", "view"),
     *("density", "birads", "manufacturer", "findings", "mask_path", "frame", "white", "chest_wall"),
 }
+_given: ContextVar[Mapping[str, str]] = ContextVar("columns", default=MappingProxyType({}))
+
+
+@contextmanager
+def columns_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Read tables whose columns have other names, inside the block.
+
+    Args:
+        names: our name -> name in the tables, as in ``{"label": "cancer", "image_path": "Datei"}``; capitals and blanks
+            do not matter. Another column that has our name is renamed to ``other NAME``.
+
+    Raises:
+        DataError: if one of our names is not a column that tables have, or a column gets two names.
+    """
+    theirs = list(map(_plain, names.values()))
+    for name, other in names.items():
+        if name not in _COLUMNS and not name.startswith(LABEL_PREFIX):
+            own = ", ".join(sorted(_COLUMNS))
+            raise DataError(f"column {name}={other}: {name} must be one of {own}, or begin with {LABEL_PREFIX}")
+        if theirs.count(_plain(other)) > 1:
+            raise DataError(f"column {name}={other}: {other} cannot be read as two columns; copy it in the table")
+    token = _given.set({**_given.get(), **names})
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 def read_table(
@@ -46,13 +75,15 @@ def read_table(
     classes: Sequence[str] | None = None,
     check_files: bool = True,
     skip_missing: bool = False,
+    repeated: bool = False,
 ) -> Table:
     """Read a csv file or a folder-per-class tree.
 
     csv: required columns image_path (relative to the csv's folder), label and patient_id; optional columns of `Record`
     (frame, exam_id, split, laterality, view, density, birads, manufacturer, white, chest_wall, findings as JSON,
     mask_path, label_NAME) and any others; separated by commas, semicolons or tabs. Labels 0, 1, ... are kept; other
-    labels are names, numbered in sorted order.
+    labels are names, numbered in sorted order. For other names of columns see `columns_named`. Identical rows are read
+    once, with a warning.
 
     Folder: [train|val|test/]CLASS/[PATIENT/]image; without patient folders each image is a patient.
 
@@ -64,6 +95,7 @@ def read_table(
         classes: the class names of a trained model, so that labels get the model's numbers.
         check_files: whether missing image files raise an error.
         skip_missing: leaves missing image files out instead.
+        repeated: whether an image may be in several rows, each of which is a record.
 
     Raises:
         DataError: names the file and the line.
@@ -84,9 +116,11 @@ def read_table(
         if path.is_dir():
             raise DataError(
                 f"{path}: contains no images in a sub-folder per class; make a table with gigamorph data index, and "
-                "add the column label"
+                "add the column label (data convert --label none needs no labels)"
             )
         raise DataError(f"{path}: contains no images: the table has no rows below the header")
+    if not repeated:
+        rows = _without_copies(path, rows)
     names = _class_names([row["label"] for _, row in rows if row["label"]], classes, path) if labels else []
     numbers = {name: number for number, name in enumerate(names)}
     records = []
@@ -94,7 +128,8 @@ def read_table(
         if labels and row["label"] and row["label"] not in numbers:
             raise DataError(f"{path}, {place}: unknown label {row['label']!r}; the classes are {', '.join(names)}")
         records.append(to_record(path, place, row, numbers.get(row["label"], -1) if labels else -1))
-    _refuse_duplicates(path, rows, records)
+    if not repeated:
+        _refuse_duplicates(path, rows, records)
     _warn_of_unplaced(path, [place for place, _ in rows], records)
     if skip_missing:
         return Table(skip_absent(path, records), names, masks=masks)
@@ -196,10 +231,15 @@ def without_masks(records: Sequence[Record], masks: Sequence[Path]) -> list[Reco
 def own_name(name: str, found: Sequence[str]) -> str:
     """Our name of a column: any capitals, blanks for underscores, and names of other tools are recognised.
 
-    The name is unchanged if another column already has our name.
+    The name is unchanged if another column already has our name; names of `columns_named` take precedence.
     """
-    plain = _plain(name)
+    plain, given = _plain(name), _given.get()
+    for ours, theirs in given.items():
+        if plain == _plain(theirs):
+            return ours
     own = _ALIASES.get(plain, plain if plain in _COLUMNS else name)
+    if own in given and _plain(given[own]) in map(_plain, found):
+        return f"other {name}"
     others = [_plain(other) for other in found if other != name]
     return name if own.lower() in others else own
 
@@ -210,6 +250,9 @@ def _plain(name: str) -> str:
 
 def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None) -> tuple[list[str], list[str]]:
     """A table's columns by our names, and the columns that must not be empty; `DataError` if one is missing."""
+    for ours, theirs in _given.get().items():
+        if _plain(theirs) not in map(_plain, found):
+            raise DataError(f"{path}: has no column {theirs}, to be read as {ours}; it has {', '.join(found)}")
     header = [own_name(name, found) for name in found]
     others = [name.removeprefix(LABEL_PREFIX) for name in header if name.startswith(LABEL_PREFIX)]
     if label is not None and label not in others:
@@ -226,7 +269,7 @@ def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None
     if missing:
         raise DataError(
             f"{path}: column {', '.join(missing)} is missing; it has {', '.join(header)} "
-            "(tables of public data sets: gigamorph data convert)"
+            f"(name it with --column {missing[0]}=COLUMN; tables of public data sets: gigamorph data convert)"
         )
     return header, needed
 
@@ -358,7 +401,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     if row.get("chest_wall", "").lower() not in ("", "left", "right"):
         raise DataError(f"{path}, {place}: chest_wall {row['chest_wall']!r} must be left or right")
     folder = Path() if path.is_dir() else path.parent
-    patient = _known_cell(row, "patient_id") or row["image_path"]
+    patient = whole(_known_cell(row, "patient_id") or "") or row["image_path"]
     return Record(
         path=_existing_path(folder, row["image_path"]),
         label=label,
@@ -370,7 +413,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         extra={
             name: value for name, value in row.items() if name not in _COLUMNS and not name.startswith(LABEL_PREFIX)
         },
-        exam_id=_known_cell(row, "exam_id"),
+        exam_id=whole(_known_cell(row, "exam_id") or "") or None,
         density=_normalized(values.density, row.get("density", "")),
         birads=_normalized(values.birads, row.get("birads", "")),
         manufacturer=row.get("manufacturer") or None,
@@ -434,13 +477,26 @@ def _findings(path: Path, place: str, row: dict[str, str]) -> tuple[Finding, ...
     return tuple(found)
 
 
+def _without_copies(path: Path, rows: list[tuple[str, dict[str, str]]]) -> list[tuple[str, dict[str, str]]]:
+    """The rows without copies of earlier rows, of which a warning is logged."""
+    first: dict[tuple[str, ...], tuple[str, dict[str, str]]] = {}
+    copies = [place for place, row in rows if first.setdefault(tuple(row.values()), (place, row))[0] != place]
+    if copies:
+        what = "1 row is a copy" if len(copies) == 1 else f"{len(copies)} rows are copies"
+        log.warning("%s: %s of an earlier row and left out, the first in %s", path, what, copies[0])
+    return list(first.values())
+
+
 def _refuse_duplicates(path: Path, rows: list[tuple[str, dict[str, str]]], records: list[Record]) -> None:
     seen: dict[tuple[str, int | None], str] = {}
+    twice = []
     for (place, _), record in zip(rows, records, strict=True):
         image = os.path.realpath(record.path), record.frame  # follows links
-        if image in seen:
-            raise DataError(f"{path}, {place}: {record.path.name} is already in {seen[image]}; keep one of them")
-        seen[image] = place
+        if seen.setdefault(image, place) != place:
+            twice.append(f"{place}: {record.path.name} is already in {seen[image]}")
+    if twice:
+        others = f" ({len(twice) - 1} more: gigamorph data check lists all)" if len(twice) > 1 else ""
+        raise DataError(f"{path}, {twice[0]}; keep one of them{others}")
 
 
 def _warn_of_unplaced(path: Path, places: Sequence[str], records: Sequence[Record]) -> None:

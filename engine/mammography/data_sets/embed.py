@@ -6,6 +6,7 @@ A row of the clinical table belongs to the images of its exam (acc_anon) and sid
 from __future__ import annotations
 
 from ...datasets.tables import values
+from ...datasets.tables.generic import whole
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
 from ...parsing import parse_literal
@@ -29,16 +30,18 @@ def read(files: Files) -> list[Record]:
         if row.get("FinalImageType") in _SCREENSHOTS:
             continue
         side = values.side(row["ImageLateralityFinal"])
-        found = [item for item in clinical.get(row["acc_anon"], []) if side is None or item["side"] in (side, "")]
+        found = [
+            item for item in clinical.get(whole(row["acc_anon"]), []) if side is None or item["side"] in (side, "")
+        ]
         cancer = _cancer(found)
         grades = {_ASSESSMENTS[item["asses"]] for item in found if item["asses"] in _ASSESSMENTS}
         records.append(
             unlabelled_record(
                 path=files.expect(row["anon_dicom_path"]),
-                patient_id=row["empi_anon"],
+                patient_id=whole(row["empi_anon"]),
                 laterality=side,
                 view=row["ViewPosition"].upper() or None,
-                exam_id=row["acc_anon"],
+                exam_id=whole(row["acc_anon"]),
                 density=next((d for item in found if (d := values.density(item["density"]))), None),
                 birads=next((grade for grade in _ASSESSMENTS.values() if grade in grades), None),
                 manufacturer=row.get("Manufacturer") or None,
@@ -63,7 +66,7 @@ def _clinical(files: Files) -> dict[str, list[dict[str, str]]]:
             "density": row.get("tissueden", "").removesuffix(".0"),
             "severity": "" if severity is None else str(int(severity)),
         }
-        found.setdefault(row["acc_anon"], []).append(item)
+        found.setdefault(whole(row["acc_anon"]), []).append(item)
     return found
 
 

@@ -176,7 +176,11 @@ def test_a_pattern_of_ones_own(tmp_path: Path) -> None:
     assert (named.patient_id, named.laterality, named.view) == ("7", "L", "CC")
     partly = index_folder(tmp_path, pattern="{patient}_{laterality}_{view}")
     assert len(partly.records) == 1
-    assert "does not fit the pattern {patient}_{laterality}_{view}" in str(partly.errors[0])
+    assert "2019-CC--L does not fit the pattern {patient}_{laterality}_{view}: it has no {laterality} (L, R" in str(
+        partly.errors[0]
+    )
+    other = index_folder(tmp_path / "d", pattern="{patient}_{laterality}").errors[0]
+    assert str(other).endswith(": it has other text after {laterality}; rename it, or change the pattern")
     for wrong in ("{laterality}-{view}", "{patient}_{side}", "{patient}_{patient}"):
         with pytest.raises(DataError, match="pattern"):
             index_folder(tmp_path, pattern=wrong)
@@ -249,6 +253,26 @@ def test_duplicates_even_mirrored_and_in_another_format(phantoms: list[Record], 
     assert found[1].message.endswith("under another patient")
     assert "has the PatientID of" in found[3].message
     assert problems([*phantoms, *twins], workers=2) == found
+
+
+def test_an_image_in_several_rows(phantoms: list[Record]) -> None:
+    first = phantoms[0]
+    split = "val" if first.split != "val" else "train"
+    found = problems([*phantoms, first, replace(first, patient_id="other"), replace(first, split=split)])
+    text = "is in several rows of the table"
+    assert [problem.message for problem in found if text in problem.message] == [
+        text,
+        f"{text}, under another patient",
+        f"{text}, in splits {first.split} and {split}",
+    ]
+
+
+def test_rows_without_a_label(phantoms: list[Record]) -> None:
+    labels = ["0", "", *["1"] * (len(phantoms) - 2)]
+    found = check_images(phantoms, labels=labels, workers=1)
+    assert [problem.path for problem in found if problem.kind == "label"] == [phantoms[1].path]
+    none = check_images(phantoms, labels=[""] * len(phantoms), workers=1)  # a table for predictions
+    assert not any(problem.kind == "label" for problem in none)
 
 
 def test_patients_in_two_splits(phantoms: list[Record]) -> None:

@@ -13,7 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gigamorph.engine.datasets.tables import SPLITS, Finding, Record, missing_files, read_table, write_table
+from gigamorph.engine.datasets.tables import (
+    SPLITS,
+    Finding,
+    Record,
+    columns_named,
+    missing_files,
+    read_table,
+    write_table,
+)
 from gigamorph.engine.datasets.tables.generic import TABLES, stream_table
 from gigamorph.engine.errors import DataError, GigamorphError
 
@@ -130,6 +138,58 @@ def test_table_to_predict_needs_paths_only(folder: Path) -> None:
     assert len(read_table(folder / "img", labels=False).records) == 3
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_table_of_an_older_excel(folder: Path, compressed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    text = HEADER + "img/a.png,gutartig,Müller,\n" + "img/b.png,bösartig,P2,\n"
+    path = write(folder, text, encoding="cp1252")
+    if compressed:
+        path = folder / "t.csv.gz"
+        path.write_bytes(gzip.compress((folder / "t.csv").read_bytes()))
+    table = read_table(path)
+    assert [record.patient_id for record in table.records] == ["Müller", "P2"]
+    assert table.classes == ["bösartig", "gutartig"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: read as cp1252, because it is not in UTF-8; in Excel, save it as CSV UTF-8"
+    ]
+
+
+def test_other_names_of_columns(folder: Path) -> None:
+    header, row = "Datei;Krebs ja/nein;label;Nummer;Label_Dichte\n", "img/{};{};x;5004.0;{}\n"
+    path = write(folder, header + row.format("a.png", "ja", 1) + row.format("b.png", "nein", 0))
+    names = {"image_path": "datei", "label": "Krebs ja/nein", "patient_id": "Nummer", "label_density": "label_dichte"}
+    with pytest.raises(DataError, match=r"column image_path, patient_id is missing; .*--column image_path=COLUMN"):
+        read_table(path)
+    with columns_named(names):
+        table = read_table(path)
+        streamed = [record for _, record in stream_table(path, table.classes, Counter())]
+    assert table.classes == ["ja", "nein"] and [record.label for record in table.records] == [0, 1]
+    for record, density in zip(table.records, (1, 0), strict=True):
+        assert (record.patient_id, record.labels, record.extra) == ("5004", {"density": density}, {"other label": "x"})
+    assert streamed == table.records
+    with pytest.raises(DataError, match="column image_path, patient_id is missing"):  # only inside the block
+        read_table(path)
+    for wrong, message in (
+        ({"label": "Krebs"}, "has no column Krebs, to be read as label; it has Datei, Krebs ja/nein, "),
+        ({"path": "Datei"}, "path must be one of birads, .*, or begin with label_"),
+        ({"patient_id": "Nummer", "exam_id": "nummer"}, "Nummer cannot be read as two columns"),
+    ):
+        with pytest.raises(DataError, match=message), columns_named(wrong):
+            read_table(path)
+
+
+def test_identical_rows_are_read_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = HEADER + "img/a.png,0,P1,\nimg/b.png,1,P2,\n" + 2 * "img/a.png,0,P1,\n"
+    assert len(read_table(write(folder, text)).records) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder / 't.csv'}: 2 rows are copies of an earlier row and left out, the first in line 4"
+    ]
+    assert len(read_table(folder / "t.csv", repeated=True).records) == 4
+    other = write(folder, text + "img/a.png,1,P1,\nimg/b.png,0,P2,\n")
+    message = r"line 6: a.png is already in line 2; keep one of them \(1 more: gigamorph data check lists all\)"
+    with pytest.raises(DataError, match=message):
+        read_table(other)
+
+
 def test_single_class_of_zeros_and_ones(folder: Path) -> None:
     assert read_table(write(folder, HEADER + "img/a.png,1,P1,\n")).classes == ["0", "1"]
     many = "".join(f"img/{name},{label},P{label},\n" for label, name in enumerate(["a.png", "b.png", "c.dcm"]))
@@ -183,8 +243,9 @@ def test_missing_among_a_thousand(folder: Path) -> None:
 
 
 def test_other_encoding_and_binary(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"is not a csv file in UTF-8 .*; save it as one \(in Excel: CSV UTF-8\)"):
-        read_table(write(folder, HEADER + "img/Müller.png,0,P1,\n", encoding="latin-1"))
+    write(folder, HEADER, encoding="utf-16").write_bytes(HEADER.encode("utf-16")[:-1])
+    with pytest.raises(DataError, match=r"is damaged .*; save it again"):
+        read_table(folder / "t.csv")
     (folder / "t.csv").write_bytes(gzip.compress(HEADER.encode()))
     with pytest.raises(DataError, match=r"t\.csv"):
         read_table(folder / "t.csv")

@@ -75,6 +75,15 @@ def test_severity_nan_of_embed(tmp_path: Path) -> None:
     assert read_data_set("embed", tmp_path, check_files=False).records[0].label == 0
 
 
+def test_numbers_of_embed_with_and_without_decimals(tmp_path: Path) -> None:
+    header = "empi_anon,acc_anon,anon_dicom_path,ImageLateralityFinal,ViewPosition"
+    lookalikes.table(tmp_path / "EMBED_OpenData_metadata.csv", header, [["5004.0", "9011.0", "a.dcm", "L", "CC"]])
+    header = "empi_anon,acc_anon,asses,side,path_severity"
+    lookalikes.table(tmp_path / "EMBED_OpenData_clinical.csv", header, [[5004, 9011, "S", "L", "0"]])
+    record = read_data_set("embed", tmp_path, check_files=False).records[0]
+    assert (record.patient_id, record.exam_id, record.label) == ("5004", "9011", 1)
+
+
 def vindr(tmp_path: Path, *rows: list[object]) -> list[Record]:
     lookalikes.table(tmp_path / "breast-level_annotations.csv", VINDR, rows)
     return read_data_set("vindr-mammo", tmp_path, check_files=False).records

@@ -25,7 +25,17 @@ def write(path, header, rows):
 
 
 @pytest.mark.parametrize(
-    "pair", ["benign malignant", "normal Cancer", "0 1", "not_mass mass", "other cancer", "no yes"]
+    "pair",
+    [
+        "benign malignant",
+        "normal Cancer",
+        "0 1",
+        "not_mass mass",
+        "other cancer",
+        "no yes",
+        "Nein Ja",
+        "gutartig Bösartig",
+    ],
 )
 def test_the_positive_class_is_told_by_its_name(pair):
     names = pair.split()

@@ -18,6 +18,7 @@ tensor is the adjoint of conv2d.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class Stack(nn.Module):
         code_channels: of each layer's code.
         feature: output of a layer for the next one, and of the stack: "reconstruction" (maps of `channels` channels) or
             "code".
-        kernel, mode, theta, tied, pool: see `ConvAutoEncoder`.
+        layer: kernel, mode, theta, tied, pool of `ConvAutoEncoder`.
     """
 
     def __init__(
@@ -119,11 +120,7 @@ class Stack(nn.Module):
         code_channels: Sequence[int],
         *,
         feature: str = "reconstruction",
-        kernel: int = 3,
-        mode: str = "zero_bias_encode",
-        theta: float = 1.0,
-        tied: bool = False,
-        pool: int = 2,
+        **layer: Any,
     ) -> None:
         super().__init__()
         if feature not in FEATURES:
@@ -131,8 +128,7 @@ class Stack(nn.Module):
         self.feature = feature
         inputs = [channels, *code_channels[:-1]] if feature == "code" else [channels] * len(code_channels)
         self.layers = nn.ModuleList(
-            ConvAutoEncoder(before, code, kernel, mode, theta, tied, pool)
-            for before, code in zip(inputs, code_channels, strict=True)
+            ConvAutoEncoder(before, code, **layer) for before, code in zip(inputs, code_channels, strict=True)
         )
 
     def forward(self, x: Tensor, depth: int | None = None) -> Tensor:
