@@ -209,6 +209,7 @@ def train(ctx: click.Context, data: str | None, **given: Any) -> None:
     Example: gigamorph train table.csv --model resnet50 --weights resnet50.safetensors --batch-norm frozen
     --channels 3 --memory-budget 8GiB --augment flip=up-down,rotate=10,elastic=20,gamma=0.2 --out run
     """
+    given["columns"] = ctx.meta[options.COLUMNS]
     echo = Printer(given["quiet"], given["verbose"])
     if given["recipe"] is not None:
         require_recipe_options(ctx)
@@ -264,8 +265,6 @@ def _make_config(ctx: click.Context, given: dict[str, Any], echo: Printer) -> Tr
                 (f"{one}." for one in ("data", "optimizer", "loss") if hasattr(getattr(defaults, one), name)), ""
             )
             put(values, table + name, _plain(name, value))
-    if ctx.meta[options.COLUMNS]:
-        put(values, "data.columns", ctx.meta[options.COLUMNS])
     for setting in given["settings"]:
         key, value = parse_value(setting)
         if key in ("model", "log", "callbacks"):  # typed by the user, as in the option

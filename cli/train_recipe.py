@@ -10,7 +10,6 @@ from typing import Any
 import rich_click as click
 from click.core import ParameterSource
 
-from .options import COLUMNS
 from .processes import Printer, count_processes, is_restarted, start
 
 _RECIPE_OPTIONS = {
@@ -40,8 +39,8 @@ def begin_recipe(data: str, out: Path, given: dict[str, Any], echo: Printer) -> 
     settings = kind() if given["config"] is None else load_config(given["config"], kind)
     # Arguments of `Run`, which itself cannot be sent to another process.
     own = {"out": out, **{name: given[name] for name in ("seed", "device", "memory_budget", "resume", "precision")}}
-    columns, split = click.get_current_context().meta[COLUMNS], given["devices_per_image"] or given["split_image"]
-    args = given["recipe"], settings, data, own, columns, split, echo
+    split = given["devices_per_image"] or given["split_image"]
+    args = given["recipe"], settings, data, own, given["columns"], split, echo
     on_stop = f"stopped; the same command with --resume continues from the files in {out}"
     start(_train_recipe, count, given["device"], given["timeout"], lambda: on_stop, *args)
 
