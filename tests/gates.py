@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINES = {
     ("engine", "kernels"): 57_564,
-    ("engine", "kernels", "cli", "benchmarks"): 65_270,
+    ("engine", "kernels", "cli", "benchmarks"): 65_268,
     ("benchmarks",): 4_199,
 }
 WORDS = {

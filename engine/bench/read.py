@@ -42,9 +42,7 @@ def read(path: Path) -> Results:
         return _parse_results(data)
     if isinstance(data, dict) and {"ceilings", "checks", "ops", "steps", "skipped"} <= data.keys():
         return _from_gpu(data)
-    raise DataError(
-        f"{path}: not results of gigamorph bench ({FORMAT!r}) or benchmarks/gpu.py; run the measurement again"
-    )
+    raise DataError(f"{path}: not results of gigamorph bench ({FORMAT!r}) or benchmarks/gpu.py; measure again")
 
 
 def _parse_results(data: dict[str, Any]) -> Results:

@@ -210,11 +210,7 @@ class KernelRow:
         return max(self.flops / ceilings["tflop_per_s"] / 1e9, self.bytes / ceilings["gb_per_s"] / 1e6)
 
 
-ROWS: dict[str, type] = {
-    "steps": StepRow,
-    "limits": LimitRow,
-    "kernels": KernelRow,
-}
+ROWS: dict[str, type] = {"steps": StepRow, "limits": LimitRow, "kernels": KernelRow}
 
 
 @dataclass

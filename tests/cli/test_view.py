@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import math
 import os
 import re
 import shutil
@@ -207,6 +208,46 @@ def test_from_files_keys_and_sliders_do_what_they_say(static, predicted):
         page.press("ArrowLeft")
         page.press("ArrowLeft")
         assert page.run("return document.getElementById('position').textContent") == "1 / 3"
+        # Grey values: darker, inverted, dragged; back to all of them. Overlays keep their colours.
+        grey = "return [state.grey, state.shown[0].viewer.drawer.canvas.style.filter]"
+        assert page.run(grey) == [{"centre": 0.5, "width": 1, "invert": False}, "none"]
+        page.press("ArrowUp")
+        page.press("i")
+        assert page.run(grey) == [{"centre": 0.45, "width": 1, "invert": True}, 'url("#grey")']
+        curve = "const f = document.querySelector('#grey feFuncR'); return [f.slope.baseVal, f.intercept.baseVal]"
+        assert page.run(curve) == pytest.approx([-1, 0.95])
+        drag = "state.shown[0].viewer.element.dispatchEvent(new PointerEvent('pointer{}', {{button: 2, clientX: {}}}))"
+        page.run("Element.prototype.setPointerCapture = () => {}")
+        for what, x in (("down", 0), ("move", 100), ("up", 100), ("move", 300)):
+            page.run(drag.format(what, x))
+        assert page.run(grey)[0]["width"] == pytest.approx(math.exp(-0.5))
+        page.press("0")
+        assert page.run(grey)[1] == "none" and not page.run("return invert.checked")
+        # A bar of round length, in the pixels of the screen.
+        said = page.run("return [...document.querySelectorAll('.scale')].map(s => [s.textContent, s.clientWidth])")
+        length = page.run(
+            "return state.shown.map(s => s.viewer.viewport.viewportToImageZoom(s.viewer.viewport.getZoom()))"
+        )
+        for (text, width), zoom, view in zip(
+            said, length, page.run("return state.shown.map(s => s.view)"), strict=True
+        ):
+            assert re.fullmatch("([125]0*|0.[125]) mm", text)
+            assert width == pytest.approx(float(text.removesuffix(" mm")) / view["mm"] * zoom, abs=2)
+        # An exam by its name, or by the link to it.
+        page.run("exam.value = 'Exam 3'; exam.dispatchEvent(new Event('change'))")
+        found = "const {textContent, hash} = byId('name'); return [textContent.split(',')[0], hash]"
+        assert page.run(found) == ["Exam 3", "#3"]
+        page.run("exam.value = 'Exam 9'; exam.dispatchEvent(new Event('change'))")
+        assert page.run("return [exam.placeholder, byId('name').hash]") == ["no Exam 9", "#3"]
+        page.run("location.hash = '#1'")
+        page.wait("return byId('name').textContent.startsWith('Exam 1')")
+        page.wait(PAINTED)
+        # The truth by the names of classes; a label is there or not.
+        say = "return predictionLines({}).map((line) => line.textContent)"
+        both = "{predicted: {benign: 0.3, malignant: 0.7}, truth: {benign: 1, malignant: 0}}"
+        assert page.run(say.format(both)) == ["p(malignant) = 0.700, label benign"]
+        labels = "{predicted: {mass: 0.3, cluster: 0.2}, truth: {mass: 1, cluster: 0}}"
+        assert page.run(say.format(labels)) == ["p(mass) = 0.300, label yes", "p(cluster) = 0.200, label no"]
         # To the image's own pixels, a findings' box where it is in the file.
         page.run("order.value = 'score'; order.dispatchEvent(new Event('change'))")
         page.wait(PAINTED)

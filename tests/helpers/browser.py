@@ -68,7 +68,7 @@ class Browser:
 
     def press(self, key: str) -> None:
         """A key of the keyboard; WebDriver's codes for those that are no letters."""
-        codes = {"ArrowRight": "\ue014", "ArrowLeft": "\ue012"}
+        codes = {"ArrowRight": "\ue014", "ArrowLeft": "\ue012", "ArrowUp": "\ue013"}
         actions = [{"type": kind, "value": codes.get(key, key)} for kind in ("keyDown", "keyUp")]
         self._ask("POST", f"{self._session}/actions", {"actions": [{"type": "key", "id": "k", "actions": actions}]})
 

@@ -30,9 +30,8 @@ def read(files: Files) -> list[Record]:
         if row.get("FinalImageType") in _SCREENSHOTS:
             continue
         side = values.side(row["ImageLateralityFinal"])
-        found = [
-            item for item in clinical.get(whole(row["acc_anon"]), []) if side is None or item["side"] in (side, "")
-        ]
+        exam = whole(row["acc_anon"])
+        found = [item for item in clinical.get(exam, []) if side is None or item["side"] in (side, "")]
         cancer = _cancer(found)
         grades = {_ASSESSMENTS[item["asses"]] for item in found if item["asses"] in _ASSESSMENTS}
         records.append(
@@ -41,7 +40,7 @@ def read(files: Files) -> list[Record]:
                 patient_id=whole(row["empi_anon"]),
                 laterality=side,
                 view=row["ViewPosition"].upper() or None,
-                exam_id=whole(row["acc_anon"]),
+                exam_id=exam,
                 density=next((d for item in found if (d := values.density(item["density"]))), None),
                 birads=next((grade for grade in _ASSESSMENTS.values() if grade in grades), None),
                 manufacturer=row.get("Manufacturer") or None,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...datasets.dataset import open_record
+from ...datasets.index import is_dicom
 from ...datasets.masks import Classes, FileMask, Mask, mask_as_seen, masks_of
 from ...datasets.tables import READING, Finding, Record, read_table, reading_of
 from ...datasets.tables.cells import Rows, no_number, read_rows
@@ -22,6 +23,7 @@ from ...evaluate.dice import DICE, SHARE, classes_of_masks
 from ...evaluate.join import ImageRecords, missing_file_hint
 from ...evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ...images.affine import CoordinateMap
+from ...images.header import read_info
 from ...images.pixels import PixelSource, as_stored, to_original
 
 _SIDES = {"R": 0, "L": 1}
@@ -102,6 +104,11 @@ class ExamImage:
         mask = FileMask(replace(self.record, findings=files), self.masks.classes)
         mask.require_size(source)
         return mask_as_seen(mask, source)
+
+    def millimetres(self) -> float:
+        """The side of a pixel in the breast; 0 if the header does not state it."""
+        info = read_info(self.record.path) if is_dicom(self.record.path) else None
+        return info.spacing[1] / (info.magnification or 1) if info and info.spacing else 0.0
 
     def boxes(self, source: PixelSource) -> list[tuple[float, float, float, float, str]]:
         """The findings' boxes (left, top, right, bottom, description) in pixels of `open`'s image."""

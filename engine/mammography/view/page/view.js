@@ -4,7 +4,8 @@
 // elsewhere could load: maps are pictures there.
 const byId = (id) => document.getElementById(id);
 const DATA = JSON.parse(byId("data").textContent);
-const state = { at: 0, order: [], shown: [], maps: new Map() };
+const WHOLE_SCALE = { centre: 0.5, width: 1, invert: false }; // of grey values, from 0 (black) to 1 (white)
+const state = { at: 0, order: [], shown: [], maps: new Map(), grey: { ...WHOLE_SCALE } };
 
 function largest(exam) {
   return Math.max(...exam.views.map((view) => (masked ? covered(view) : main(view)[1])));
@@ -61,13 +62,20 @@ function maskLines(view) {
 }
 
 function predictionLines(view) {
-  const names = Object.keys(view.predicted);
+  const names = Object.keys(view.predicted), all = Object.values(view.predicted);
+  // Of classes the true one is named; a label is there or not.
+  const classes = names.length > 1 && Math.abs(all.reduce((sum, one) => sum + one, 0) - 1) < 1e-3;
+  const label = (truth, name) => {
+    if (view.numbers) return truth;
+    if (!classes) return truth ? "yes" : "no";
+    return names.find((one) => view.truth[one] === 1) ?? (names.length === 2 ? names.find((one) => one !== name) : `not ${name}`);
+  };
   const shown = view.numbers || names.length > 2 || main(view)[0] !== names[1] ? names : [names[1]];
   return shown.map((name) => {
     const value = view.predicted[name], truth = view.truth[name];
     const wrong = truth !== undefined && !view.numbers && Math.abs(value - truth) > 0.5;
     const number = view.numbers ? value.toPrecision(4) : value.toFixed(3);
-    const known = truth === undefined ? "" : `, label ${truth}`;
+    const known = truth === undefined ? "" : `, label ${label(truth, name)}`;
     const what = view.numbers ? name : `p(${name})`;
     return made("div", wrong ? "wrong" : "", `${what} = ${number}${known}`);
   });
@@ -77,6 +85,7 @@ function show() {
   for (const one of state.shown) one.viewer.destroy();
   const exam = DATA.exams[state.order[state.at]];
   byId("position").textContent = `${state.at + 1} / ${DATA.exams.length}`;
+  byId("name").href = `#${state.order[state.at] + 1}`;
   const off = exam.error === null ? "" : masked ? `Dice ${(1 - exam.error).toFixed(3)}` : `error ${exam.error.toFixed(3)}`;
   byId("name").textContent = [exam.name, off].filter(Boolean).join(", ");
   const root = byId("views");
@@ -90,7 +99,7 @@ function show() {
   // All cells first: a viewer opens at the size that its cell has then.
   const cells = exam.views.map((view, i) => {
     const told = made("div", hung && view.side === "L" ? "told right" : "told", ...lines(view));
-    const cell = made("div", "view", made("div", "image"), told);
+    const cell = made("div", "view", made("div", "image"), told, made("div", hung && view.side === "L" ? "scale right" : "scale"));
     if (hung) {
       cell.style.gridColumn = view.side === "L" ? 2 : 1;
       cell.style.gridRow = rows[i];
@@ -99,6 +108,7 @@ function show() {
     return cell;
   });
   state.shown = exam.views.map((view, i) => ({ view, viewer: opened(cells[i].querySelector(".image"), view), masks: {} }));
+  for (const { viewer } of state.shown) windowedByDragging(viewer.element);
   apply();
 }
 
@@ -137,6 +147,11 @@ function opened(element, view) {
     gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
     tileSources: tiled(view, `tiles/${view.number}`),
   });
+  // Masks are on the same canvas as their image, and keep their colours.
+  if (masked) viewer.addHandler("tile-drawing", ({ context, tiledImage }) => {
+    context.filter = tiledImage === viewer.world.getItemAt(0) ? grey() : "none";
+  });
+  viewer.addHandler("update-viewport", () => scaleBar(viewer, view));
   viewer.addHandler("open", () => {
     hang(viewer, view);
     for (const [left, top, right, bottom, what] of view.boxes) {
@@ -183,6 +198,62 @@ function place({ viewport }) {
   return `${x} ${y} ${viewport.getZoom()}`;
 }
 
+// A bar of 1, 2 or 5 times a power of ten millimetres, at most 120 pixels of the screen long.
+function scaleBar(viewer, view) {
+  const bar = viewer.element.parentElement?.querySelector(".scale");
+  if (!bar || !view.mm || !viewer.world.getItemCount()) return;
+  const pixels = viewer.world.getItemAt(0).viewportToImageZoom(viewer.viewport.getZoom(true));
+  const most = (120 * view.mm) / pixels, power = 10 ** Math.floor(Math.log10(most));
+  const mm = [5, 2, 1].map((one) => one * power).find((one) => one <= most);
+  bar.style.width = `${(mm * pixels) / view.mm}px`;
+  bar.textContent = mm < 1 ? `${mm.toPrecision(1)} mm` : `${mm} mm`;
+}
+
+function grey() {
+  return JSON.stringify(state.grey) === JSON.stringify(WHOLE_SCALE) ? "none" : "url(#grey)";
+}
+
+// Show grey values between centre - width / 2 and centre + width / 2 from black to white.
+function windowed(change) {
+  Object.assign(state.grey, change);
+  const now = state.grey;
+  now.width = Math.min(Math.max(now.width, 0.01), 2);
+  now.centre = Math.min(Math.max(now.centre, 0), 1);
+  byId("invert").checked = now.invert;
+  const slope = (now.invert ? -1 : 1) / now.width, middle = 0.5 - slope * now.centre;
+  for (const channel of document.querySelectorAll("#grey feFuncR, #grey feFuncG, #grey feFuncB")) {
+    channel.setAttribute("slope", slope);
+    channel.setAttribute("intercept", middle);
+  }
+  for (const { viewer } of state.shown) {
+    if (masked) viewer.forceRedraw();
+    else viewer.drawer.canvas.style.filter = grey();
+  }
+}
+
+// With the right mouse button or Shift: to the right for more contrast, up for a brighter image.
+function windowedByDragging(element) {
+  let last = null;
+  element.addEventListener("contextmenu", (event) => event.preventDefault());
+  element.addEventListener("pointerdown", (event) => {
+    if (event.button !== 2 && !event.shiftKey) return;
+    last = event;
+    event.stopPropagation();
+    element.setPointerCapture(event.pointerId);
+  }, true);
+  element.addEventListener("pointermove", (event) => {
+    if (!last) return;
+    event.stopPropagation();
+    const { centre, width } = state.grey, size = Math.max(width, 0.05);
+    windowed({
+      centre: centre + ((event.clientY - last.clientY) * size) / 300,
+      width: width * Math.exp((last.clientX - event.clientX) / 200),
+    });
+    last = event;
+  }, true);
+  for (const end of ["pointerup", "pointercancel"]) element.addEventListener(end, () => (last = null), true);
+}
+
 function ask(number) {
   if (state.maps.has(number)) return placed(number);
   const place = `evidence/${number}.${DATA.evidence}`;
@@ -222,30 +293,39 @@ function placed(number) {
 }
 
 // Black body colours: red for little, yellow for much.
-function painted(one) {
-  const map = state.maps.get(one.view.number), from = 2.55 * byId("threshold").value;
-  const context = one.canvas.getContext("2d"), image = context.createImageData(map.width, map.height);
-  for (let i = 0; i < map.values.length; i++) {
-    const value = map.values[i];
-    image.data[4 * i] = 255;
-    image.data[4 * i + 1] = Math.min(255, 2 * Math.max(0, value - 64));
-    image.data[4 * i + 2] = 0;
-    image.data[4 * i + 3] = value > 0 && value >= from ? Math.min(255, 64 + value) : 0;
-  }
+function painted(canvas, values) {
+  const from = 2.55 * byId("threshold").value;
+  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+  values.forEach((value, i) => {
+    const opaque = value > 0 && value >= from ? Math.min(255, 64 + value) : 0;
+    image.data.set([255, Math.min(255, 2 * Math.max(0, value - 64)), 0, opaque], 4 * i);
+  });
   context.putImageData(image, 0, 0);
 }
 
 function apply() {
   byId("from").textContent = `${byId("threshold").value} %`;
+  painted(byId("colours"), Uint8Array.from({ length: 256 }, (_, value) => value));
+  windowed({});
   for (const one of state.shown) {
     for (const box of one.viewer.element.querySelectorAll(".box")) box.classList.toggle("hidden", !byId("boxes").checked);
     one.masks.predicted?.setOpacity(byId("predicted").checked ? byId("opacity").value / 100 : 0);
     one.masks.reference?.setOpacity(byId("reference").checked ? 1 : 0);
     if (!one.canvas) continue;
-    painted(one);
+    painted(one.canvas, state.maps.get(one.view.number).values);
     one.canvas.style.opacity = byId("opacity").value / 100;
     one.canvas.classList.toggle("hidden", !byId("evidence").checked);
   }
+}
+
+// To an exam by its name, or its number by decreasing error, which links have.
+function jump(text) {
+  const number = DATA.exams.findIndex((exam, i) => exam.name === text || String(i + 1) === text.replace("#", ""));
+  const at = state.order.indexOf(number);
+  if (at < 0 || at === state.at) return at >= 0;
+  state.at = at;
+  show();
+  return true;
 }
 
 function go(step) {
@@ -257,6 +337,19 @@ function go(step) {
 
 byId("previous").onclick = () => go(-1);
 byId("next").onclick = () => go(1);
+byId("exam").onchange = ({ target }) => {
+  target.placeholder = jump(target.value.trim()) ? "go to" : `no ${target.value}`;
+  target.value = "";
+  target.blur();
+};
+// Copied, not followed: the server answers only to addresses that the user enters.
+byId("name").onclick = (event) => {
+  event.preventDefault();
+  navigator.clipboard?.writeText(event.target.href);
+};
+byId("exams").append(...DATA.exams.map(({ name }) => new Option(name, name)));
+window.onhashchange = () => jump(location.hash);
+byId("invert").onchange = ({ target }) => windowed({ invert: target.checked });
 byId("order").onchange = (event) => {
   state.order = sorted(event.target.value);
   state.at = 0;
@@ -266,23 +359,29 @@ byId("order").onchange = (event) => {
 const KEYS = { e: "evidence", m: "predicted", r: "reference", b: "boxes" };
 for (const id of Object.values(KEYS)) byId(id).onchange = apply;
 for (const id of ["opacity", "threshold"]) byId(id).oninput = apply;
-for (const node of document.querySelectorAll(".evidence, .masks")) {
-  const { classList } = node;
-  classList.toggle("hidden", !((DATA.evidence && classList.contains("evidence")) || (masked && classList.contains("masks"))));
+const parts = { evidence: DATA.evidence, masks: masked, findings: DATA.exams.some((exam) => exam.views.some((view) => view.boxes.length)) };
+for (const { classList } of document.querySelectorAll(".evidence, .masks, .findings")) {
+  classList.toggle("hidden", !Object.entries(parts).some(([name, there]) => there && classList.contains(name)));
 }
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.id === "exam") return;
   const steps = { ArrowRight: 1, n: 1, ArrowLeft: -1, p: -1 };
-  if (event.target.type === "range" && event.key.startsWith("Arrow")) return;
+  if (["range", "select-one"].includes(event.target.type) && event.key.startsWith("Arrow")) return;
   if (event.key in steps) go(steps[event.key]);
   else if (event.key in KEYS) {
     const box = byId(KEYS[event.key]);
     box.checked = !box.checked;
     apply();
-  } else if (event.key === "0") for (const one of state.shown) hang(one.viewer, one.view);
-  else return;
+  } else if (event.key === "ArrowUp" || event.key === "ArrowDown") {
+    const up = event.key === "ArrowUp" ? 1 : -1, { centre, width } = state.grey;
+    windowed(event.shiftKey ? { width: width * 0.9 ** up } : { centre: centre - 0.05 * width * up });
+  } else if (event.key === "i") windowed({ invert: !state.grey.invert });
+  else if (event.key === "0") {
+    for (const one of state.shown) hang(one.viewer, one.view);
+    windowed(WHOLE_SCALE);
+  } else return;
   event.preventDefault();
   event.stopPropagation();
 }, true);
 state.order = sorted("error");
-show();
+if (!jump(location.hash) || !state.shown.length) show();
