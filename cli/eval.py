@@ -382,7 +382,7 @@ def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:
     from ..engine.evaluate.read import note_of
 
     note = note_of(predictions)
-    model = f"{note['checkpoint']}, SHA-256 {note['sha256']}" if {"checkpoint", "sha256"} <= note.keys() else None
+    model = note["checkpoint"] if {"checkpoint", "sha256"} <= note.keys() else None
     if model is not None and note.get("flip"):
         model += f", mean over mirrored images ({', '.join(note['flip'])})"
     return {
@@ -390,5 +390,6 @@ def _source(predictions: Path, **others: str | None) -> dict[str, str | None]:
         "predictions_sha256": hashlib.sha256(predictions.read_bytes()).hexdigest(),
         "date": datetime.date.fromtimestamp(predictions.stat().st_mtime).isoformat(),
         "model": model,
+        "model_sha256": model and note["sha256"],
         **{what: None if path is None else Path(path).name for what, path in others.items()},
     }

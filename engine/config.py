@@ -45,6 +45,11 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return _parse(text, str(path), path.suffix.lower())
 
 
+def parse_config(text: str, cls: type[T], source: str) -> T:
+    """Load a configuration from TOML text, as `load_config`; `source` names the text in messages."""
+    return _build(cls, _parse(text, source, ".toml"), source, "")
+
+
 def _parse(text: str, source: str, suffix: str) -> dict[str, Any]:
     """The values in a text, as TOML has them."""
     language, parse = _PARSERS.get(suffix, ("TOML", tomllib.loads))

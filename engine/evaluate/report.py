@@ -18,12 +18,12 @@ SOURCES = {
     "date": "date of the predictions",
     "model": "model",
     "predictions": "predictions",
-    "predictions_sha256": "SHA-256 of the predictions",
     "table": "data set",
     "split": "split",
     "compared_with": "compared with",
     "marks": "marks",
 }
+_HASHES = {"model_sha256": "SHA-256 of the model", "predictions_sha256": "SHA-256 of the predictions"}
 
 
 def write_report(out: str | Path, images: Cases, found: dict[str, Any]) -> Path:
@@ -57,6 +57,7 @@ def write_results(
     title = found.get("predictions") or "predictions"
     content |= {name: found[name] for name in ("resamples", "seed") if name in found}
     used = ", ".join(f"{name} {text}" for name, text in found.get("versions", {}).items())
+    used += "".join(f"; {text} {found[name]}" for name, text in _HASHES.items() if found.get(name))
     return write_page(
         out / "report.html", template, pictures, title=title, facts_of=facts_of(found), versions=used, **content
     )
@@ -131,6 +132,27 @@ def headline(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def verdict(found: dict[str, Any]) -> str:
+    """The result of exams, otherwise of breasts or images, in a sentence.
+
+    Sensitivity and specificity are those of a threshold that was fixed before, otherwise the sensitivity at the middle
+    of the specificities. Several outputs have a mean AUC.
+    """
+    level = max(found["levels"], key=("image", "breast", "exam").index)
+    one = found["levels"][level]
+    lines = headline({"levels": {level: one}})
+    line = next((line for line in lines if "mean AUC" in line), lines[0])
+    output = next(iter(one["outputs"].values()))
+    if len(one["outputs"]) > 1 or "undefined" in output:
+        return line[:1].upper() + line[1:]
+    rates, points = output.get("at_threshold"), output["sensitivity_at_specificity"]
+    if rates:
+        first, second = (format_value(rates[name]) for name in ("sensitivity", "specificity"))
+        return f"Sensitivity {first} and specificity {second} at the threshold fixed before; {line}"
+    point = points[len(points) // 2]
+    return f"Sensitivity {format_value(point)} at specificity {point['at']:g}; {line}"
+
+
 def _pictures(images: Cases, found: dict[str, Any]) -> dict[str, bytes]:
     figures = {}
     for level, cases in at_levels(images, list(found["levels"])).items():
@@ -156,6 +178,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
     """The variables of the page's template."""
     froc = found.get("froc")
     return {
+        "verdict": verdict(found),
         "overview": _overview(found),
         "compared": _compared(found),
         "levels": [_level(level, one) for level, one in found["levels"].items()],
@@ -206,7 +229,7 @@ def _level(level: str, one: dict[str, Any]) -> dict[str, Any]:
         "notes": _notes(one),
         "without_label": one["without_label"],
         "outputs": {name: _output(output) for name, output in one["outputs"].items() if "undefined" not in output},
-        "kappa": format_value(one["kappa"]) if "kappa" in one else "",
+        "kappa": format_value(one["kappa"]) if "kappa" in one and len(one["outputs"]) > 1 else "",
         "confusion": _confusion(one) if "kappa" in one else None,
         "subgroups": [
             _subgroups(level, by, name, part)

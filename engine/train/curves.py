@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 
 from ..report.figure import open_axes, panel, save_figure
@@ -28,6 +29,8 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for name, label in (("train_loss", "training"), ("val_loss", "validation")):
         if name in rows[0]:
             loss.plot(epochs, [row[name] for row in rows], marker=".", label=label)
+    for axes in (loss, score):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     loss.set(xlabel="epoch", ylabel="loss")
     if "val_dice" in rows[0]:
         _dice(score, rows)

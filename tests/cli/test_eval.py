@@ -3,11 +3,14 @@
 import csv
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 from commands import run
 from sklearn.metrics import average_precision_score, roc_auc_score
+
+from gigamorph.engine.evaluate.report import verdict
 
 
 @pytest.fixture
@@ -79,8 +82,19 @@ def test_all_of_it(files, tmp_path, capsys):
     assert f"image level: AUC {roc_auc_score(labels, z):.3f} (" in said and "FROC: mean sensitivity" in said
     page = (out / "report.html").read_text()
     assert len(page) > 50_000 and page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) >= 6
-    for known in ("best.ckpt, SHA-256 abc", "a.csv", "table.csv", found["date"], "Evaluation of"):
+    for known in ("best.ckpt", "SHA-256 of the model abc", "a.csv", "table.csv", found["date"], "Evaluation of"):
         assert known in page, known
+    assert "weighted kappa" not in page  # of one output
+    exam = found["levels"]["exam"]["outputs"]["1"]
+    rates = [f"{name} {exam['at_threshold'][name]['value']:.3f}" for name in ("sensitivity", "specificity")]
+    sentence = re.search(r'class="lead">([^<]*)<', page)[1]
+    assert [one in sentence.lower() for one in rates] == [True, True] and page.index(sentence) < page.index("<table")
+    assert f" at the threshold fixed before; exam level: AUC {exam['auc']['value']:.3f} (" in sentence
+    alone = {"levels": {"exam": {**found["levels"]["exam"], "outputs": {"1": {**exam, "at_threshold": {}}}}}}
+    point = exam["sensitivity_at_specificity"][1]
+    assert verdict(alone).startswith(f"Sensitivity {point['value']:.3f} (") and " at specificity 0.9; exam" in verdict(
+        alone
+    )
 
 
 def test_the_same_command_writes_the_same_bytes(files, tmp_path):
