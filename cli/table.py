@@ -43,6 +43,8 @@ def show_plan(plan: Plan, model: str, console: Console | None = None) -> None:
     if plan.stock_bytes is not None:
         name = f"stock PyTorch ({plan.stock_bytes / plan.peak_bytes:.1f} times the peak)"
         sums.append((name, plan.stock_bytes, "red"))
+    if plan.folded_bytes is not None:
+        sums.append(("stock PyTorch, norms folded", plan.folded_bytes, "red"))
     largest = max(size for _, size, _ in [*parts, *sums])
     table = _table("", ">", "", show_header=False)
     console.print("at the moment of the peak:")
@@ -117,7 +119,7 @@ def show_largest(what: str, names: Sequence[str], plans: Sequence[Plan | None], 
             n, _, height, width = plan.image
             size = f"{n} x {height} x {width}" if n > 1 or what == "batch" else f"{height} x {width}"
             row |= {f"largest {what}": size, "Mpx": n * height * width / 1e6, "peak GiB": plan.peak_bytes / 2**30}
-            row["work"] = plan.work
+            row |= {"work": plan.work, "stock PyTorch, GiB": (plan.stock_bytes or 0) / 2**30}
         rows.append(row)
     if as_json:
         click.echo(json.dumps(rows))

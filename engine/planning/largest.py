@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
-
-from torch import nn
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from .plan import Plan
-from .preview import searching
-from .request import Request
+from .search import PlanSearch
 
 _STEP = 64
 """Sides of an image are multiples of this many pixels."""
@@ -25,12 +23,10 @@ MOST_WORK = 2.0
 
 
 def largest(
-    model: nn.Module,
+    search: Callable[[tuple[int, int, int, int]], AbstractContextManager[PlanSearch]],
     shape: tuple[int, int, int, int],
     budgets: Sequence[int],
     what: str,
-    request: Request,
-    **options: Any,
 ) -> list[Plan | None]:
     """For each budget, the plan of the largest step; None if not even a small one fits.
 
@@ -38,15 +34,14 @@ def largest(
     larger, but its step takes several times as long.
 
     Args:
-        model: the network, as for `plan`.
+        search: makes the context with the search for plans of steps of a shape.
         shape: (N, C, H, W); "size" keeps N and about H / W, "batch" keeps H and W.
         budgets: bytes of the device that a step may use, in ascending order.
         what: "size" or "batch".
-        request: the other constraints of the step.
-        options: `device` and `recording` of `searching`.
 
     Returns:
-        Plans of steps that are at most 3 % too small on a side, or in their number of images.
+        Plans of steps that are at most 3 % too small on a side, or in their number of images, with the memory of the
+        same step in stock PyTorch.
     """
     n, c, height, width = shape
     made: dict[tuple[int, int], Plan | None] = {}
@@ -55,10 +50,11 @@ def largest(
         if (count, budget) not in made:
             side = count * _STEP, max(1, round(count * width / height)) * _STEP
             asked = (count, c, height, width) if what == "batch" else (n, c, *side)
-            with searching(model, asked, request, **options) as search:
-                plans = (plan for share in _SHARES if (plan := search.plan_or_none(int(share * budget))))
-                here = (plan for plan in plans if plan.maps == plan.halos == "device" and plan.work <= MOST_WORK)
-                made[count, budget] = next(here, None)
+            with search(asked) as here:
+                plans = (plan for share in _SHARES if (plan := here.plan_or_none(int(share * budget))))
+                kept = (plan for plan in plans if plan.maps == plan.halos == "device" and plan.work <= MOST_WORK)
+                best = next(kept, None)
+                made[count, budget] = best and replace(best, stock_bytes=here.stock_bytes)
         return made[count, budget] is not None
 
     found: list[Plan | None] = []

@@ -6,18 +6,19 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..capture.program import Given, Program
 from ..capture.recording import capture
-from ..errors import GigamorphError
+from ..errors import BudgetError, GigamorphError
 from ..images.labels import Criterion, LabelSource, with_loss
 from ..module.arguments import HALO_STORAGE, check_choice, check_network, is_whole, tile_sides
-from ..tiling.memory import parse_bytes
+from ..tiling.memory import format_bytes, parse_bytes
 from ..torch_private import tree_flatten
+from .largest import largest as find_largest
 from .plan import Plan
 from .request import Request
 from .search import PlanSearch
@@ -39,6 +40,7 @@ def plan(
     halos: str = "auto",
     criterion: Criterion | None = None,
     labels: Any = None,
+    largest: Literal["size", "batch"] | None = None,
 ) -> Plan:
     """Plan a step on images of this size and predict its memory; nothing is allocated or computed.
 
@@ -56,6 +58,8 @@ def plan(
             stored as a whole. Without it the output is a whole map, and no loss is counted.
         labels: the labels of the criterion, as for `dense_loss`. Only the shape and dtype of tensors are used, as in
             ``torch.empty(1, 4096, 3328, dtype=torch.int64, device="meta")``.
+        largest: "size" plans the largest image of about the proportions of `image_size`, "batch" the largest batch, see
+            `find_largest`; `Plan.image` is its shape. A GPU that is not installed needs a memory_budget.
 
     Raises:
         UnsupportedError: if the network or the criterion cannot be computed exactly.
@@ -66,6 +70,16 @@ def plan(
     limit = None if memory_budget is None else parse_bytes(memory_budget)
     call, given = _with_loss(_network_of(model), criterion, labels)
     request = Request(None, tile_sides(tile), training, halos)
+    if largest is not None:
+        check_choice("largest", largest, ("size", "batch"))
+        _, shape, _, place = _asked(model, image_size, dtype, device)
+        if call is not None or (limit is None and not is_here(place)):
+            raise GigamorphError("largest needs a memory_budget for a GPU that is not installed, and no criterion")
+        search = partial(searching, model, request=request, dtype=dtype, device=device)
+        found = find_largest(search, shape, [limit or request.limit(place)], largest)[0]
+        if found is None:
+            raise BudgetError(f"not even a small image fits {format_bytes(limit or request.limit(place))}")
+        return found
     with searching(model, image_size, request, dtype, device, call=call, inputs=given) as search:
         return replace(search.plan(limit), stock_bytes=search.stock_bytes)
 

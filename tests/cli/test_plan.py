@@ -221,6 +221,29 @@ def test_the_largest_that_fits_cards(what: str, table, capsys) -> None:
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_the_largest_in_python() -> None:
+    from gigamorph import BudgetError, GigamorphError, plan
+    from gigamorph.engine.models import create_model
+
+    net = create_model("tiny_nets:wide")
+    found = plan(net, (1, 512, 384), "800MiB", device="cuda", largest="size")
+    assert found.image[2] > 512 and found.peak_bytes <= 800 * 2**20 < found.stock_bytes
+    assert plan(net, (1, 512, 384), "800MiB", device="cuda", largest="batch").image[2:] == (512, 384)
+    with pytest.raises(BudgetError, match=r"not even a small image fits 2.00 MiB"):
+        plan(net, (1, 512, 384), "2MiB", device="cuda", largest="size")
+    with pytest.raises(GigamorphError, match="largest must be"):
+        plan(net, (1, 512, 384), "2MiB", largest="all")  # pyright: ignore[reportArgumentType]
+
+
+def test_stock_with_folded_norms_is_beside_stock(table, capsys) -> None:
+    given = ["--size", "512x512", "--memory-budget", "300MiB", "--device", "cpu", "--batch-norm", "frozen"]
+    assert run("--model", "resnet18", *given, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.4 < found["folded_bytes"] / found["stock_bytes"] < 0.9  # no map between a convolution and its norm
+    assert run("--model", "resnet18", *given) == 0
+    assert "norms folded" in capsys.readouterr().out
+
+
 def test_the_largest_where_memory_does_not_grow(table, capsys) -> None:
     """A prediction with frozen norms stores nothing of the image."""
     given = ["--size", "512x512", "--largest", "batch", "--inference", "--memory-budget", "100GiB", "--device", "cpu"]
