@@ -8,7 +8,7 @@
                             + memory of libraries
 
 The tile is simulated on tensors without values (`simulate.py`); the rest is arithmetic on the schedules. Only the last
-term is fitted to measurements (benchmarks/memory.py).
+term is fitted to measurements (benchmarks/results/memory_cpu.json).
 """
 
 from __future__ import annotations
