@@ -7,15 +7,18 @@ import inspect
 import subprocess
 import sys
 from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import pytest
 import torch
 from exactness import randomize
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from gigamorph import accelerate
+from gigamorph import accelerate, plan
 from gigamorph.engine.capture.call_trees import bind, refs
+from gigamorph.engine.capture.graph import Graph
 from gigamorph.engine.capture.program import Program, call, name_of
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.ops.base import RULES
@@ -265,3 +268,21 @@ gc.collect()
 assert weight() is None
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_shapes_that_dynamo_has_computed_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's cache of them has the settings of Dynamo's symbolic sizes in its key."""
+    misses = []
+
+    def counted(graph: Graph, *args: Any) -> Program:
+        before = FakeTensorMode.cache_info().misses
+        made = program(graph, *args)
+        misses.append(FakeTensorMode.cache_info().misses - before)
+        return made
+
+    program = Graph.program
+    monkeypatch.setattr(Graph, "program", counted)
+    net = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.MaxPool2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    FakeTensorMode.cache_clear()
+    plan(net, (1, 67, 71))
+    assert len(misses) == 1 and misses[0] <= 3  # the image and two parameters; 14 with the ops
