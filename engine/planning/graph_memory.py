@@ -36,4 +36,4 @@ def captured(plan: Plan, stages: Sequence[TiledStage], most: float) -> Plan | No
     if keeps is None:
         return None
     needed = plan.parts_bytes + (graph_bytes(stages, plan) if keeps else 0)
-    return replace(plan, capture_bytes=int(MARGIN * needed) - plan.parts_bytes)
+    return replace(plan, capture_bytes=int(MARGIN * needed) - plan.parts_bytes, keeps_graphs=keeps)

@@ -63,6 +63,7 @@ class Plan:
         replay_bytes: additional bytes of replayed tiles (`replay.py`); 0 if tiles are not replayed.
         capture_bytes: additional bytes if the whole step is captured as one graph (`graph_memory.py`), else 0. Steps
             that cannot be captured, for example with hooks on parameters, replay tiles if that fits.
+        keeps_graphs: whether the captured step stores the graphs of all tiles, which are then not recomputed.
         op_by_op: whether a GPU waits for the host at each op of each tile, because nothing is captured.
         apart_bytes: bytes by which the peak is smaller than the sum of the largest whole maps, strips and tile of all
             stages, which are never resident together.
@@ -96,6 +97,7 @@ class Plan:
     choice: int = 0
     replay_bytes: int = 0
     capture_bytes: int = 0
+    keeps_graphs: bool = False
     op_by_op: bool = False
     apart_bytes: int = 0
     at_peak: AtPeak | None = None
@@ -152,7 +154,7 @@ class Plan:
         """Arithmetic and moved bytes of the step, relative to stock PyTorch."""
         stock, tiles = 3 if self.training else 1, self.tiles[0] * self.tiles[1] * len(self.sides)
         forwards = self.choices[self.choice].forwards
-        retained = min(1.0, self.retained / tiles)  # retained tiles are not recomputed
+        retained = 1.0 if self.keeps_graphs else min(1.0, self.retained / tiles)  # these are not recomputed
         return (forwards - (forwards - stock) * retained) / stock
 
     def __str__(self) -> str:

@@ -84,3 +84,15 @@ def test_autocast_of_the_device_holds_where_the_network_lies() -> None:
         torch.set_autocast_dtype("cuda", dtype)
     assert cast.stock_bytes is not None and plain.stock_bytes is not None
     assert cast.stock_bytes < 0.8 * plain.stock_bytes and cast.tile_bytes < plain.tile_bytes
+
+
+def test_a_captured_step_that_stores_all_graphs_recomputes_nothing() -> None:
+    """And with less memory, one that recomputes them."""
+    net = nn.Sequential(nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.BatchNorm2d(24))
+    with searching(net, (1, 1, 1024, 1024), Request(None, None, True), device="cuda") as search:
+        ample = search.plan(8 << 30)
+        assert ample.keeps_graphs and ample.capture_bytes and ample.work == 1
+        tight = next(
+            plan for share in range(99, 0, -1) if (plan := search.plan(share * ample.peak_bytes // 100)).work > 1
+        )
+        assert not tight.keeps_graphs and tight.peak_bytes < ample.peak_bytes
