@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ from .torch_private import BatchNorm
 from .verify import CannotVerify
 from .verify import verify as verify_network
 from .versions import warn_of_newer
+
+log = logging.getLogger("gigamorph")
+_NAMES = "plan_for evidence evidence_map memory_budget tile batch_norm halos fallback split on_tile".split()
+"""Attributes of an accelerated network that are not its network's."""
 
 
 class Accelerated(Delegate):
@@ -67,7 +72,7 @@ class Accelerated(Delegate):
         self.on_tile: Callable[[TileEvent], None] | None = None
         self._runner = Runner(self._settings)
         self._checked: set[Any] | None = None  # with verify=True: the modes already compared with ordinary PyTorch
-        self.seal()
+        self._seal()
         self._freeze_again()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,8 +167,8 @@ class Accelerated(Delegate):
                 self._refuse_views(batches[0])
             if len(batches) > 1:
                 return outputs_of_sizes(self, batches)
-            return self.compute(_forward, self.call(batches[0]))
-        return self.compute(_forward, Call.of(self._network, args, kwargs))
+            return self._compute(_forward, self._call(batches[0]))
+        return self._compute(_forward, Call.of(self._network, args, kwargs))
 
     def _refuse_views(self, batch: Tensor | PixelBatch) -> None:
         """Raise an error for a list of images if the network's forward seems to take a list itself."""
@@ -171,7 +176,7 @@ class Accelerated(Delegate):
             "annotate its argument (`def forward(self, views: list[Tensor])`) if it takes a list; else pass a tensor"
         )
         try:
-            opened = self.open(batch)
+            opened = self._open(batch)
         except Exception as error:
             error.add_note(f"An accelerated network treats a list of images as one batch; {remedy}.")
             raise
@@ -181,18 +186,18 @@ class Accelerated(Delegate):
                 + remedy
             )
 
-    def open(self, x: Tensor | PixelBatch, function: Any = None) -> ProgramKnown:
+    def _open(self, x: Tensor | PixelBatch, function: Any = None) -> ProgramKnown:
         """Record the program of the network's call on an image batch, without running it.
 
         Args:
             x: the image batch, (N, C, H, W).
-            function: see `compute`; defaults to the network's forward.
+            function: see `_compute`; defaults to the network's forward.
         """
-        call = self.call(x)
+        call = self._call(x)
         self._make_ready(call)
         return self._runner.open(function or _forward, call, self._network)
 
-    def compute(self, function: Any, call: Call, *args: Any) -> Any:
+    def _compute(self, function: Any, call: Call, *args: Any) -> Any:
         """Evaluate a function of the network by tiles.
 
         Args:
@@ -203,8 +208,8 @@ class Accelerated(Delegate):
         self._make_ready(call)
         return self._runner.compute(function, call, self._network, *args)
 
-    def call(self, batch: Tensor | PixelBatch) -> Call:
-        """A call of the network with an image batch, for `compute`."""
+    def _call(self, batch: Tensor | PixelBatch) -> Call:
+        """A call of the network with an image batch, for `_compute`."""
         return Call.of(self._network, (batch,), {}, batch)
 
     def _make_ready(self, call: Call) -> None:
@@ -249,13 +254,13 @@ class Accelerated(Delegate):
         Raises:
             GigamorphError: if the network has no global pooling, or images are split over processes.
         """
-        self.need_all_rows("evidence")
+        self._need_all_rows("evidence")
         # In a recording without gradients, tensors written in place would not get a gradient.
         with torch.inference_mode(False), torch.enable_grad():
-            call = self.call(as_batch(x))
-            return evidence_of_call(call, score, lambda: self.compute(_forward, call))
+            call = self._call(as_batch(x))
+            return evidence_of_call(call, score, lambda: self._compute(_forward, call))
 
-    def need_all_rows(self, name: str) -> None:
+    def _need_all_rows(self, name: str) -> None:
         """Raise an error that names the caller if images are split over several processes."""
         if self.split is not None:
             raise GigamorphError(f"{name} needs all rows of a map; accelerate the model again without split")
@@ -341,6 +346,12 @@ def accelerate(
     warn_of_newer()
     load_recorder()
     budget = None if memory_budget is None else parse_bytes(memory_budget)
+    if hidden := [name for name in _NAMES if hasattr(model, name)]:
+        log.warning(
+            "%s has an attribute %s too, which the accelerated network hides; read and set it on the network itself",
+            type(model).__name__,
+            ", ".join(hidden),
+        )
     net = _class_for(model)(model, budget, tile_sides(tile), batch_norm, halos, fallback, split or None)
     if verify:
         net._checked = set()

@@ -57,7 +57,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -
     batch = as_batch(x)
     leaves, structure = tree_flatten(labels)
     given = [LabelSource(leaf) for leaf in leaves]
-    call = net.call(batch)
+    call = net._call(batch)
     device = net._device()
     tensors = list[Tensor]()
     for each in given:
@@ -68,7 +68,7 @@ def dense_loss(net: Accelerated, x: Images, labels: Any, criterion: Criterion) -
         call.roles[id(tensor)] = "map"
         tensors.append(tensor)
     call.args = (*call.args, *tensors)
-    return net.compute(with_loss, call, criterion, structure)
+    return net._compute(with_loss, call, criterion, structure)
 
 
 @with_preconditions
@@ -79,7 +79,7 @@ def map_shape(net: Accelerated, x: Images) -> tuple[int, ...]:
         net: the network; its output is a single tensor.
         x: an image batch as for the network, all of one size.
     """
-    opened = net.open(as_batch(x))
+    opened = net._open(as_batch(x))
     program = opened.program
     shapes = [tuple(program.values[v].shape) for v in program.given_away()]
     if len(shapes) != 1:
@@ -102,7 +102,7 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
     Raises:
         GigamorphError: if that output is not a map, `out` does not fit it, or images are split over processes.
     """
-    net.need_all_rows("write_map")
+    net._need_all_rows("write_map")
     batch = as_batch(x)
 
     def compute_written(forward: Forward) -> list[Any]:
@@ -116,10 +116,10 @@ def write_map(net: Accelerated, x: Images, out: Any, output: int = 0) -> None:
         return forward.finish()
 
     with torch.no_grad():
-        call = net.call(batch)
+        call = net._call(batch)
         call.finish = compute_written
         try:
-            net.compute(_with_output_written, call, output)
+            net._compute(_with_output_written, call, output)
         except IndexError as error:
             raise GigamorphError(f"output {output} does not exist; {error}") from error
 

@@ -28,14 +28,14 @@ def outputs_of_sizes(net: Any, batches: Sequence[Tensor | PixelBatch]) -> Any:
         net: the accelerated network.
         batches: image batches, each of one size.
     """
-    first = net.open(batches[0], _concatenable)
+    first = net._open(batches[0], _concatenable)
     if any(isinstance(step, VectorOp) and step.share is not None for step in first.prepared.staged.steps):
         return _outputs_together(net, batches)
     outputs, together = [], None
     for x in batches:
-        call = net.call(x)
+        call = net._call(x)
         call.together, call.like = together, first.program
-        outputs.append(net.compute(_concatenable, call))
+        outputs.append(net._compute(_concatenable, call))
         together = call.together
     return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
@@ -46,7 +46,7 @@ def _outputs_together(net: Any, batches: Sequence[Tensor | PixelBatch]) -> Any:
             "BatchNorm in training mode cannot share statistics between images of several sizes with split; "
             'pass images of one size, or accelerate(..., batch_norm="frozen")'
         )
-    others, runner = [net.open(x, _concatenable) for x in batches[1:]], net._runner
+    others, runner = [net._open(x, _concatenable) for x in batches[1:]], net._runner
 
     def compute(graphs: Sequence[Graph], inputs: Sequence[GraphInputs]) -> list[Any]:
         graphs, inputs = [*graphs, *(o.graph for o in others)], [*inputs, *(o.inputs for o in others)]
@@ -58,9 +58,9 @@ def _outputs_together(net: Any, batches: Sequence[Tensor | PixelBatch]) -> Any:
         outputs = [forwards[0].finish(), *(forward.output() for forward in forwards[1:])]
         return [torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*outputs, strict=True)]
 
-    call = net.call(batches[0])
+    call = net._call(batches[0])
     call.complete = compute
-    return net.compute(_concatenable, call)
+    return net._compute(_concatenable, call)
 
 
 def _concatenable(network: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -48,7 +48,7 @@ _DELEGATES_TO = "network's method"  # attribute of a delegating method: the netw
 class Delegate(nn.Module):
     """A proxy of a network, with its own forward.
 
-    Methods of `nn.Module` are delegated to the network, including those that its class overrides. After `seal`,
+    Methods of `nn.Module` are delegated to the network, including those that its class overrides. After `_seal`,
     attributes that the proxy does not have itself are set on the network and read from it.
 
     Args:
@@ -60,11 +60,11 @@ class Delegate(nn.Module):
         self.__dict__["_network"] = network
         self._share()
 
-    def seal(self) -> None:
+    def _seal(self) -> None:
         """Set new attributes on the network from now on."""
         self.__dict__["_sealed"] = frozenset((*self.__dict__, "_sealed"))
 
-    def move_attributes(self) -> None:
+    def _move_attributes(self) -> None:
         """Move attributes to the network that bypassed `__setattr__` (by `__dict__` or `object.__setattr__`)."""
         for name in [name for name in self.__dict__ if name not in self._sealed and not hasattr(type(self), name)]:
             self._network.__dict__[name] = self.__dict__.pop(name)

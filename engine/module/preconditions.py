@@ -46,7 +46,7 @@ def _uncompiled() -> Callable[..., Any]:
 
 
 def _check_and_run(method: Callable[..., Any], net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    net.move_attributes()
+    net._move_attributes()
     if method.__name__ == "forward":
         _refuse_hooks_inside_wrapper(net)
     given = list(_tensors((args, kwargs)))
