@@ -265,9 +265,12 @@ def instance_norm(op: Op, maps: Maps) -> Local | list[Node]:
     return _grouped(op, maps, given, maps.shape(value)[1])
 
 
+_NAMES = {"layer_norm": "input normalized_shape weight bias eps", "rms_norm": "input normalized_shape weight eps"}
+
+
 @rule("layer_norm", "rms_norm")
 def layer_norm(op: Op, maps: Maps) -> Local | list[Node]:
-    given = arguments(op, "input normalized_shape weight bias eps", eps=1e-5 if op.name == "layer_norm" else None)
+    given = arguments(op, _NAMES[op.name], eps=1e-5 if op.name == "layer_norm" else None)
     value = given["input"].value
     rank = len(maps.shape(value))
     normalized = tuple(range(rank - len(tuple(given["normalized_shape"])), rank))
@@ -309,8 +312,8 @@ def _image_norm(op: Op, maps: Maps, given: dict[str, Any], normalized: tuple[int
         statistics = [square, reduction, vector((total,), made[0], lambda t: torch.rsqrt(t + eps))]
 
     op, vectors = promoted(op, maps, maps.axes[value], len(maps.shape(value)))
-    given = arguments(op, "input normalized_shape weight bias eps")
-    factors = [given[name].value for name in ("weight", "bias") if given[name] is not None]
+    given = arguments(op, _NAMES[op.name])
+    factors = [given[name].value for name in ("weight", "bias") if given.get(name) is not None]
     weighted = given["weight"] is not None
 
     def run(x: Tensor, *rest: Tensor) -> Tensor:

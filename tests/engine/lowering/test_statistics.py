@@ -242,6 +242,7 @@ MODULES = {
     "LayerNorm with a weight per position": lambda: nn.LayerNorm([4, 19, 14]),
     "LayerNorm of each channel": lambda: nn.LayerNorm([19, 14], bias=False),
     "RMSNorm with a weight per position": lambda: nn.RMSNorm([4, 19, 14]),
+    "RMSNorm with its own epsilon": lambda: nn.RMSNorm([4, 19, 14], eps=0.3),
     "InstanceNorm": lambda: nn.InstanceNorm2d(4),
     "InstanceNorm that tracks": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True, momentum=0.3),
     "BatchNorm": lambda: nn.BatchNorm2d(4, momentum=0.3),
