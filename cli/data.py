@@ -94,7 +94,8 @@ def index(folder: str, out: str, identifiers: bool, pattern: str | None, workers
     if len(found.errors) > _PRINTED:
         click.echo(f"... and {len(found.errors) - _PRINTED} more", err=True)
     if not found.records:
-        raise DataError(f"{folder}: contains no images; pass the folder of the image files")
+        remedy = "correct the pattern" if found.errors else "pass the folder of the image files"
+        raise DataError(f"{folder}: no image could be listed; {remedy}")
     write_table(out, found.records, [])
     known = [record for record in found.records if record.patient_known]
     patients = len({record.patient_id for record in known})

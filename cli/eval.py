@@ -178,6 +178,10 @@ def eval(
         raise click.UsageError("--marks needs the findings of --table")
     if modality is not None and reader is None:
         raise click.UsageError("--modality needs the readers: --reader COLUMN")
+    if "label" in options.given_columns():
+        raise click.UsageError(
+            "--column label=NAME has no effect on predictions; name the true column with --label NAME"
+        )
     from ..engine.evaluate.dice import read_dice
     from ..engine.evaluate.evaluate import Settings
     from ..engine.evaluate.read import read_parts

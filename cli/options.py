@@ -10,6 +10,7 @@ import rich_click as click
 
 from ..engine.datasets.flips import FLIPS
 from ..engine.errors import GigamorphError
+from .messages import warn
 
 if TYPE_CHECKING:
     from ..engine.datasets.augment import Augment
@@ -110,10 +111,21 @@ def _parse_columns(ctx: click.Context, param: click.Parameter, given: tuple[str,
     for text in given:
         if not all(text.partition("=")[::2]):
             raise click.BadParameter(f"{text!r} must be NAME=COLUMN, as in label=cancer", ctx, param)
-    names = {name.strip(): column.strip() for name, _, column in (text.partition("=") for text in given)}
-    ctx.with_resource(columns_named(names))
+    pairs = [(name.strip(), column.strip()) for name, _, column in (text.partition("=") for text in given)]
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise click.BadParameter("a name is given two columns; name one", ctx, param)
+    used = ctx.with_resource(columns_named(names))
+    if ctx.command.name != "train":  # which reads its table in other processes too
+        ctx.call_on_close(lambda: [warn(f"no table had a column {names[name]}") for name in names if name not in used])
     ctx.meta[COLUMNS] = names
     return names
+
+
+def given_columns() -> dict[str, str]:
+    """Return the names of --column of the running command."""
+    ctx = click.get_current_context(silent=True)
+    return {} if ctx is None else ctx.meta.get(COLUMNS, {})
 
 
 columns: Any = click.option(

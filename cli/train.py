@@ -264,6 +264,8 @@ def _make_config(ctx: click.Context, given: dict[str, Any], echo: Printer) -> Tr
             table = next(
                 (f"{one}." for one in ("data", "optimizer", "loss") if hasattr(getattr(defaults, one), name)), ""
             )
+            if name == "columns":
+                value = {**values.get("data", {}).get("columns", {}), **value}
             put(values, table + name, _plain(name, value))
     for setting in given["settings"]:
         key, value = parse_value(setting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -116,7 +116,7 @@ def check_images(
     if any(labels):
         none = "has no label; fill it in, or remove the row"
         problems += [Problem(r.path, "label", none) for r, label in zip(records, labels, strict=True) if not label]
-    problems += _duplicates(good)
+    problems += _duplicates(good, {id(r): label for r, label in zip(records, labels, strict=False)})
     problems += _leaks(records, good)
     problems += _disagreements(good)
     problems += [Problem(records[0].path, "written", text) for text in _labels_by_kind(records, labels)]
@@ -196,7 +196,7 @@ def _size(fact: _Facts) -> str:
     return f"{fact.info.rows} x {fact.info.columns} " if fact.info else ""
 
 
-def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+def _duplicates(good: Sequence[tuple[Record, _Facts]], labels: Mapping[int, str]) -> list[Problem]:
     groups: dict[bytes, list[tuple[Record, _Facts]]] = defaultdict(list)
     for record, fact in good:
         if not fact.blank:
@@ -213,7 +213,8 @@ def _duplicates(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
             elif _patient(record, fact) != _patient(first, first_fact):
                 problems.append(Problem(record.path, "duplicate", f"{text}, under another patient"))
             else:
-                problems.append(Problem(record.path, "duplicate", text))
+                other = labels.get(id(record)) != labels.get(id(first))
+                problems.append(Problem(record.path, "duplicate", f"{text}, with another label" if other else text))
     return problems
 
 
@@ -247,7 +248,7 @@ def _patients_under_two_names(good: Sequence[tuple[Record, _Facts]]) -> list[Pro
         first, *others = names.values()
         if len(names) > _PLACEHOLDER:
             continue
-        for record in others:
+        for record in (one for one in others if one.path != first.path):
             text = f"has the PatientID of {first.path}, but another patient in the table"
             if record.split != first.split:
                 text = f"{text}; they are in {first.split} and {record.split}"

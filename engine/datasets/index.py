@@ -215,11 +215,12 @@ class NamePattern:
             )
         pieces = _FIELD.split(text)
         expression = re.escape(pieces[0])
-        self._begins: list[tuple[str, re.Pattern[str]]] = []  # the pattern up to each field
+        self._begins: list[tuple[str, re.Pattern[str]]] = []  # each field with the text before it
+        before = pieces[0]
         for field, literal in zip(pieces[1::2], pieces[2::2], strict=True):
             expression += f"(?:{_FIELDS[field]})" if field == "any" else f"(?P<{field}>{_FIELDS[field]})"
-            self._begins.append((field, re.compile(expression, re.IGNORECASE)))
-            expression += re.escape(literal)
+            self._begins.append((f"{before}{{{field}}}", re.compile(expression, re.IGNORECASE)))
+            expression, before = expression + re.escape(literal), literal
         self._expression = re.compile(expression, re.IGNORECASE)
         self._depth = text.count("/") + 1
 
@@ -240,9 +241,10 @@ class NamePattern:
         name = self._name(path)
         field = next((field for field, begin in self._begins if begin.match(name) is None), None)
         if field is None:
-            return f"{name} does not fit the pattern {self.text}: it has other text after {{{self._begins[-1][0]}}}"
-        texts = {"laterality": "L, R, left, ...", "view": "CC, MLO, ML, ..."}.get(field)
-        return f"{name} does not fit the pattern {self.text}: it has no {{{field}}}{f' ({texts})' if texts else ''}"
+            return f"{name} does not fit the pattern {self.text}: it has other text after {self._begins[-1][0]}"
+        texts = {"laterality": " (L, R, left, ...)", "view": " (CC, MLO, ML, ...)"}
+        said = next((text for key, text in texts.items() if field.endswith(f"{{{key}}}")), "")
+        return f"{name} does not fit the pattern {self.text}: it has no {field}{said}"
 
     def _name(self, path: Path) -> str:
         return "/".join([*path.parts[:-1], path.stem][-self._depth :])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.cells import Rows, no_number, read_rows, write_csv
-from ..datasets.tables.generic import SPLIT_NAMES, known, own_name, whole
+from ..datasets.tables.generic import SPLIT_NAMES, identifier, own_name, whole
 from ..datasets.tables.values import box_around, number, side
 from ..datasets.unknown_views import unplaced, unplaced_line
 from ..errors import DataError
@@ -316,7 +316,7 @@ def _read(path: Path) -> Rows:
     _add_own_names(rows)
     for key in (key for key in KEYS if key in rows.header):
         for row in rows.rows:
-            row[key] = known(row[key])
+            row[key] = identifier(row[key])
     if "laterality" in rows.header:
         for place, row in zip(rows.places, rows.rows, strict=True):
             sides = [side(one) for one in row["laterality"].split("+")]  # exams may have both

@@ -118,7 +118,9 @@ def headline(found: dict[str, Any]) -> list[str]:
                 counts = f"{output['rows']} {level}s, {output['positives']} positive, {_patients(one)}"
                 lines.append(f"{of}AUC {format_value(output['auc'])}, {counts}{_why(output['auc'])}")
         if "mean_auc" in one:
-            lines.append(f"{level} level: mean AUC {format_value(one['mean_auc'])}")
+            without = ", ".join(one["mean_auc"].get("left_out", ()))
+            line = f"{level} level: mean AUC {format_value(one['mean_auc'])}{without and f' without {without}'}"
+            lines.append(f"{line}, {one['rows']} {level}s, {_patients(one)}")
         unpaired = one.get("comparison", {}).get("unpaired")
         if unpaired:
             lines.append(f"{level} level, not compared: {unpaired}")
@@ -138,19 +140,26 @@ def verdict(found: dict[str, Any]) -> str:
     Sensitivity and specificity are those of a threshold that was fixed before, otherwise the sensitivity at the middle
     of the specificities. Several outputs have a mean AUC.
     """
-    level = max(found["levels"], key=("image", "breast", "exam").index)
+    places = sorted(found["levels"], key=("exam", "breast", "image").index)
+    defined = (name for name in places if any("auc" in one for one in found["levels"][name]["outputs"].values()))
+    level = next(defined, places[0])
     one = found["levels"][level]
     lines = headline({"levels": {level: one}})
     line = next((line for line in lines if "mean AUC" in line), lines[0])
     output = next(iter(one["outputs"].values()))
     if len(one["outputs"]) > 1 or "undefined" in output:
         return line[:1].upper() + line[1:]
-    rates, points = output.get("at_threshold"), output["sensitivity_at_specificity"]
-    if rates:
-        first, second = (format_value(rates[name]) for name in ("sensitivity", "specificity"))
-        return f"Sensitivity {first} and specificity {second} at the threshold fixed before; {line}"
+    source, measured = output.get("threshold", {}).get("from"), found.get("rows", {}).get("measured", {})
+    if output.get("at_threshold") and (source == "given" or "val" not in measured):  # else it was fitted on these rows
+        rates = (f"{name} {format_value(output['at_threshold'][name])}" for name in ("sensitivity", "specificity"))
+        return f"{' and '.join(rates).capitalize()} at {_which(source)}; {line}"
+    points = output["sensitivity_at_specificity"]
     point = points[len(points) // 2]
     return f"Sensitivity {format_value(point)} at specificity {point['at']:g}; {line}"
+
+
+def _which(source: str) -> str:
+    return "the threshold given" if source == "given" else f"the threshold of {source}"
 
 
 def _pictures(images: Cases, found: dict[str, Any]) -> dict[str, bytes]:
@@ -254,9 +263,8 @@ def _output(output: dict[str, Any]) -> TextTable:
         rows.append([name, f"{format_value(area)}; raw {raw}", ""])
     for key, measure in output.get("at_threshold", {}).items():
         limit = output["threshold"]
-        which = "the threshold given" if limit["from"] == "given" else f"the threshold of {limit['from']}"
         name = "share called" if key == "called" else key.replace("_", " ")
-        rows.append([f"{name} at {which}", format_value(measure), _threshold(limit)])
+        rows.append([f"{name} at {_which(limit['from'])}", format_value(measure), _threshold(limit)])
     for key, text in (("pf1", "probabilistic F1"), ("brier", "Brier score"), ("ece", "expected calibration error")):
         if key in output:
             rows.append([text, format_value(output[key]), ""])

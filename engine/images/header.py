@@ -51,7 +51,8 @@ class DicomInfo:
     "synthetic", "tomosynthesis", "projection", "contrast", "partial", "burned in", "lossy", "overlay", and view
     modifiers ("rolled", "tangential", "cleavage", "implant displaced", ...)."""
     magnification: float | None
-    """The magnification at the detector: `spacing` divided by it is millimetres in the breast."""
+    """The magnification at the detector: `spacing` divided by it is millimetres in the breast. None if it is unknown,
+    or if `spacing` is calibrated."""
     manufacturer: str | None
     matrix: tuple[int, int] | None
     """Rows and columns of the whole slide, if the frames are its tiles."""
@@ -93,7 +94,7 @@ def describe(ds: Dataset, path: Path) -> DicomInfo:
             for_processing=sop_class in _FOR_PROCESSING
             or mammography.text(ds.get("PresentationIntentType")) == "FOR PROCESSING",
             flags=mammography.flags(ds),
-            magnification=mammography.magnification(ds),
+            magnification=mammography.magnification(ds) if mammography.at_detector(ds) else None,
             manufacturer=_text(ds.get("Manufacturer")),
             matrix=(int(matrix[0]), int(matrix[1])) if all(matrix) else None,  # pyright: ignore[reportArgumentType]
         )

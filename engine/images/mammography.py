@@ -132,7 +132,7 @@ def _side_by_orientation(ds: Dataset) -> str | None:
 
 def spacing(ds: Dataset) -> tuple[float, float] | None:
     """Millimetres between rows and between columns: calibrated or of a reconstruction, otherwise at the detector."""
-    if not ds.get("PixelSpacingCalibrationType") and ds.get("ImagerPixelSpacing"):
+    if at_detector(ds) and ds.get("ImagerPixelSpacing"):
         keywords = ("ImagerPixelSpacing", "PixelSpacing", "NominalScannedPixelSpacing")
     else:
         keywords = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
@@ -147,11 +147,16 @@ def spacing(ds: Dataset) -> tuple[float, float] | None:
     return None
 
 
+def at_detector(ds: Dataset) -> bool:
+    """Whether `spacing` is that at the detector, where the breast is magnified."""
+    return not ds.get("PixelSpacingCalibrationType")
+
+
 def magnification(ds: Dataset) -> float | None:
     """EstimatedRadiographicMagnificationFactor: 1 to 1.1 for contact views, at least 1.5 on a magnification table."""
     for item in (ds, *(ds.get("XRay3DAcquisitionSequence") or [])):
         value = item.get("EstimatedRadiographicMagnificationFactor")
-        if value not in (None, ""):
+        if value not in (None, "") and float(value) > 0:
             return float(value)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from dataclasses import replace
 from .plan import Plan
 from .search import PlanSearch
 
+log = logging.getLogger("gigamorph")
 _STEP = 64
 """Sides of an image are multiples of this many pixels."""
 _SHARE = 32
@@ -72,5 +74,7 @@ def largest(
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle, budget) else (low, middle)
         found.append(made[low, budget] if low else None)
+        if low == _MOST:
+            log.warning("the search ended at %s times its smallest %s; a larger one fits", _MOST, what)
         low = low or 1
     return found

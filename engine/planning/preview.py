@@ -73,8 +73,10 @@ def plan(
     if largest is not None:
         check_choice("largest", largest, ("size", "batch"))
         _, shape, _, place = _asked(model, image_size, dtype, device)
-        if call is not None or (limit is None and not is_here(place)):
-            raise GigamorphError("largest needs a memory_budget for a GPU that is not installed, and no criterion")
+        if call is not None or halos not in ("auto", "device"):
+            raise GigamorphError("largest keeps all halos on the device, and takes no criterion; leave them out")
+        if limit is None and not is_here(place):
+            raise GigamorphError("largest needs a memory_budget for a GPU that is not installed")
         search = partial(searching, model, request=request, dtype=dtype, device=device)
         found = find_largest(search, shape, [limit or request.limit(place)], largest)[0]
         if found is None:

@@ -89,7 +89,7 @@ def test_all_of_it(files, tmp_path, capsys):
     rates = [f"{name} {exam['at_threshold'][name]['value']:.3f}" for name in ("sensitivity", "specificity")]
     sentence = re.search(r'class="lead">([^<]*)<', page)[1]
     assert [one in sentence.lower() for one in rates] == [True, True] and page.index(sentence) < page.index("<table")
-    assert f" at the threshold fixed before; exam level: AUC {exam['auc']['value']:.3f} (" in sentence
+    assert f" at the threshold of split val, specificity 0.9; exam level: AUC {exam['auc']['value']:.3f} (" in sentence
     alone = {"levels": {"exam": {**found["levels"]["exam"], "outputs": {"1": {**exam, "at_threshold": {}}}}}}
     point = exam["sensitivity_at_specificity"][1]
     assert verdict(alone).startswith(f"Sensitivity {point['value']:.3f} (") and " at specificity 0.9; exam" in verdict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import gzip
 import io
 import itertools
@@ -184,9 +185,14 @@ def _encoding(path: Path) -> str:
                 chunk = file.read(_CHUNK)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            log.warning("%s: read as cp1252, because it is not in UTF-8; in Excel, save it as CSV UTF-8", path)
+            _warn_of_encoding(path)
             return "cp1252"
     return "utf-8-sig"
+
+
+@functools.cache  # commands read some tables twice
+def _warn_of_encoding(path: Path) -> None:
+    log.warning("%s: read as cp1252, because it is not in UTF-8; in Excel, save it as CSV UTF-8", path)
 
 
 def _open(path: Path) -> IO[bytes]:

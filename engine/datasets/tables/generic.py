@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from ...errors import DataError
 from ...images.levels import White, parse_white
@@ -39,30 +39,36 @@ _COLUMNS = {
     *("image_path", "label", "patient_id", "exam_id", "split", "laterality", "view"),
     *("density", "birads", "manufacturer", "findings", "mask_path", "frame", "white", "chest_wall"),
 }
-_given: ContextVar[Mapping[str, str]] = ContextVar("columns", default=MappingProxyType({}))
+_POINT_ZERO = re.compile(r"(\d+)\.0+")
+_given: ContextVar[tuple[Mapping[str, str], set[str]]] = ContextVar("columns")  # names, and those that tables had
 
 
 @contextmanager
-def columns_named(names: Mapping[str, str]) -> Iterator[None]:
+def columns_named(names: Mapping[str, str]) -> Iterator[set[str]]:
     """Read tables whose columns have other names, inside the block.
 
     Args:
         names: our name -> name in the tables, as in ``{"label": "cancer", "image_path": "Datei"}``; capitals and blanks
-            do not matter. Another column that has our name is renamed to ``other NAME``.
+            matter only if they differ in nothing else. Another column that has our name is renamed to ``other NAME``.
+
+    Returns:
+        Our names of the columns that tables have had so far.
 
     Raises:
         DataError: if one of our names is not a column that tables have, or a column gets two names.
     """
-    theirs = list(map(_plain, names.values()))
+    before, used = _given.get(({}, set()))
+    given = {**before, **names}
+    theirs = list(map(_plain, given.values()))
     for name, other in names.items():
         if name not in _COLUMNS and not name.startswith(LABEL_PREFIX):
             own = ", ".join(sorted(_COLUMNS))
             raise DataError(f"column {name}={other}: {name} must be one of {own}, or begin with {LABEL_PREFIX}")
-        if theirs.count(_plain(other)) > 1:
-            raise DataError(f"column {name}={other}: {other} cannot be read as two columns; copy it in the table")
-    token = _given.set({**_given.get(), **names})
+        if not other or theirs.count(_plain(other)) > 1:
+            raise DataError(f"column {name}={other}: name one column, and copy it in the table to read it as two")
+    token = _given.set((given, used))
     try:
-        yield
+        yield used
     finally:
         _given.reset(token)
 
@@ -233,15 +239,27 @@ def own_name(name: str, found: Sequence[str]) -> str:
 
     The name is unchanged if another column already has our name; names of `columns_named` take precedence.
     """
-    plain, given = _plain(name), _given.get()
-    for ours, theirs in given.items():
-        if plain == _plain(theirs):
-            return ours
+    plain, given = _plain(name), _renamed(found)
+    if name in given:
+        return given[name]
     own = _ALIASES.get(plain, plain if plain in _COLUMNS else name)
-    if own in given and _plain(given[own]) in map(_plain, found):
+    if own in given.values():
         return f"other {name}"
     others = [_plain(other) for other in found if other != name]
     return name if own.lower() in others else own
+
+
+def _renamed(found: Sequence[str]) -> dict[str, str]:
+    """Our names of a table's columns by `columns_named`; an exact spelling precedes others."""
+    renamed: dict[str, str] = {}
+    given, used = _given.get(({}, set()))
+    for ours, theirs in given.items():
+        fitting = [theirs] if theirs in found else [name for name in found if _plain(name) == _plain(theirs)]
+        if len(fitting) > 1:
+            raise DataError(f"columns {' and '.join(fitting)} could be {ours}={theirs}; write the name as in the table")
+        used.update([ours] if fitting else [])
+        renamed |= dict.fromkeys(fitting, ours)
+    return renamed
 
 
 def _plain(name: str) -> str:
@@ -250,8 +268,8 @@ def _plain(name: str) -> str:
 
 def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None) -> tuple[list[str], list[str]]:
     """A table's columns by our names, and the columns that must not be empty; `DataError` if one is missing."""
-    for ours, theirs in _given.get().items():
-        if _plain(theirs) not in map(_plain, found):
+    for ours, theirs in _given.get(({}, set()))[0].items():
+        if ours not in _renamed(found).values():
             raise DataError(f"{path}: has no column {theirs}, to be read as {ours}; it has {', '.join(found)}")
     header = [own_name(name, found) for name in found]
     others = [name.removeprefix(LABEL_PREFIX) for name in header if name.startswith(LABEL_PREFIX)]
@@ -387,6 +405,13 @@ def whole(label: str) -> str:
     return str(int(number)) if math.isfinite(number) and number.is_integer() and "." in pointed else label
 
 
+def identifier(cell: str) -> str:
+    """A patient or exam without the decimals that other programs append (``5004.0``); empty for an unknown value."""
+    text = known(cell)
+    found = _POINT_ZERO.fullmatch(text)
+    return found[1] if found else text
+
+
 def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record:
     """A row of a table as a record; a `DataError` names the line of an invalid cell."""
     split = row.get("split", "").lower()
@@ -401,7 +426,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     if row.get("chest_wall", "").lower() not in ("", "left", "right"):
         raise DataError(f"{path}, {place}: chest_wall {row['chest_wall']!r} must be left or right")
     folder = Path() if path.is_dir() else path.parent
-    patient = whole(_known_cell(row, "patient_id") or "") or row["image_path"]
+    patient = identifier(row.get("patient_id", "")) or row["image_path"]
     return Record(
         path=_existing_path(folder, row["image_path"]),
         label=label,
@@ -413,7 +438,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         extra={
             name: value for name, value in row.items() if name not in _COLUMNS and not name.startswith(LABEL_PREFIX)
         },
-        exam_id=whole(_known_cell(row, "exam_id") or "") or None,
+        exam_id=identifier(row.get("exam_id", "")) or None,
         density=_normalized(values.density, row.get("density", "")),
         birads=_normalized(values.birads, row.get("birads", "")),
         manufacturer=row.get("manufacturer") or None,

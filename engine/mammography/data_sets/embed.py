@@ -6,7 +6,7 @@ A row of the clinical table belongs to the images of its exam (acc_anon) and sid
 from __future__ import annotations
 
 from ...datasets.tables import values
-from ...datasets.tables.generic import whole
+from ...datasets.tables.generic import identifier
 from ...datasets.tables.schema import Box, Finding, Record
 from ...errors import DataError
 from ...parsing import parse_literal
@@ -30,14 +30,14 @@ def read(files: Files) -> list[Record]:
         if row.get("FinalImageType") in _SCREENSHOTS:
             continue
         side = values.side(row["ImageLateralityFinal"])
-        exam = whole(row["acc_anon"])
+        exam = identifier(row["acc_anon"])
         found = [item for item in clinical.get(exam, []) if side is None or item["side"] in (side, "")]
         cancer = _cancer(found)
         grades = {_ASSESSMENTS[item["asses"]] for item in found if item["asses"] in _ASSESSMENTS}
         records.append(
             unlabelled_record(
                 path=files.expect(row["anon_dicom_path"]),
-                patient_id=whole(row["empi_anon"]),
+                patient_id=identifier(row["empi_anon"]),
                 laterality=side,
                 view=row["ViewPosition"].upper() or None,
                 exam_id=exam,
@@ -65,7 +65,7 @@ def _clinical(files: Files) -> dict[str, list[dict[str, str]]]:
             "density": row.get("tissueden", "").removesuffix(".0"),
             "severity": "" if severity is None else str(int(severity)),
         }
-        found.setdefault(whole(row["acc_anon"]), []).append(item)
+        found.setdefault(identifier(row["acc_anon"]), []).append(item)
     return found
 
 

@@ -176,11 +176,11 @@ def test_a_pattern_of_ones_own(tmp_path: Path) -> None:
     assert (named.patient_id, named.laterality, named.view) == ("7", "L", "CC")
     partly = index_folder(tmp_path, pattern="{patient}_{laterality}_{view}")
     assert len(partly.records) == 1
-    assert "2019-CC--L does not fit the pattern {patient}_{laterality}_{view}: it has no {laterality} (L, R" in str(
+    assert "2019-CC--L does not fit the pattern {patient}_{laterality}_{view}: it has no _{laterality} (L, R" in str(
         partly.errors[0]
     )
     other = index_folder(tmp_path / "d", pattern="{patient}_{laterality}").errors[0]
-    assert str(other).endswith(": it has other text after {laterality}; rename it, or change the pattern")
+    assert str(other).endswith(": it has other text after _{laterality}; rename it, or change the pattern")
     for wrong in ("{laterality}-{view}", "{patient}_{side}", "{patient}_{patient}"):
         with pytest.raises(DataError, match="pattern"):
             index_folder(tmp_path, pattern=wrong)

@@ -171,10 +171,34 @@ def test_other_names_of_columns(folder: Path) -> None:
     for wrong, message in (
         ({"label": "Krebs"}, "has no column Krebs, to be read as label; it has Datei, Krebs ja/nein, "),
         ({"path": "Datei"}, "path must be one of birads, .*, or begin with label_"),
-        ({"patient_id": "Nummer", "exam_id": "nummer"}, "Nummer cannot be read as two columns"),
+        ({"patient_id": "Nummer", "exam_id": "nummer"}, "name one column, and copy it in the table to read it as two"),
+        ({"patient_id": ""}, "column patient_id=: name one column"),
     ):
         with pytest.raises(DataError, match=message), columns_named(wrong):
             read_table(path)
+
+
+def test_an_exact_spelling_precedes_others(folder: Path) -> None:
+    path = write(folder, "image_path,Cancer,cancer,patient_id\nimg/a.png,0,1,P1\nimg/b.png,1,0,P2\n")
+    for name, labels in (("Cancer", [0, 1]), ("cancer", [1, 0])):
+        with columns_named({"label": name}) as used:
+            table = read_table(path)
+        assert [record.label for record in table.records] == labels and used == {"label"}
+    message = "columns Cancer and cancer could be label=CANCER; write the name as in the table"
+    with pytest.raises(DataError, match=message), columns_named({"label": "CANCER"}):
+        read_table(path)
+    with pytest.raises(DataError, match="name one col"), columns_named({"label": "x"}), columns_named({"view": "X"}):
+        pass
+
+
+def test_only_decimals_that_are_zero_are_taken_from_numbers_of_patients(folder: Path) -> None:
+    same = {"5004.0": "5004", "007.00": "007", "7": "7"}
+    kept = ["12345678901234567890", "12345678901234567891", "12,000", "1.5e1", "15.5", "-3.0", "P1.0", "1.0.0"]
+    ids = [*same, *kept]
+    rows = "".join(f'img/{number}.png,0,"{one}","{one}"\n' for number, one in enumerate(ids))
+    table = read_table(write(folder, "image_path,label,patient_id,exam_id\n" + rows), check_files=False)
+    assert [record.patient_id for record in table.records] == [*same.values(), *kept]
+    assert [record.exam_id for record in table.records] == [*same.values(), *kept]
 
 
 def test_identical_rows_are_read_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -97,6 +97,8 @@ def _inside(value: Any) -> dict[str, Any]:
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
     if isinstance(value, weakref.ref):
         return {"of": value()}
+    if isinstance(value, torch._ops.OpOverload):  # holds PyTorch's caches
+        return {}
     if isinstance(value, KeysView):
         return {"keys": list(value)}
     inside = {name: getattr(value, name) for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)}

@@ -201,7 +201,7 @@ function place({ viewport }) {
 // A bar of 1, 2 or 5 times a power of ten millimetres, at most 120 pixels of the screen long.
 function scaleBar(viewer, view) {
   const bar = viewer.element.parentElement?.querySelector(".scale");
-  if (!bar || !view.mm || !viewer.world.getItemCount()) return;
+  if (!bar || !(view.mm > 0) || !viewer.world.getItemCount()) return;
   const pixels = viewer.world.getItemAt(0).viewportToImageZoom(viewer.viewport.getZoom(true));
   const most = (120 * view.mm) / pixels, power = 10 ** Math.floor(Math.log10(most));
   const mm = [5, 2, 1].map((one) => one * power).find((one) => one <= most);
@@ -220,6 +220,7 @@ function windowed(change) {
   now.width = Math.min(Math.max(now.width, 0.01), 2);
   now.centre = Math.min(Math.max(now.centre, 0), 1);
   byId("invert").checked = now.invert;
+  document.body.classList.toggle("inverted", now.invert);
   const slope = (now.invert ? -1 : 1) / now.width, middle = 0.5 - slope * now.centre;
   for (const channel of document.querySelectorAll("#grey feFuncR, #grey feFuncG, #grey feFuncB")) {
     channel.setAttribute("slope", slope);
@@ -320,7 +321,8 @@ function apply() {
 
 // To an exam by its name, or its number by decreasing error, which links have.
 function jump(text) {
-  const number = DATA.exams.findIndex((exam, i) => exam.name === text || String(i + 1) === text.replace("#", ""));
+  const named = DATA.exams.findIndex((exam) => exam.name === text);
+  const number = named < 0 ? DATA.exams.findIndex((_, i) => String(i + 1) === text.replace("#", "")) : named;
   const at = state.order.indexOf(number);
   if (at < 0 || at === state.at) return at >= 0;
   state.at = at;
@@ -341,6 +343,9 @@ byId("exam").onchange = ({ target }) => {
   target.placeholder = jump(target.value.trim()) ? "go to" : `no ${target.value}`;
   target.value = "";
   target.blur();
+};
+byId("exam").onkeydown = ({ key, target }) => {
+  if (key === "Enter" || key === "Escape") target.blur();
 };
 // Copied, not followed: the server answers only to addresses that the user enters.
 byId("name").onclick = (event) => {
