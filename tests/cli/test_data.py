@@ -179,6 +179,16 @@ def test_other_names_of_columns(phantoms, tmp_path, capsys):
     assert commands.run("train", own, "--print-config", *columns) == 0
     text = '[data.columns]\nimage_path = "Datei"\nlabel = "Krebs"\npatient_id = "Nummer"\n'
     assert text in capsys.readouterr().out
+    (tmp_path / "c.toml").write_text('[data.columns]\nlabel = "Krebs"\nview = "Ansicht"\n')
+    given = ["--config", tmp_path / "c.toml", "--column", "view=Sicht"]
+    assert commands.run("train", own, "--print-config", *given) == 0
+    assert '[data.columns]\nlabel = "Krebs"\nview = "Sicht"\n' in capsys.readouterr().out
+    assert run("check", phantoms / "images", "--column", "label=Krebs", "--workers", 1) in (0, 1)
+    assert "warning: no table had a column Krebs" in capsys.readouterr().err
+    assert commands.run("eval", own, "--out", tmp_path / "e", "--column", "label=Krebs") == 2
+    assert "name the true column with --label NAME" in capsys.readouterr().err
+    assert run("check", own, "--column", "label=a", "--column", "label=b") == 2
+    assert "a name is given two columns" in capsys.readouterr().err
     assert run("check", own, "--column", "label") == 2
     assert "'label' must be NAME=COLUMN, as in label=cancer" in capsys.readouterr().err
 
