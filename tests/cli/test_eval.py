@@ -92,9 +92,12 @@ def test_all_of_it(files, tmp_path, capsys):
     assert f" at the threshold of split val, specificity 0.9; exam level: AUC {exam['auc']['value']:.3f} (" in sentence
     alone = {"levels": {"exam": {**found["levels"]["exam"], "outputs": {"1": {**exam, "at_threshold": {}}}}}}
     point = exam["sensitivity_at_specificity"][1]
-    assert verdict(alone).startswith(f"Sensitivity {point['value']:.3f} (") and " at specificity 0.9; exam" in verdict(
-        alone
-    )
+    assert verdict(alone).startswith(f"Sensitivity {point['value']:.3f} (")
+    assert " at specificity 0.9; exam level: " in verdict(alone)
+    fitted = {"levels": {"exam": found["levels"]["exam"]}, "rows": {"measured": {"val": 9}}}  # on the measured rows
+    assert verdict(fitted) == verdict(alone)
+    undefined = {**found["levels"]["exam"], "outputs": {"1": {"undefined": "one class only"}}}
+    assert "; image level: AUC " in verdict({"levels": {"image": image, "exam": undefined}})
 
 
 def test_the_same_command_writes_the_same_bytes(files, tmp_path):

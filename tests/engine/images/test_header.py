@@ -161,6 +161,14 @@ def test_spacing(write_dicom: Write, elements: dict[str, Any], expected: tuple[f
     assert read_info(write_dicom(picture(12), **elements)).spacing == expected
 
 
+@pytest.mark.parametrize(("kind", "factor", "expected"), [("", 1.8, 1.8), ("GEOMETRY", 1.8, None), ("", -1, None)])
+def test_the_magnification_of_the_spacing(write_dicom: Write, kind: str, factor: float, expected: float | None) -> None:
+    """A calibrated spacing is that in the breast already."""
+    calibrated = {"PixelSpacingCalibrationType": kind} if kind else {}
+    elements = {"ImagerPixelSpacing": [0.1, 0.1], "EstimatedRadiographicMagnificationFactor": factor, **calibrated}
+    assert read_info(write_dicom(picture(12), **elements)).magnification == expected
+
+
 @pytest.mark.parametrize(
     ("elements", "expected"),
     [
