@@ -38,8 +38,8 @@ measurements.
 
 Each cell is the smallest of five GPUs (16, 24, 40, 80 and 141 GiB) for a step with one grey image, in bf16 autocast,
 with all maps on the GPU and at most {work} times the work of stock PyTorch (stated if over 1.05). A step may use
-{share} of the memory: the CUDA context and the state of an optimizer need the rest. In parentheses: the smallest GPU
-for the tensors of stock PyTorch, with frozen norms folded into the convolutions.
+{share} of it: the CUDA context and an optimizer's state need the rest. In parentheses: the smallest GPU for stock's
+tensors, frozen norms folded, without checkpoints of blocks, which an expert would add on a smaller GPU.
 
 Other networks, sizes and batches: `gigamorph plan --model NAME --size 4096x3328 --device cuda:24GiB`, and with
 `--largest size` or `--largest batch`."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_647,
-    ("engine", "kernels", "cli", "benchmarks"): 65_384,
+    ("engine", "kernels"): 57_640,
+    ("engine", "kernels", "cli", "benchmarks"): 65_377,
     ("benchmarks",): 4_199,
 }
 WORDS = {

@@ -21,7 +21,7 @@ from .front import LEAST, share_of
 from .lightstream import norm_parameters, tile_within, tiles_to_try
 from .ordinary import autocast
 from .peers import PEERS, TRAINING, Settings
-from .process import Child, measure_in_new_process
+from .process import Child
 from .results import EQUAL_MEMORY, FAILED, NOT_RUN, OK, OUT_OF_MEMORY, REFUSED, WRONG, BenchTask, StepRow
 from .work import build
 
@@ -107,15 +107,6 @@ def measure(
                 cell.ask("profile", folder=str(options.folder / f"{task} {row.peer}".replace(" ", "_")))
             say(row)
     return rows
-
-
-def measure_row(row: StepRow, steps: int) -> StepRow:
-    """Time all steps of a row in a new process, and store the result in the row."""
-    answer = measure_in_new_process(row.task, row.base_peer, row.settings, steps, cap=row.cap_bytes)
-    if _store_status(row, answer):
-        _add_times(row, answer)
-        _update_peaks(row, answer)
-    return row
 
 
 def _budget(row: StepRow, rows: list[StepRow], network: nn.Module, options: StepOptions) -> float | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
 from ..datasets.tables.cells import Rows, no_number, read_rows, write_csv
-from ..datasets.tables.generic import SPLIT_NAMES, identifier, own_name, whole
+from ..datasets.tables.generic import SPLIT_NAMES, identifier, own_names, whole
 from ..datasets.tables.values import box_around, number, side
 from ..datasets.unknown_views import unplaced, unplaced_line
 from ..errors import DataError
@@ -328,8 +328,7 @@ def _read(path: Path) -> Rows:
 
 def _add_own_names(rows: Rows) -> None:
     """Add our names of columns that `read_table` accepts under other names (study_id, Patient_ID); both can be used."""
-    for name in tuple(rows.header):
-        own = own_name(name, rows.header)
+    for name, own in list(zip(rows.header, own_names(rows.header), strict=True)):
         if own != name:
             rows.header.append(own)
             for row in rows.rows:

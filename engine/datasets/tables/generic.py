@@ -234,19 +234,22 @@ def without_masks(records: Sequence[Record], masks: Sequence[Path]) -> list[Reco
     ]
 
 
-def own_name(name: str, found: Sequence[str]) -> str:
-    """Our name of a column: any capitals, blanks for underscores, and names of other tools are recognised.
+def own_names(found: Sequence[str]) -> list[str]:
+    """Our names of a table's columns: any capitals, blanks for underscores, and names of other tools are recognised.
 
-    The name is unchanged if another column already has our name; names of `columns_named` take precedence.
+    A name is unchanged if another column already has our name; names of `columns_named` take precedence.
     """
-    plain, given = _plain(name), _renamed(found)
-    if name in given:
-        return given[name]
-    own = _ALIASES.get(plain, plain if plain in _COLUMNS else name)
-    if own in given.values():
-        return f"other {name}"
-    others = [_plain(other) for other in found if other != name]
-    return name if own.lower() in others else own
+    given, plain = _renamed(found), Counter(map(_plain, found))
+
+    def own_name(name: str) -> str:
+        if name in given:
+            return given[name]
+        own = _ALIASES.get(_plain(name), _plain(name) if _plain(name) in _COLUMNS else name)
+        if own in given.values():
+            return f"other {name}"
+        return name if plain[own.lower()] > (own.lower() == _plain(name)) else own
+
+    return list(map(own_name, found))
 
 
 def _renamed(found: Sequence[str]) -> dict[str, str]:
@@ -271,7 +274,7 @@ def columns_of(path: Path, found: Sequence[str], labels: bool, label: str | None
     for ours, theirs in _given.get(({}, set()))[0].items():
         if ours not in _renamed(found).values():
             raise DataError(f"{path}: has no column {theirs}, to be read as {ours}; it has {', '.join(found)}")
-    header = [own_name(name, found) for name in found]
+    header = own_names(found)
     others = [name.removeprefix(LABEL_PREFIX) for name in header if name.startswith(LABEL_PREFIX)]
     if label is not None and label not in others:
         raise DataError(f"{path}: has no column {LABEL_PREFIX}{label}; it has {', '.join(header)}")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ...datasets.dataset import open_record
-from ...datasets.index import is_dicom
 from ...datasets.masks import Classes, FileMask, Mask, mask_as_seen, masks_of
 from ...datasets.tables import READING, Finding, Record, read_table, reading_of
 from ...datasets.tables.cells import Rows, no_number, read_rows
@@ -23,8 +22,7 @@ from ...evaluate.dice import DICE, SHARE, classes_of_masks
 from ...evaluate.join import ImageRecords, missing_file_hint
 from ...evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ...images.affine import CoordinateMap
-from ...images.header import read_info
-from ...images.pixels import PixelSource, as_stored, to_original
+from ...images.pixels import PixelSource, as_stored, stored_source, to_original
 
 _SIDES = {"R": 0, "L": 1}
 _VIEWS = {"CC": 0, "MLO": 1}
@@ -105,9 +103,10 @@ class ExamImage:
         mask.require_size(source)
         return mask_as_seen(mask, source)
 
-    def millimetres(self) -> float:
-        """The side of a pixel in the breast; 0 if the header does not state it."""
-        info = read_info(self.record.path) if is_dicom(self.record.path) else None
+    def millimetres(self, source: PixelSource) -> float:
+        """The side of a pixel of `open`'s image in the breast; 0 if the header does not state it."""
+        stored = stored_source(source)
+        info = None if stored is None else getattr(stored.stored, "info", None)
         return info.spacing[1] / (info.magnification or 1) if info and info.spacing else 0.0
 
     def boxes(self, source: PixelSource) -> list[tuple[float, float, float, float, str]]:

@@ -243,7 +243,7 @@ class ViewerFiles:
             "width": pyramid.width,
             "levels": pyramid.levels,
             "boxes": view.boxes(source),
-            "mm": view.millimetres(),
+            "mm": view.millimetres(source),
             "dice": {} if view.masks is None else dict(view.masks.dice),
             "masks": [] if view.masks is None else list(view.masks.files),
         }
