@@ -88,8 +88,8 @@ def build(name: str) -> Any:
     return coverage_nets.TimmFeatures(made, source) if source else made
 
 
-def check(name: str, mode: str) -> dict[str, Any]:
-    """Return the verdict on one network in one mode."""
+def check(name: str, mode: str, verdict_only: bool) -> dict[str, Any]:
+    """Return the verdict on one network in one mode, with the errors in float32 and the times of steps if wanted."""
     import torch
     from coverage_judge import ROUNDING, judge
     from exactness import randomize
@@ -121,12 +121,12 @@ def check(name: str, mode: str) -> dict[str, Any]:
         report["dropout off"] = disabled
     fast = lambda twin: accelerate(twin, tile=tile, fallback=fallback)  # noqa: E731
     casts = any(op.name == "float" for op in network.program.ops)
-    found = judge(model, image, fast, casts=casts, limit=LIMIT)
+    found = judge(model, image, fast, casts, LIMIT, single=not verdict_only)
     if not found["good"] and max(found["noise"], found["largest"]) > ROUNDING and mode == "eval":
         _calibrate(model, size)
         report["statistics"] = f"of a batch: with random ones stock's own noise is {found['noise']:.0e}"
-        found = judge(model, image, fast, casts=casts, limit=LIMIT)
-    report |= found | {"steps": _times(model, image, fast)}
+        found = judge(model, image, fast, casts, LIMIT, single=not verdict_only)
+    report |= found if verdict_only else found | {"steps": _times(model, image, fast)}
     del report["noise"], report["largest"]
     good, unclear = report.pop("good"), report.pop("unclear")
     exact = "taken whole" if fallback else "exact"
@@ -209,9 +209,9 @@ class Server:
 
         torch.set_num_threads(1)
 
-    def check(self, name: str, mode: str) -> dict[str, Any]:
+    def check(self, name: str, mode: str, verdict_only: bool) -> dict[str, Any]:
         try:
-            return check(name, mode)
+            return check(name, mode, verdict_only)
         except Exception as error:  # any error of a network is its verdict
             return _wrong(name, mode, " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
@@ -228,12 +228,12 @@ class CoverageProcess:
         self.process: Process | None = None
         self.checked = 0
 
-    def check(self, name: str, mode: str) -> dict[str, Any]:
+    def check(self, name: str, mode: str, verdict_only: bool) -> dict[str, Any]:
         if self.checked and self.checked % NETWORKS_EACH == 0:
             self.close()
         self.checked += 1
         process = self.process = self.process or Process("coverage", TIMEOUT, folder=Path(__file__).parent)
-        report = process.ask("check", name=name, mode=mode)
+        report = process.ask("check", name=name, mode=mode, verdict_only=verdict_only)
         if report.pop("status") == OK:
             return report
         self.close()
@@ -245,13 +245,13 @@ class CoverageProcess:
             self.process = None
 
 
-def check_all(tasks: list[tuple[str, str]], jobs: int, results: VerdictFile) -> None:
+def check_all(tasks: list[tuple[str, str]], verdict_only: bool, jobs: int, results: VerdictFile) -> None:
     """Append the verdicts on all networks and modes, and print one line for each."""
     idle = [CoverageProcess() for _ in range(jobs)]
 
     def work(task: tuple[str, str]) -> dict[str, Any]:
         child = idle.pop()
-        report = child.check(*task)
+        report = child.check(*task, verdict_only)
         idle.append(child)
         return report
 
@@ -306,6 +306,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, help="file to which verdicts are appended")
     parser.add_argument("--again", action="store_true", help="also check networks that have a verdict")
     parser.add_argument("--retry", action="store_true", help="also check networks that are wrong or refused")
+    parser.add_argument("--verdict-only", action="store_true", help="neither float32 errors nor times of steps")
     parser.add_argument("--markdown", action="store_true", help="only write docs/coverage.md from the file")
     options = parser.parse_args()
     results = VerdictFile(options.json)
@@ -324,7 +325,7 @@ def main() -> int:
         from gigamorph.engine.models.compat import make_torchvision_importable
 
         make_torchvision_importable()
-        check_all(tasks, options.jobs, results)
+        check_all(tasks, options.verdict_only, options.jobs, results)
     found = json.loads(options.json.read_text())
     for mode, own in found["counts"].items():
         print(f"{mode}: {sum(own.values())} networks: " + ", ".join(f"{own[v]} {v}" for v in VERDICTS))

@@ -36,9 +36,14 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def judge(
-    model: nn.Module, image: Tensor, fast: Callable[[nn.Module], nn.Module], casts: bool, limit: float
+    model: nn.Module,
+    image: Tensor,
+    fast: Callable[[nn.Module], nn.Module],
+    casts: bool,
+    limit: float,
+    single: bool = True,
 ) -> dict[str, Any]:
-    """Return "good" or "unclear", the worst "error" and its tensor, "notes", and the "float32" errors.
+    """Return "good" or "unclear", the worst "error" and its tensor, "notes", and the "float32" errors if wanted.
 
     The result also has the "largest" error of any tensor, which need not be the worst, and the largest "noise", or 0 if
     it was not needed.
@@ -49,6 +54,7 @@ def judge(
         fast: makes the network under test from a copy.
         casts: whether the network itself casts to float32.
         limit: limit on relative errors.
+        single: whether float32 is compared too.
     """
     notes: list[str] = []
     in_stock: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -97,8 +103,9 @@ def judge(
             if unclear:
                 worst = max(errors, key=lambda name: errors[name])
             notes.append(f"{times[worst]:.1f} times stock's own noise, which is {noise[worst]:.1e}")
-    single = _float32(model, image, fast, truth, in_stock)
-    found = {"good": good, "unclear": unclear, "error": errors[worst], "worst": worst, "float32": single}
+    found: dict[str, Any] = {"good": good, "unclear": unclear, "error": errors[worst], "worst": worst}
+    if single:
+        found["float32"] = _float32(model, image, fast, truth, in_stock)
     found |= {"noise": rounding, "largest": _worst(errors)}
     return found | ({"notes": "; ".join(notes)} if notes else {})
 
