@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import coverage as census  # noqa: E402
 from coverage_judge import ROUNDING  # noqa: E402
 from coverage_list import ATTENTION, FIRST, MORE  # noqa: E402
-from coverage_markdown import LONG, PAGE, page, slowdown  # noqa: E402
+from coverage_markdown import DYNAMO, LONG, PAGE, page, slowdown  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,14 @@ def test_every_network_in_both_modes(recorded: dict[str, Any]) -> None:
     assert commits.most_common(1)[0][1] >= 0.9 * len(found)
     told = "All {} rows are of commit {}" if len(commits) == 1 else "{} of {}"
     assert all(told.format(number, commit) in PAGE.read_text() for commit, number in commits.items())
+
+
+def test_no_network_is_lost_with_torchdynamo(recorded: dict[str, Any]) -> None:
+    verdicts = {(row["network"], row["mode"]): row["verdict"] for row in recorded["networks"]}
+    again = {(row["network"], row["mode"]): row["verdict"] for row in json.loads(DYNAMO.read_text())["networks"]}
+    assert again.keys() == verdicts.keys()
+    ranks = ["exact", "taken whole", "unclear"]
+    assert all(ranks.index(again[key]) <= ranks.index(verdicts[key]) for key in verdicts)
 
 
 def test_the_list_is_chosen_by_family() -> None:
