@@ -54,8 +54,8 @@ pyramid of our own), unmodified, in tiles of {tiles} pixels. Outputs, gradients 
 buffers after one training step are compared with stock PyTorch {result["torch"]} on the CPU. Wrong: {wrong}.
 {_commits(result["networks"])}
 
-Since then TorchDynamo records the networks. All were compared again in float64 (`{DYNAMO.name}`): with
-frozen norms {again["eval"]["exact"]} are exact by tiles, with live norms {again["live"]["exact"]}; none is lost, and none is wrong.
+Since then TorchDynamo records the networks. All were compared again in float64 (`{DYNAMO.name}`):
+{again["eval"]["exact"]} are exact by tiles with frozen norms, {again["live"]["exact"]} with live norms. None is lost.
 """
 
 
