@@ -307,6 +307,13 @@ def is_used_up(node: Any) -> bool:
     return False
 
 
+after_backward = _private(
+    "torch.autograd.Variable._execution_engine.queue_callback",
+    "allocate the blocks of a backward on the whole image from the arena",
+    "such a backward is slower",
+    None,
+)
+
 # Tensors.
 foreach_copy = _private(
     "torch._foreach_copy_",

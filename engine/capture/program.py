@@ -99,6 +99,15 @@ class Program:
         """All values that remain after a call: in its result, and in tensors that it changes."""
         return [self.form(v) for v in (*self.given_away(), *(after for _, after in self.updates))]
 
+    def ended(self, ops: Sequence[Op]) -> list[list[int]]:
+        """By op, the values that no later one of `ops` reads and that the call does not return, without the state."""
+        kept = {*self.results(), *self.state()}
+        last = {v: n for n, op in enumerate(ops) for v in (*op.outputs, *op.inputs) if v not in kept}
+        found: list[list[int]] = [[] for _ in ops]
+        for value, number in last.items():
+            found[number].append(value)
+        return found
+
     def handed_out(self) -> list[int]:
         """The values that the caller receives."""
         return list(map(self.form, self.given_away()))
@@ -170,6 +179,21 @@ def call(op: Op, env: Any, copied: Container[int] | None = None) -> list[Tensor]
     made = {id(t): t for t in (*tensors, *(scope[v] for v in op.mutated))}
     return list(made.values())
 
+
+def in_stock_order(value: Value, tensor: Tensor) -> Tensor:
+    """A tensor in the memory order that it has in stock PyTorch, as far as that is dense."""
+    if value.order is None or len(value.order) != tensor.dim() or tensor.permute(value.order).is_contiguous():
+        return tensor
+    dense = tensor.permute(value.order).contiguous()
+    return dense.permute(tuple(value.order.index(d) for d in range(tensor.dim())))
+
+
+def reads_memory(op: Op) -> bool:
+    """Whether the result of an op depends on the memory order of its inputs."""
+    return op.name.rstrip("_") in _READS_MEMORY or draws(op)
+
+
+_READS_MEMORY = frozenset("as_strided as_strided_scatter set resize resize_as untyped_storage storage".split())
 
 # Functions of these names in `torch` take their arguments in another order than those of torch.nn.functional.
 _OTHER_ORDER = frozenset(

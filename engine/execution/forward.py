@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ..capture.program import Op, bind, call, op_autocast, refs
+from ..capture.program import Op, bind, call, in_stock_order, op_autocast, reads_memory, refs
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole_passes import WholePasses
 from ..lowering.folding import Fold, fold_together
@@ -87,6 +87,11 @@ class Forward:
         self.gradients = Gradients()
         self.saved = OffloadedTensors(prepared.brought, prepared.staged.place)
         self._apart: dict[int, Tensor] = {}
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all maps that the network gets are tensors on its device."""
+        return self.image is not None and self.image.device == self.device and not self.given
 
     def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
         """Begin a step: on the CPU, limits the memory of this process to the plan from now on.
@@ -348,4 +353,7 @@ def run_vector_op(staged: StagedProgram, op: Op | VectorOp, env: dict[int, Tenso
     values = staged.program.values
     maps = {v: torch.empty(0, dtype=values[v].dtype, device=device) for v in staged.maps.inputs(op) if v not in env}
     with op_autocast(op, device):
-        env.update(zip(op.outputs, call(op, {**{v: env[v] for v in op.inputs if v in env}, **maps}), strict=False))
+        given = {v: env[v] for v in op.inputs if v in env}
+        if reads_memory(op):
+            given = {v: in_stock_order(values[v], t) for v, t in given.items()}
+        env.update(zip(op.outputs, call(op, {**given, **maps}), strict=False))

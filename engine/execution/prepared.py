@@ -14,6 +14,7 @@ from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.step_checks import is_one_step
 from ..cuda_graphs.whole_passes import MEMORY_SHARE, WholePasses, can_be_captured
+from ..lowering.folding import Fold, folded_ops
 from ..lowering.ops import VectorOp
 from ..lowering.stages import ProgramStage, StagedProgram
 from ..planning.call_memory import backward_bytes
@@ -57,6 +58,7 @@ class ProgramKey:
         image_grads: which images require a gradient.
         wanting: which images have `requires_grad` in the network's view.
         strides: strides of the image tensors.
+        in_memory: whether all images are tensors on the device.
         modes: gradient mode and inference mode.
         autocast: the autocast state.
         settings: tile, budget, storage of the halos, and fallback.
@@ -71,6 +73,7 @@ class ProgramKey:
     image_grads: tuple[bool, ...]
     wanting: tuple[Hashable, ...]
     strides: tuple[tuple[int, ...] | None, ...]
+    in_memory: bool
     modes: tuple[bool, bool]
     autocast: Autocast
     settings: tuple[Hashable, ...]
@@ -106,6 +109,13 @@ class Prepared:
     def last_use(self) -> dict[int, list[int]]:
         """The values whose last reader is a step, by the step's index."""
         return _last_uses(self.staged)
+
+    @cached_property
+    def whole_ops(self) -> list[tuple[Op, Fold | None, list[int]]]:
+        """The ops for the whole image, see `folded_ops`, and the values that are not read after each."""
+        program = self.staged.program
+        ops = folded_ops(program)
+        return [(*one, ended) for one, ended in zip(ops, program.ended([op for op, _ in ops]), strict=True)]
 
     @cached_property
     def handed_out(self) -> frozenset[int]:

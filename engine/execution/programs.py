@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -177,6 +177,7 @@ def _key(images: Sequence[ImageBatch], settings: PlanSettings) -> ProgramKey:
         image_grads=tuple(one.image_grad for one in images),
         wanting=tuple(wants(one.image) for one in images),
         strides=tuple(strides(one.image) for one in images),
+        in_memory=all(one.image is not None and one.image.device == one.device for one in images),
         modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         autocast=Autocast.current(first.device),
         settings=(settings.tile, settings.memory_budget, settings.halos, settings.fallback),
@@ -192,7 +193,7 @@ def _planned(programs: Sequence[Program], key: ProgramKey, settings: PlanSetting
     if len(programs) > 1:
         arranged = arrange_together(programs, settings.request(key.training, count_tile=counted), key.image_grads)
     else:
-        request = settings.request(key.training, key.image_grads[0], counted)
+        request = replace(settings.request(key.training, key.image_grads[0], counted), in_memory=key.in_memory)
         arranged = [arrange(programs[0], request, shard=shard, agree=True)]
     prepared = []
     for staged, plan in arranged:

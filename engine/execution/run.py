@@ -16,10 +16,15 @@ from .checkpoint import Checkpointed
 from .forward import Forward, step_together
 from .image_batch import ImageTensor
 from .prepared import Prepared
+from .untiled import run_untiled
 
 
 def compute(forward: Forward) -> Any:
     """Run a forward: returns the outputs for one image batch, and applies the updates of buffers and arguments."""
+    if forward.prepared.plan.untiled_bytes and forward.in_memory:
+        run_untiled(forward)
+        _note_one_tile(forward)
+        return forward.finish()
     step = forward.prepared.whole_step(forward.device)
     step = step if step is not None and step.serves(forward) else None
     if step is not None:
@@ -27,10 +32,7 @@ def compute(forward: Forward) -> Any:
         like = forward.prepared, forward.device, forward.dtype, step.retained
         found = step.result(forward, partial(_alone, *like))
         if found is not None:
-            if forward.on_tile is not None:  # the step as one tile
-                values, image = forward.prepared.staged.program.values, forward.prepared.staged.program.image
-                size = values[image].shape
-                forward.on_tile(TileEvent("forward", 1, 1, size[0] * size[-2] * size[-1]))
+            _note_one_tile(forward)
             return found[0]
         forward.alone = not step.failed
     run([forward])
@@ -38,6 +40,12 @@ def compute(forward: Forward) -> Any:
     if step is not None:
         step.see(forward)
     return result
+
+
+def _note_one_tile(forward: Forward) -> None:
+    if forward.on_tile is not None:
+        size = forward.pixels.shape
+        forward.on_tile(TileEvent("forward", 1, 1, size[0] * size[-2] * size[-1]))
 
 
 def _alone(

@@ -12,6 +12,7 @@ one matrix.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..capture.program import Ref, Value
+from ..capture.program import Op, Program, Ref, Value
 from ..torch_private import foreach_copy
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments, batch_norm_arguments
@@ -124,16 +125,48 @@ def fold_batch_norm(stage: ProgramStage) -> None:
 
 def _fold(stage: ProgramStage, conv: Local, norm: Local, given: dict[str, Any]) -> None:
     values = stage.program.values
-    own = arguments(conv.op, "input weight bias stride padding dilation groups")
-    weight, mean, var = own["weight"].value, given["running_mean"].value, given["running_var"].value
-    bias, gamma, beta = (None if ref is None else ref.value for ref in (own["bias"], given["weight"], given["bias"]))
-    fold = Fold(weight, bias, mean, var, gamma, beta, given["eps"], values[weight].dtype)
+    fold = _fold_of(values, arguments(conv.op, "input weight bias stride padding dilation groups"), given)
+    weight, mean = fold.weight, fold.mean
     folded_weight, folded_bias = len(values), len(values) + 1
     values.append(values[weight])
     values.append(Value(values[mean].shape, values[weight].dtype, values[weight].device))
     stage.prelude.append(VectorOp(fold, fold.inputs, (folded_weight, folded_bias)))
     stage.change_arguments(conv, weight=Ref(folded_weight), bias=Ref(folded_bias))
     conv.op = replace(conv.op, outputs=norm.op.outputs)
+
+
+def _fold_of(values: Sequence[Value], conv: dict[str, Any], norm: dict[str, Any]) -> Fold:
+    """The fold of a convolution and a norm, given the arguments of both."""
+    weight, mean, var = conv["weight"].value, norm["running_mean"].value, norm["running_var"].value
+    bias, gamma, beta = (None if ref is None else ref.value for ref in (conv["bias"], norm["weight"], norm["bias"]))
+    return Fold(weight, bias, mean, var, gamma, beta, norm["eps"], values[weight].dtype)
+
+
+FOLDED = Ref(-1), Ref(-2)  # the folded weight and bias in an op of `folded_ops`
+
+
+def folded_ops(program: Program) -> list[tuple[Op, Fold | None]]:
+    """The ops of a program without the frozen norms that are folded, each convolution with its `Fold`."""
+    kept, state = set(program.results()), set(program.state())
+    makers = {op.outputs[0]: n for n, op in enumerate(program.ops) if op.name == "conv2d"}
+    readers = Counter(v for op in program.ops for v in op.inputs)
+    found: list[tuple[Op, Fold | None] | None] = [(op, None) for op in program.ops]
+    for n, norm in enumerate(program.ops):
+        given = batch_norm_arguments(norm) if norm.name == "batch_norm" else {"training": True}
+        raw = norm.inputs[0] if norm.inputs else -1
+        if given["training"] or given["running_mean"] is None or raw not in makers or readers[raw] > 1 or raw in kept:
+            continue
+        conv = program.ops[makers[raw]]
+        own = arguments(conv, "input weight bias stride padding dilation groups")
+        fold = _fold_of(program.values, own, given)
+        if conv.autocast != norm.autocast or norm.mutated or not state.issuperset(fold.inputs[1:]):
+            continue
+        changed = {name: value for name, value in own.items() if value is not None}
+        changed |= dict(zip(("weight", "bias"), FOLDED, strict=True))
+        inputs = own["input"].value, *(ref.value for ref in FOLDED)
+        found[makers[raw]] = replace(conv, args=(), kwargs=changed, inputs=inputs, outputs=norm.outputs), fold
+        found[n] = None
+    return [one for one in found if one is not None]
 
 
 # -- all of a stage at once ---------------------------------------------------------------------------------------

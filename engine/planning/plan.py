@@ -72,6 +72,7 @@ class Plan:
         stock_bytes: the tensors of the same step in stock PyTorch, or None if not requested. Its libraries are not
             counted: on the CPU ResNet-18's step takes 1.3 times as much, lesionnet's 2.4.
         folded_bytes: the same with frozen norms folded into the convolutions before them.
+        untiled_bytes: predicted peak if the step runs PyTorch's own ops on the whole image instead of tiles, else 0.
     """
 
     image: tuple[int, int, int, int]
@@ -104,11 +105,12 @@ class Plan:
     budget: int | None = None
     stock_bytes: int | None = None
     folded_bytes: int | None = None
+    untiled_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Predicted peak on the device, without the image itself and the memory of other code."""
-        return self.parts_bytes + (self.capture_bytes or self.replay_bytes)
+        return self.untiled_bytes or self.parts_bytes + (self.capture_bytes or self.replay_bytes)
 
     @property
     def parts_bytes(self) -> int:
@@ -152,6 +154,8 @@ class Plan:
     @property
     def work(self) -> float:
         """Arithmetic and moved bytes of the step, relative to stock PyTorch."""
+        if self.untiled_bytes:
+            return 1.0
         stock, tiles = 3 if self.training else 1, self.tiles[0] * self.tiles[1] * len(self.sides)
         forwards = self.choices[self.choice].forwards
         retained = 1.0 if self.keeps_graphs else min(1.0, self.retained / tiles)  # these are not recomputed
@@ -162,6 +166,12 @@ class Plan:
         lines = [
             ("image", f"{n} x {c} x {height} x {width} ({n * height * width / 1e6:.1f} Mpx)"),
             ("step", "training, two passes" if self.training else "inference, one pass"),
+        ]
+        if self.untiled_bytes:
+            lines[1] = "step", "training, the whole image at once"
+            lines.append(("predicted peak", format_bytes(self.untiled_bytes)))
+            return _text(lines)
+        lines += [
             ("tile", f"{self.tile[0]} x {self.tile[1]}, {self.tiles[0]} x {self.tiles[1]} of them"),
             ("parameters", format_bytes(self.parameter_bytes)),
             ("halos", f"{format_bytes(self.halo_bytes)} {PLACES[self.halos]}" if self.training else "none stored"),
@@ -202,4 +212,8 @@ class Plan:
             lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} of tensors alone ({times})"))
         if self.folded_bytes is not None:
             lines.append(("norms folded", f"{format_bytes(self.folded_bytes)} in stock PyTorch"))
-        return "\n".join(f"{name:<15} {text}" for name, text in lines)
+        return _text(lines)
+
+
+def _text(lines: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<15} {text}" for name, text in lines)

@@ -25,6 +25,7 @@ class Request:
         count_tile: whether to count the bytes of a given tile, which takes time; the schedule does not need them.
         fallback: the treatment of ops that cannot be tiled, see `sort`.
         available: free bytes, of which a share is used; None queries the device.
+        in_memory: whether the image is a tensor on the device, so that it may be computed as a whole.
         stock: the peak of the same step in stock PyTorch, if it limits the retained graphs of tiles.
     """
 
@@ -36,6 +37,7 @@ class Request:
     count_tile: bool = True
     fallback: str | None = None
     available: int | None = None
+    in_memory: bool = True
     stock: int | None = None
 
     def limit(self, device: torch.device) -> int:

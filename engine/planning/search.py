@@ -83,7 +83,17 @@ class PlanSearch:
                 raise self.refusal()
             if found.op_by_op and found.choice + 1 < len(self.options):
                 found = self.captured(found.choice + 1) or found
-        return replace(found, choices=tuple(self.tried))
+        whole = self.request.stock or 0 if self._may_be_untiled() else 0
+        return replace(found, choices=tuple(self.tried), untiled_bytes=whole)
+
+    def _may_be_untiled(self) -> bool:
+        """Whether a step runs PyTorch's own ops on the whole image: on the CPU without a budget, with ample memory."""
+        request, program = self.request, self._maps.program
+        if request.stock is None or self.shard is not None or not request.in_memory:
+            return False
+        if request.stock != request.room(self.device):
+            return False
+        return not (program.assigned or program.stands_in or any(op.group is not None for op in program.ops))
 
     def plan_or_none(self, budget: int) -> Plan | None:
         """The plan for a budget; None if nothing fits."""

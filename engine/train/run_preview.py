@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def preview_lines(net: Accelerated, data: Data, options: TrainOptions) -> Iterat
     started = time.monotonic()
     try:
         with torch.enable_grad():
-            plan = planned.plan_for((1, *shape))
+            plan = replace(planned.plan_for((1, *shape)), untiled_bytes=0)  # images are read by region
     except BudgetError as error:
         raise BudgetError(f"{path}: {error}", error.needed_bytes) from error
     quick = time.monotonic() - started < _QUICK_PLAN
