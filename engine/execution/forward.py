@@ -29,7 +29,6 @@ from ..tiling.forward import ForwardPass
 from ..tiling.halos import copy_all, unpermute
 from ..tiling.memory import available_bytes
 from ..tiling.memory_limit import MemoryLimit
-from ..tiling.page_pool import PagePool
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent
 from ..tiling.stored_maps import Gradients
 from ..torch_private import sequence_number, set_sequence_number
@@ -89,19 +88,19 @@ class Forward:
         self._apart: dict[int, Tensor] = {}
 
     @property
-    def in_memory(self) -> bool:
-        """Whether all maps that the network gets are tensors on its device."""
-        return self.image is not None and self.image.device == self.device and not self.given
+    def whole_image(self) -> bool:
+        """Whether PyTorch's own ops compute the whole image, all maps of the call being tensors on the device."""
+        here = self.image is not None and self.image.device == self.device and not self.given
+        return here and self.prepared.plan.untiled_bytes > 0
 
-    def keep_to_plan(self, page_pool: PagePool, together: MemoryLimit | None = None) -> None:
+    def keep_to_plan(self, together: MemoryLimit | None = None) -> None:
         """Begin a step: on the CPU, limits the memory of this process to the plan from now on.
 
         Args:
-            page_pool: the pool of pages of freed maps.
             together: the limit of earlier forwards that share the budget, because their backward runs with this one.
         """
         plan, values = self.prepared.plan, self.prepared.staged.program.values
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not self.whole_image:
             named = {values[v].name: t for v, t in self.env.items() if values[v].name is not None}
             held = sum(t.nbytes for t in named.values())
             there = [t.grad for t in named.values() if t.is_leaf and t.grad is not None]
@@ -116,7 +115,7 @@ class Forward:
             whole = every or together is not None or found is not None
             limit = ((whole and plan.budget) or plan.peak_bytes) - plan.record_bytes
             if together is None:
-                given = (limit, held, plan.library_bytes, plan.tile_bytes, page_pool, strict)
+                given = (limit, held, plan.library_bytes, plan.tile_bytes, strict)
                 predicted = plan.peak_bytes - plan.record_bytes
                 if found is None:
                     self.memory_limit = MemoryLimit(*given, gradients)

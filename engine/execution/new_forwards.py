@@ -10,7 +10,6 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..parallel.processes import check_same_steps
 from ..tiling.memory_limit import MemoryLimit
-from ..tiling.page_pool import PagePool
 from ..tiling.scan import Pixels, TileEvent
 from .forward import Forward
 from .image_batch import ImageTensor
@@ -21,7 +20,6 @@ from .programs import GraphInputs
 def begin(
     inputs: Sequence[GraphInputs],
     prepared: Sequence[Prepared],
-    page_pool: PagePool,
     on_tile: Callable[[TileEvent], None] | None,
     regions: Mapping[int, Pixels] | None = None,
     together: MemoryLimit | None = None,
@@ -31,7 +29,6 @@ def begin(
     Args:
         inputs: the inputs of the graph for each batch.
         prepared: the prepared program for each batch.
-        page_pool: the pool of pages of freed maps.
         on_tile: called after each tile.
         regions: by the index of an input, the source that is read by region instead of its tensor.
         together: see `Forward.keep_to_plan`.
@@ -59,7 +56,7 @@ def begin(
             pixels = ImageTensor(image)
         forwards.append(Forward(ready, image, pixels, one.device, one.dtype, state, on_tile, read, targets))
         forwards[-1].passed.update((v, t) for v, t in kept.items() if state[v] is not t and v not in written)
-        forwards[-1].keep_to_plan(page_pool, together)
+        forwards[-1].keep_to_plan(together)
         together = forwards[-1].memory_limit
     return forwards
 

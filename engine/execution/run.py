@@ -21,7 +21,7 @@ from .untiled import run_untiled
 
 def compute(forward: Forward) -> Any:
     """Run a forward: returns the outputs for one image batch, and applies the updates of buffers and arguments."""
-    if forward.prepared.plan.untiled_bytes and forward.in_memory:
+    if forward.whole_image:
         run_untiled(forward)
         _note_one_tile(forward)
         return forward.finish()

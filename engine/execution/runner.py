@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -20,7 +21,7 @@ from ..errors import UnsupportedError
 from ..module.first_order import refuse_checkpoint
 from ..tiling.memory import format_bytes
 from ..tiling.memory_limit import MemoryLimit
-from ..tiling.page_pool import PagePool
+from ..tiling.pages import trim_arena
 from ..tiling.scan import TileEvent
 from .forward import Forward
 from .image_batch import ImageBatch, ImageTensor
@@ -112,7 +113,7 @@ class Runner:
     def __init__(self, settings: PlanSettings, on_tile: Callable[[TileEvent], None] | None = None):
         self.settings, self.on_tile = settings, on_tile
         self.programs = Programs()
-        self.page_pool = PagePool()
+        weakref.finalize(self, trim_arena).atexit = False
         self._compiled: dict[Any, Compiled] = {}
         self._call: Call | None = None
 
@@ -180,7 +181,7 @@ class Runner:
             refuse_checkpoint()
         self.programs.keep_captures_of(prepared)
         regions = {place: call.regions[id(v)] for place, v in enumerate(inputs[0].flat) if id(v) in call.regions}
-        return begin(inputs, prepared, self.page_pool, self.on_tile, regions, call.together)
+        return begin(inputs, prepared, self.on_tile, regions, call.together)
 
     @staticmethod
     def _roles(call: Call, flat: Sequence[Any]) -> dict[int, str]:

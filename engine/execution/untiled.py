@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..capture.program import Op, Value, call, in_stock_order, op_autocast, reads_memory
 from ..lowering.folding import FOLDED
+from ..lowering.winograd import convolution
 from ..tiling.arena import Arena, arena, in_arena
 from ..torch_private import after_backward
 from .forward import Forward
@@ -55,6 +56,8 @@ def run_untiled(forward: Forward) -> None:
 
 
 def _call(op: Op, env: dict[int, Tensor], ended: Container[int], values: Sequence[Value]) -> list[Tensor]:
+    if op.name == "conv2d" and (y := convolution(op, env)) is not None:
+        return [y]
     copied = [v for v in op.mutated if v not in ended or op.name not in _IN_PLACE]
     if not reads_memory(op):
         with contextlib.suppress(RuntimeError):  # a view of a map that stock PyTorch stores in another order

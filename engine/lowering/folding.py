@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..capture.program import Op, Program, Ref, Value
+from ..module.first_order import ends_here
 from ..torch_private import foreach_copy
 from .ops import Env, Local, VectorOp
 from .ops.base import arguments, batch_norm_arguments
@@ -82,7 +82,7 @@ class Scaled(torch.autograd.Function):
         return (w.to(scale.dtype) * scale.reshape(-1, 1, 1, 1)).to(w.dtype)
 
     @staticmethod
-    @once_differentiable
+    @ends_here
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
         if grad is None:
             return None, None
@@ -242,7 +242,7 @@ class Folded(torch.autograd.Function):
         return *weights, *biases
 
     @staticmethod
-    @once_differentiable
+    @ends_here
     def backward(ctx: Any, *grads: Tensor | None):
         count, present, eps = ctx.form
         parts, wants = (ConvTensors.of(t, count, present) for t in (ctx.saved_tensors, ctx.needs_input_grad[3:]))

@@ -41,7 +41,7 @@ class _Ends(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor):
         raise UnsupportedError(
-            f"second derivatives (create_graph=True, gradient penalties) are not supported by tiles; {_REMEDY}"
+            f"second derivatives (create_graph=True, gradient penalties) are not supported here; {_REMEDY}"
         )
 
 
@@ -62,10 +62,9 @@ def _refuse_moved(memory: Iterable[tuple[nn.Parameter, torch.UntypedStorage]]) -
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of the backward of a function by tiles, which locks the network and refuses second derivatives.
 
-    `torch.autograd.function.once_differentiable` would not raise an error if no incoming gradient requires a gradient,
-    and would lose the dependence of the gradient on the weights. `ctx.turn` is the lock of the forward
-    (`locks.current()`); `note_memory` sets `ctx.memory`.
+    `ctx.turn` is the lock of the forward (`locks.current()`); `note_memory` sets `ctx.memory`.
     """
+    ended = ends_here(backward)
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
@@ -76,9 +75,23 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
             )
         _refuse_moved(ctx.memory)
         with _describe_changed_tensors(), locks.reacquire(ctx.turn):
-            came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
-            with torch.no_grad():
-                results = backward(ctx, *grads)
+            return ended(ctx, *grads)
+
+    return run
+
+
+def ends_here(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a function's backward, whose own derivative raises an error.
+
+    `torch.autograd.function.once_differentiable` would not raise an error if no incoming gradient requires a gradient,
+    and would lose the dependence of the gradient on the weights.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
+        with torch.no_grad():
+            results = backward(ctx, *grads)
         if came_from is None:  # the usual case, without create_graph
             return results
         tensors = [t for t in results if isinstance(t, Tensor)]

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from .arena import Arena
 from .memory import mapped_bytes, new_blocks_on_own_pages, resident_bytes, trim_heap
 from .memory_limit import MemoryLimit, RecordedTiles
-from .page_pool import PagePool
 
 _SLACK = (
     0.05  # extra share of the predicted bytes that a step may hold: with fewer free pages it faults in pages repeatedly
@@ -23,7 +22,7 @@ class ArenaLimit(MemoryLimit):
     the backward are dropped.
 
     Args:
-        limit, held, left, work, page_pool, strict, gradients: see `MemoryLimit`.
+        limit, held, left, work, strict, gradients: see `MemoryLimit`.
         predicted: bytes of the limit that the plan predicts for the network's steps.
         arena: the arena of this process.
         calls: bytes of the limit that autograd allocates between two passes, outside the arena.
@@ -36,7 +35,6 @@ class ArenaLimit(MemoryLimit):
         held: int,
         left: int,
         work: int,
-        page_pool: PagePool,
         strict: bool,
         predicted: int,
         arena: Arena,
@@ -46,7 +44,7 @@ class ArenaLimit(MemoryLimit):
     ):
         self.arena = arena
         self._mapped = mapped and mapped_bytes() + mapped  # includes the pages of files that are resident already
-        super().__init__(limit, held, left, work, page_pool, strict, gradients)
+        super().__init__(limit, held, left, work, strict, gradients)
         self._beyond = max(0, limit - int((1 + _SLACK) * predicted))  # bytes of the limit that the arena must not hold
         # Bytes that are allocated outside the arena after a pass.
         self._calls, self._gradients, self._after = calls, held, 0

@@ -75,7 +75,7 @@ class BackwardPass:
         def make(value: int, source: Tensor) -> Tensor:
             zero, limit = value not in scan.overwritten, scan.memory_limit
             later = zero and limit is not None and not limit.has_room(source.nbytes)
-            return new_map(source, None, maps.place_of(value), zero=zero, page_pool=scan.page_pool, later=later)
+            return new_map(source, None, maps.place_of(value), zero=zero, later=later)
 
         found, made = {}, set(sources)
         for value, source in sources.items():

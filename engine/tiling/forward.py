@@ -74,7 +74,7 @@ class Gathered:
         if value not in self.stored:
             shape, maps = tiled.stage.maps.shape(value), scan.maps
             order = maps.order_of(value, like)
-            self.stored[value] = new_map(like, shape, maps.place_of(value), page_pool=scan.page_pool, order=order)
+            self.stored[value] = new_map(like, shape, maps.place_of(value), order=order)
         return cut(self.stored[value], tiled.axes(value), tiled.block(value, i, j))
 
     def halo_view(self, side: str, value: int, rect: Rect, i: int, j: int, like: Tensor) -> Tensor:

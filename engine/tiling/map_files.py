@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import GigamorphError
 from ..lowering.ops import Axes
 from .halos import Rect, cut
-from .page_pool import GIVES_BACK
+from .pages import GIVES_BACK
 
 TILE = 256
 Put = Callable[[Tensor, Rect], None]

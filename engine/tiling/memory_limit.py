@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from .memory import new_blocks_on_own_pages, resident_bytes, trim_heap
-from .page_pool import PagePool
 
 _NEW_SHARE = 0.7  # share of a piece of work that does not fit into the heap's free pages
 _OP_SHARE = 0.25  # share of a piece of work that the gradient of one op may add
@@ -43,7 +42,7 @@ class ProcessBaseline:
             limit: limit of the step in bytes.
             held: bytes of the limit that are in use before every step.
             gradients: bytes of existing gradients, which the step accumulates into; not every step has them.
-            spare: bytes of free pages in the pool.
+            spare: bytes of free pages of the arena.
             left: bytes of the limit that libraries retain from one step to the next.
         """
         if held != self.held:
@@ -65,8 +64,8 @@ _baseline = ProcessBaseline()
 class MemoryLimit:
     """Limits the CPU memory that a step adds to this process.
 
-    Memory that was returned to the system is slow to obtain again. So unused memory is returned only when necessary:
-    first the pages of freed maps, then those of the C library's heap. The heap may hold twice the bytes in use, because
+    Memory that was returned to the system is slow to obtain again. So free pages of the C library's heap are returned
+    only when necessary. The heap may hold twice the bytes in use, because
     aligned blocks do not fit into holes of their own size. Near the limit the heap stops growing: blocks that fit no
     hole get separate pages. If the bytes in use alone exceed the limit, graphs that are retained for the backward are
     dropped, the one that is needed last first, and their tiles are recomputed.
@@ -76,8 +75,7 @@ class MemoryLimit:
         held: bytes of the limit that are in use already.
         left: bytes of the limit that are in use from the second step on.
         work: bytes that are allocated between two calls of `keep`.
-        page_pool: the pool of pages of freed maps.
-        strict: whether to trim the heap; otherwise only pages of the pool are returned.
+        strict: whether to trim the heap.
         gradients: bytes of the limit that existing gradients take.
 
     Attributes:
@@ -85,10 +83,8 @@ class MemoryLimit:
         dropped: number of graphs that were dropped.
     """
 
-    def __init__(
-        self, limit: int, held: int, left: int, work: int, page_pool: PagePool, strict: bool, gradients: int = 0
-    ):
-        self.page_pool, self.work, self.strict, self.near = page_pool, work, strict, False
+    def __init__(self, limit: int, held: int, left: int, work: int, strict: bool, gradients: int = 0):
+        self.work, self.strict, self.near = work, strict, False
         spare = self._spare()
         if strict:
             self._base = _baseline.before(limit, held, gradients, spare, left)
@@ -103,7 +99,7 @@ class MemoryLimit:
 
     def _spare(self) -> int:
         """Known bytes that this process holds but does not use."""
-        return self.page_pool.bytes
+        return 0
 
     def has_room(self, size: int) -> bool:
         """Whether `size` bytes may be allocated at once."""
@@ -127,11 +123,9 @@ class MemoryLimit:
         used = resident_bytes()
         over = used + int(_NEW_SHARE * self.work) - self.bytes
         self.near = used + int((1 + _NEW_SHARE) * self.work) > self.bytes
-        if over > 0:
-            self.page_pool.shrink(self.page_pool.bytes - over)
-            grows = min(int(_NEW_SHARE * self.work), max(0, used - self._before))
-            if self.strict and resident_bytes() + grows > self.bytes:
-                trim_heap()
+        grows = min(int(_NEW_SHARE * self.work), max(0, used - self._before))
+        if self.strict and over > 0 and used + grows > self.bytes:
+            trim_heap()
         self._before = resident_bytes()
 
     def watch(self, new: int | None = None) -> None:
@@ -147,7 +141,6 @@ class MemoryLimit:
             self._alone = used > room
             new_blocks_on_own_pages(self._alone)
         if used > max(room, self._worth):
-            self.page_pool.shrink(self.page_pool.bytes - (used - room))
             trim_heap()
             used = resident_bytes()
             while used > self.bytes and self._drop():

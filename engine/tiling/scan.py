@@ -30,7 +30,6 @@ from ..module import locks
 from .arena import in_arena
 from .halos import Rect, area, copy_all, cut, memory_order
 from .memory_limit import MemoryLimit
-from .page_pool import PagePool
 from .prefetch import Prefetch
 from .stage import TiledStage
 from .stored_maps import Gradients, let_files_go
@@ -191,11 +190,6 @@ class Scan:
     def tiles(self) -> list[tuple[int, int]]:
         """(row, column) of all tiles in raster order."""
         return [(i, j) for i in range(self.tiled.rows.steps) for j in range(self.tiled.cols.steps)]
-
-    @property
-    def page_pool(self) -> PagePool | None:
-        """The page pool for new maps, if there is a memory limit."""
-        return None if self.memory_limit is None else self.memory_limit.page_pool
 
     @property
     def watch(self) -> Callable[[int | None], None] | None:

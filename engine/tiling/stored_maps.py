@@ -1,6 +1,6 @@
 """Maps stored as a whole between stages: their allocation, and the release of their memory.
 
-On the CPU a map has its own pages (`page_pool.py`). If memory is short, they are returned row by row after the last
+On the CPU a map has its own pages (`pages.py`). If memory is short, they are returned row by row after the last
 read in the backward: while the gradient of one map grows, the next map and its gradient shrink. Maps on disk are
 memory-mapped files. Their pages are released after every tile, and then no longer count as memory of this process.
 """
@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from ..lowering.ops import Axes
 from ..torch_private import FakeTensor
 from .halos import empty, memory_order, unpermute
-from .page_pool import ArenaPages, PagePool, Pages
+from .pages import ArenaPages, Pages, pages_in_memory
 
 LEAST_BYTES = 1 << 20  # smaller maps are allocated by PyTorch
 _PAGES: WeakValueDictionary[int, Pages | ArenaPages] = WeakValueDictionary()  # by address
@@ -34,7 +34,6 @@ def new_map(
     shape: Sequence[int] | None = None,
     place: str = "device",
     zero: bool = False,
-    page_pool: PagePool | None = None,
     order: Sequence[int] | None = None,
     later: bool = False,
 ) -> Tensor:
@@ -46,7 +45,6 @@ def new_map(
         place: "device" for the device of `pattern`; "host" for host memory, pinned if there is a GPU; or "disk" for a
             memory-mapped file.
         zero: whether to fill the map with zeros; otherwise it is uninitialised.
-        page_pool: the pool that provides the pages and takes them back when the map is freed.
         order: dimensions in memory order, slowest first; by default that of `pattern`.
         later: whether zero pages become resident only when they are written, which is slower.
 
@@ -56,7 +54,7 @@ def new_map(
     # .data: the map must not be a view of its buffer, because users may change the network's output in place.
     order = memory_order(pattern) if order is None else order
     shape = list(pattern.shape if shape is None else shape)
-    return _new_map(pattern, shape, place, zero, page_pool, order, later).data
+    return _new_map(pattern, shape, place, zero, order, later).data
 
 
 def _new_map(
@@ -64,7 +62,6 @@ def _new_map(
     shape: list[int],
     place: str,
     zero: bool,
-    page_pool: PagePool | None,
     order: Sequence[int],
     later: bool,
 ) -> Tensor:
@@ -80,13 +77,15 @@ def _new_map(
         pages = Pages.make(size, on_disk=True)
         memory = memoryview(pages)
     else:
-        pages, memory = (PagePool() if page_pool is None else page_pool).take(size)
+        pages, memory = pages_in_memory(size)
     made = unpermute(torch.frombuffer(memory, dtype=pattern.dtype).reshape([shape[d] for d in order]), order)
     _PAGES[made.data_ptr()] = pages
-    if zero and later and isinstance(pages, ArenaPages):
-        pages.zero_later()
+    if not zero or isinstance(pages, Pages):  # new pages are zero
         return made
-    return made.zero_() if zero and not pages.clear else made
+    if not later:
+        return made.zero_()
+    pages.zero_later()
+    return made
 
 
 def can_be_taken(block: Tensor, shape: Sequence[int], order: Sequence[int]) -> bool:

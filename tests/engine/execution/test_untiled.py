@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from gigamorph import Accelerated, accelerate, plan
+from gigamorph.engine.errors import UnsupportedError
 from gigamorph.engine.tiling.arena import arena
+from gigamorph.kernels import winograd
 
 CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
@@ -35,6 +37,12 @@ class Shuffled(nn.Module):
             n, c, h, w = x.shape
             x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
         return self.head(self.second(x).mean((2, 3)))
+
+
+def wide() -> nn.Module:
+    """Convolutions that Winograd's filtering computes in float32."""
+    layers = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=(0, 1))
+    return randomize(nn.Sequential(*layers))
 
 
 def runs_whole(fast: Accelerated) -> bool:
@@ -77,6 +85,29 @@ def test_float32_rounds_as_stock_does(shape: tuple[int, ...], live: bool) -> Non
     assert runs_whole(fast)
     for own, other in zip(distance(truth, ours), distance(truth, stock), strict=True):
         assert own <= max(4 * other, 1e-6)
+
+
+@pytest.mark.skipif(winograd.missing() is not None, reason="no compiler")
+@pytest.mark.parametrize("value", [0.0, torch.inf])
+def test_convolutions_by_winograd(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, own = wide().train(), list[int](), winograd.conv3x3
+    x = image(1, 32, 64, 72, dtype=torch.float32)
+    x[0, 3, 40, 50] += value
+
+    def counted(*args: object, **options: object) -> Tensor | None:
+        calls.append(1)
+        return own(*args, **options)  # pyright: ignore
+
+    monkeypatch.setattr(winograd, "conv3x3", counted)
+    ours = step(accelerate(copy.deepcopy(model)), x)
+    stock = step(copy.deepcopy(model), x)
+    assert len(calls) >= 4  # forward and backward of two
+    if not value:
+        truth = step(copy.deepcopy(model).double(), x.double())
+        assert all(
+            own <= max(4 * other, 1e-6) for own, other in zip(*(distance(truth, r) for r in (ours, stock)), strict=True)
+        )
+    torch.testing.assert_close(ours.outputs[0].isfinite(), stock.outputs[0].isfinite())
 
 
 def test_dropout_draws_the_numbers_of_stock() -> None:
@@ -164,12 +195,27 @@ def test_a_failed_backward_does_not_keep_the_arena() -> None:
     assert found.counts().in_use == before and block.numel()
 
 
-def test_hooks_and_second_derivatives_are_those_of_stock() -> None:
-    model, x = Shuffled().double().train(), image(2, 3, 16, 16).requires_grad_()
+def penalty(net: nn.Module, x: Tensor) -> list[Tensor]:
+    (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return list(torch.autograd.grad(slope.square().sum(), list(net.parameters()), allow_unused=True))
 
-    def penalty(net: nn.Module) -> list[Tensor]:
-        (slope,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
-        return list(torch.autograd.grad(slope.square().sum(), list(model.parameters()), allow_unused=True))
 
-    for ours, stock in zip(penalty(accelerate(model)), penalty(model), strict=True):
+@pytest.mark.parametrize("live", [True, False])
+def test_second_derivatives_are_those_of_stock(live: bool) -> None:
+    model, x = randomize(Shuffled()).double().train(live), image(2, 3, 16, 16).requires_grad_()
+    for ours, stock in zip(penalty(accelerate(model), x), penalty(model, x), strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(winograd.missing() is not None, reason="no compiler")
+def test_second_derivatives_by_winograd_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="second derivatives"):
+        penalty(accelerate(wide().train()), image(1, 32, 64, 64, dtype=torch.float32).requires_grad_())
+
+
+def test_second_derivatives_of_folded_weights_are_refused() -> None:
+    model, x = randomize(Shuffled()).double().eval(), image(2, 3, 16, 16)
+    weights = [model.first.weight, model.norm.weight]
+    slopes = torch.autograd.grad(accelerate(model)(x).sum(), weights, create_graph=True)
+    with pytest.raises(UnsupportedError, match="second derivatives"):
+        sum(slope.square().sum() for slope in slopes).backward()

@@ -8,7 +8,6 @@ from gigamorph.engine.tiling import arena_limit as module
 from gigamorph.engine.tiling import memory_limit
 from gigamorph.engine.tiling.arena import Counts
 from gigamorph.engine.tiling.arena_limit import ArenaLimit
-from gigamorph.engine.tiling.page_pool import PagePool
 
 
 class Process:
@@ -25,7 +24,7 @@ class Process:
         self.trims += 1
 
     def limit(self, predicted: int = 500, strict: bool = True, calls: int = 0, mapped: int = 0) -> ArenaLimit:
-        given = 500, 300, 0, 100, PagePool(), strict, predicted, self
+        given = 500, 300, 0, 100, strict, predicted, self
         made = ArenaLimit(*given, calls=calls, mapped=mapped)  # pyright: ignore[reportArgumentType]
         self.rooms.clear()
         self.trims = 0

@@ -11,7 +11,6 @@ from gigamorph.engine.lowering.ops import Local
 from gigamorph.engine.tiling import memory_limit as module
 from gigamorph.engine.tiling.arena_limit import ArenaLimit
 from gigamorph.engine.tiling.memory_limit import MemoryLimit
-from gigamorph.engine.tiling.page_pool import PagePool, Pages
 from gigamorph.engine.tiling.tile import Tile
 
 
@@ -35,7 +34,7 @@ class Machine:
 def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile finds room in what earlier ones have freed: it is taken to add what the last one has, 70 at most."""
     machine = Machine(monkeypatch)
-    memory_limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)  # to 1200 in all
+    memory_limit = MemoryLimit(500, held=300, left=0, work=100, strict=True)  # to 1200 in all
     near = []
     for machine.used in (1000, 1031, 1140, 1190, 1195, 1201, 1050):
         memory_limit.keep()
@@ -47,28 +46,10 @@ def test_the_heap_goes_back_only_where_the_next_tile_would_not_fit(monkeypatch: 
 
 def test_a_ceiling_that_is_not_strict_leaves_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
-    memory_limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=False)
+    memory_limit = MemoryLimit(500, held=300, left=0, work=100, strict=False)
     machine.used = 5000
     memory_limit.keep()
     assert not machine.trimmed and memory_limit.near and memory_limit.has_room(1 << 40)
-
-
-def test_spare_pages_go_first_and_no_more_of_them_than_must(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, page_pool = Machine(monkeypatch), PagePool()
-    page_pool.pages = [Pages.make(size, on_disk=False) for size in (200, 100, 50)]
-    memory_limit = MemoryLimit(
-        500, held=300, left=0, work=100, page_pool=page_pool, strict=True
-    )  # 350 of the 1000 are spare: to 850 in all
-    assert memory_limit.bytes == 1000 - 350 - 300 + 500
-    limit = memory_limit.bytes - 70
-    machine.trimmed.clear()
-    machine.used = limit + 1
-    memory_limit.keep()
-    assert page_pool.bytes == 150  # the oldest went
-    machine.used = limit + 120
-    memory_limit.keep()
-    assert page_pool.bytes == 0
-    assert machine.trimmed == [limit + 1, limit + 120]  # the machine of this test has got no room by it
 
 
 def test_near_the_limit_the_heap_grows_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,9 +57,7 @@ def test_near_the_limit_the_heap_grows_no_further(monkeypatch: pytest.MonkeyPatc
     machine = Machine(monkeypatch)
     alone: list[bool] = []
     monkeypatch.setattr(module, "new_blocks_on_own_pages", alone.append)
-    limit = MemoryLimit(
-        500, held=300, left=0, work=100, page_pool=PagePool(), strict=True
-    )  # to 1200, of which an op adds 25
+    limit = MemoryLimit(500, held=300, left=0, work=100, strict=True)  # to 1200, of which an op adds 25
     with limit.watched():
         for machine.used in (1000, 1175, 1176, 1190, 1175, 1176):
             limit.watch()
@@ -89,7 +68,7 @@ def test_near_the_limit_the_heap_grows_no_further(monkeypatch: pytest.MonkeyPatc
 
 def test_before_an_op_there_is_room_for_what_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
-    limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)  # to 1200 in all
+    limit = MemoryLimit(500, held=300, left=0, work=100, strict=True)  # to 1200 in all
     machine.trimmed.clear()
     with limit.watched():
         for machine.used, new in ((1190, 10), (1000, 200), (1001, 200), (900, 250)):
@@ -125,7 +104,7 @@ def test_a_pass_tells_what_each_op_makes(training: bool, monkeypatch: pytest.Mon
 def test_graphs_go_where_what_is_in_use_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that the backward needs last first, no more of them than must, and none of a backward that has begun."""
     machine = Machine(monkeypatch)
-    limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)
+    limit = MemoryLimit(500, held=300, left=0, work=100, strict=True)
     first, second = Graphs(), Graphs()
     limit.may_drop(first)
     limit.may_drop(second)
@@ -154,7 +133,7 @@ def test_a_tile_that_was_asked_for_without_a_budget_leaves_the_heap(monkeypatch:
 
 def test_forwards_whose_backward_comes_together_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, graphs = Machine(monkeypatch), [Graphs(), Graphs()]
-    limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True)  # to 1200 in all
+    limit = MemoryLimit(500, held=300, left=0, work=100, strict=True)  # to 1200 in all
     limit.may_drop(graphs[0])
     machine.used = 1190  # of the first forward
     limit.share(600, work=50, strict=True)
@@ -183,7 +162,7 @@ def test_the_heap_stays_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             machine.used = live
 
         monkeypatch.setattr(module, "trim_heap", give_back)
-        limit = MemoryLimit(500, 310 if number == 20 else 300, 0, work=100, page_pool=PagePool(), strict=True)
+        limit = MemoryLimit(500, 310 if number == 20 else 300, 0, work=100, strict=True)
         with limit.watched():
             machine.used = live + 50  # what is freed, and stays in the heap
         limits.append(limit.bytes)
@@ -195,7 +174,7 @@ def test_what_else_goes_between_steps_is_not_the_budgets(monkeypatch: pytest.Mon
     machine = Machine(monkeypatch)
     limits = []
     for machine.used in (1000, 1000, 1000, 700, 1000):  # of which 300 are held
-        limits.append(MemoryLimit(2000, held=300, left=0, work=100, page_pool=PagePool(), strict=True))
+        limits.append(MemoryLimit(2000, held=300, left=0, work=100, strict=True))
         module._baseline.after = machine.used + 400
     assert [limit.bytes for limit in limits] == [2700, 2700, 2700, 2400, 2400]
 
@@ -205,7 +184,7 @@ def test_what_libraries_keep_of_a_step_stays_within_the_limit_of_the_next(monkey
     machine = Machine(monkeypatch)
     limits = []
     for machine.used in (1000, 1060, 1060, 1300, 900, 1000):
-        limits.append(MemoryLimit(2000, held=300, left=80, work=100, page_pool=PagePool(), strict=True))
+        limits.append(MemoryLimit(2000, held=300, left=80, work=100, strict=True))
         module._baseline.after = machine.used - 60
     assert [limit.bytes for limit in limits] == [2700, 2700, 2700, 2920, 2600, 2620]
 
@@ -228,7 +207,7 @@ def test_gradients_of_steps_before_are_of_the_limit(monkeypatch: pytest.MonkeyPa
     ends = []
     for gradients in (0, 60, 60, 60, 0, 60):
         machine.used = 1000 + gradients
-        limit = MemoryLimit(500, held=300, left=0, work=100, page_pool=PagePool(), strict=True, gradients=gradients)
+        limit = MemoryLimit(500, held=300, left=0, work=100, strict=True, gradients=gradients)
         ends.append(limit.bytes)
         module._baseline.after = machine.used
     assert ends == [1200] * 6
