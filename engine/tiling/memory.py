@@ -95,7 +95,12 @@ def trim_heap() -> None:
 
 def _glibc(name: str) -> Callable[..., int] | None:
     """A function of glibc's heap, or None with another C library."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    return getattr(_libraries(), name, None) if sys.platform == "linux" else None
+
+
+@functools.cache
+def _libraries() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def new_blocks_on_own_pages(alone: bool) -> None:

@@ -48,6 +48,7 @@ class TiledStage:
         self.gathered = {local.gathers.value: local.gathers for local in stage.locals if local.gathers is not None}
         self.unshared_gradients = self._unshared_gradients()
         self.reads_left = {value: len(locals) for value, locals in self.readers.items()}
+        self._bytes: dict[int, int] = {}  # of one position, by value
         self._reads: dict[tuple[int, int], tuple[list[_Reads], list[_Reads]]] = {}  # by (output, value)
 
     def _schedule(self, axis: int, tile: int) -> AxisSchedule:
@@ -157,8 +158,11 @@ class TiledStage:
 
     def _position_bytes(self, value: int) -> int:
         """Bytes of one position of a map."""
-        info = self.stage.program.values[value]
-        return math.prod(info.shape) * info.dtype.itemsize // max(1, math.prod(self.stage.maps.size(value)))
+        if value not in self._bytes:
+            info = self.stage.program.values[value]
+            size = math.prod(self.stage.maps.size(value))
+            self._bytes[value] = math.prod(info.shape) * info.dtype.itemsize // max(1, size)
+        return self._bytes[value]
 
     def hands_on(self, value: int, i: int, j: int) -> list[tuple[str, Rect, Rect]]:
         """The parts of tile (i, j)'s block that later tiles need.
