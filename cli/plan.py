@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import re
 from collections.abc import Iterator
@@ -13,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from ..engine.errors import UnsupportedError
 from ..engine.tiling.memory import format_bytes
 from . import options
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from ..engine.planning.plan import Plan
     from ..engine.train.options import Precision
@@ -146,9 +143,8 @@ def plan(
         return
     with _autocast(kind, autocast):
         with searching(net, shape, **given) as search:
-            made = replace(search.plan(memory_budget), stock_bytes=search.stock_bytes)
-            if batch_norm == "frozen":
-                made = replace(made, folded_bytes=_folded_bytes(net, shape, given))
+            plan = search.plan(memory_budget)
+            made = replace(plan, stock_bytes=search.stock_bytes, folded_bytes=search.folded_bytes)
             if not as_json:
                 show_plan(made, model)
             compared = _compared(made, kind, memories)
@@ -167,18 +163,6 @@ def plan(
         click.echo(json.dumps(found))
         return
     show_budgets(rows, f"rates: {source}")
-
-
-def _folded_bytes(net: nn.Module, shape: tuple[int, int, int, int], given: dict[str, Any]) -> int | None:
-    """Return stock PyTorch's memory with frozen norms folded into convolutions; None if there are none."""
-    from ..engine.bench.ways import fold_norms
-    from ..engine.planning.preview import searching
-
-    try:
-        with searching(fold_norms(copy.deepcopy(net), shape[1]), shape, **given) as search:
-            return search.stock_bytes
-    except UnsupportedError:
-        return None
 
 
 @contextlib.contextmanager

@@ -56,7 +56,9 @@ def largest(
                 plans = (plan for share in _SHARES if (plan := here.plan_or_none(int(share * budget))))
                 kept = (plan for plan in plans if plan.maps == plan.halos == "device" and plan.work <= MOST_WORK)
                 best = next(kept, None)
-                made[count, budget] = best and replace(best, stock_bytes=here.stock_bytes)
+                made[count, budget] = best and replace(
+                    best, stock_bytes=here.stock_bytes, folded_bytes=here.folded_bytes
+                )
         return made[count, budget] is not None
 
     found: list[Plan | None] = []

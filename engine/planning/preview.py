@@ -83,7 +83,7 @@ def plan(
             raise BudgetError(f"not even a small image fits {format_bytes(limit or request.limit(place))}")
         return found
     with searching(model, image_size, request, dtype, device, call=call, inputs=given) as search:
-        return replace(search.plan(limit), stock_bytes=search.stock_bytes)
+        return replace(search.plan(limit), stock_bytes=search.stock_bytes, folded_bytes=search.folded_bytes)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 from ..capture.program import Program
 from ..cuda_graphs import buffers
 from ..errors import BudgetError
+from ..lowering.folding import folded_ops
 from ..lowering.nodes import sort
 from ..lowering.rewrites import prepare
 from ..lowering.stages import StagedProgram
@@ -69,8 +70,7 @@ class PlanSearch:
         captures = self.device.type != "cpu" or buffers.executor(self.device) is not None
         if request.training and budget is None and request.tile is None and not captures:
             with contextlib.suppress(RuntimeError):  # an op that needs values: no limit
-                stock = int(constants.STOCK_SHARE * self.stock_bytes) + constants.STOCK_BYTES
-                self.request = replace(request, stock=stock)
+                self.request = replace(request, stock=_in_process(self.stock_bytes))
         self._later = self._later or iter(strategies(self._maps, self._nodes, request.training, request.image_grad))
         while not self.options and (strategy := next(self._later, None)):
             self.add(strategy)
@@ -83,7 +83,7 @@ class PlanSearch:
                 raise self.refusal()
             if found.op_by_op and found.choice + 1 < len(self.options):
                 found = self.captured(found.choice + 1) or found
-        whole = self.request.stock or 0 if self._may_be_untiled() else 0
+        whole = _in_process(self.folded_bytes or self.stock_bytes) if self._may_be_untiled() else 0
         return replace(found, choices=tuple(self.tried), untiled_bytes=whole)
 
     def _may_be_untiled(self) -> bool:
@@ -104,7 +104,16 @@ class PlanSearch:
     @cached_property
     def stock_bytes(self) -> int:
         """The tensors of the same step in stock PyTorch, with the parameters."""
-        return held_bytes(self._maps, training=False) + stock_peak(self._maps.program, self.request.training)
+        return self._stock_bytes(folds=False)
+
+    @cached_property
+    def folded_bytes(self) -> int | None:
+        """The same with frozen norms folded into convolutions; None if there are none, and in inference."""
+        folds = self.request.training and any(fold is not None for _, fold in folded_ops(self._maps.program))
+        return self._stock_bytes(folds) if folds else None
+
+    def _stock_bytes(self, folds: bool) -> int:
+        return held_bytes(self._maps, training=False) + stock_peak(self._maps.program, self.request.training, folds)
 
     def add(self, strategy: Strategy, place: int | None = None) -> bool:
         """Add a choice, by default as the last one, if it is possible; returns whether it is."""
@@ -218,6 +227,11 @@ class PlanSearch:
             f"{format_bytes(self.request.limit(self.device))}; give each a larger budget, or a smaller batch",
             least,
         )
+
+
+def _in_process(stock_bytes: int) -> int:
+    """The peak of a process for the tensors of a step on the whole image."""
+    return int(constants.STOCK_SHARE * stock_bytes) + constants.STOCK_BYTES
 
 
 def arrange(

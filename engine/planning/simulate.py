@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..capture.higher_order import TensorHook
-from ..capture.program import Program, Value, call, op_autocast
+from ..capture.program import Op, Program, Value, call, op_autocast
+from ..lowering.folding import FOLDED, Fold, folded_ops
 from ..lowering.stages import ProgramStage
 from ..tiling.grid import new_accumulator
 from ..tiling.halos import HaloStore
@@ -289,17 +290,20 @@ def _entering(stage: ProgramStage, tiled: TiledStage, i: int, j: int, memory_for
     return Halos(above, left)
 
 
-def stock_peak(program: Program, training: bool) -> int:
+def stock_peak(program: Program, training: bool, folds: bool = False) -> int:
     """Peak bytes of the same step in stock PyTorch on the whole image, without the inputs and parameters.
 
     The backward is that of a sum of the outputs. Hooks are not called.
+
+    Args:
+        folds: whether frozen norms are folded into convolutions.
     """
-    return _without_values(program, lambda: _stock_peak(program, training))
+    ops = folded_ops(program) if folds else [(op, None) for op in program.ops]
+    return _without_values(program, lambda: _stock_peak(program, ops, training))
 
 
-def _stock_peak(program: Program, training: bool) -> int:
-    values, kept = program.values, set(program.handed_out())
-    last = {v: n for n, op in enumerate(program.ops) for v in (*op.outputs, *op.inputs)}
+def _stock_peak(program: Program, ops: Sequence[tuple[Op, Fold | None]], training: bool) -> int:
+    values, kept, every = program.values, set(program.handed_out()), program.ended([op for op, _ in ops])
     env: dict[int, Tensor] = {}
     for v in (program.image, *program.inputs, *program.vectors, *program.state()):
         made = torch.empty(values[v].shape, dtype=values[v].dtype, device=values[v].device)
@@ -307,16 +311,17 @@ def _stock_peak(program: Program, training: bool) -> int:
     inputs = list(env.values())  # kept, so that no other tensor gets the address of one that is ignored
     with StorageMeter() as meter, torch.set_grad_enabled(training):
         meter.ignore(inputs)
-        for n, op in enumerate(program.ops):
+        for (op, fold), ended in zip(ops, every, strict=True):
+            if fold is not None:
+                env.update(zip((ref.value for ref in FOLDED), fold(env), strict=True))
             if isinstance(op.func, TensorHook):
                 results = [env[v] for v in op.inputs]
             else:
                 with op_autocast(op, values[program.image].device):
-                    results = call(op, env, [v for v in op.mutated if last[v] > n or v in kept])
+                    results = call(op, env, [v for v in op.mutated if v not in ended])
             env.update(zip(op.outputs, results, strict=False))
-            for v in {*op.inputs, *op.outputs} - kept:
-                if last[v] == n:
-                    del env[v]
+            for v in ended:
+                env.pop(v, None)
         roots = [env[v].sum() for v in kept if env[v].requires_grad]
         env.clear()
         if training and roots:
