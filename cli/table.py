@@ -120,6 +120,8 @@ def show_largest(what: str, names: Sequence[str], plans: Sequence[Plan | None], 
             size = f"{n} x {height} x {width}" if n > 1 or what == "batch" else f"{height} x {width}"
             row |= {f"largest {what}": size, "Mpx": n * height * width / 1e6, "peak GiB": plan.peak_bytes / 2**30}
             row |= {"work": plan.work, "stock PyTorch, GiB": (plan.stock_bytes or 0) / 2**30}
+            if plan.folded_bytes is not None:
+                row["norms folded, GiB"] = plan.folded_bytes / 2**30
         rows.append(row)
     if as_json:
         click.echo(json.dumps(rows))

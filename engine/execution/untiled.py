@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import unserializable_hook
 
 from ..capture.program import Op, Value, call, in_stock_order, op_autocast, reads_memory
 from ..lowering.folding import FOLDED
@@ -87,4 +88,4 @@ def _backward_in(found: Arena) -> Callable[[Tensor], None]:
             _thread.inside = True
         after_backward(leave)
 
-    return enter
+    return unserializable_hook(enter)  # an output can be saved without a warning

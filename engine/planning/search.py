@@ -74,6 +74,12 @@ class PlanSearch:
         self._later = self._later or iter(strategies(self._maps, self._nodes, request.training, request.image_grad))
         while not self.options and (strategy := next(self._later, None)):
             self.add(strategy)
+        if self.options and self._may_be_untiled():  # its tiles need not be counted
+            staged, strategy = self.options[0]
+            sides = sides_worth_trying(staged, None, request.training)
+            plan = self._estimate(0).plan(sides[0], request.halo_places(self.device)[0], None, count_tile=False)
+            whole = _in_process(self.folded_bytes or self.stock_bytes)
+            return replace(plan, maps=staged.place, away_bytes=strategy.away_bytes, untiled_bytes=whole)
         found = self.fit(0, coarse=True) if self.options else None
         if found is None:
             for strategy in self._later:
@@ -83,8 +89,7 @@ class PlanSearch:
                 raise self.refusal()
             if found.op_by_op and found.choice + 1 < len(self.options):
                 found = self.captured(found.choice + 1) or found
-        whole = _in_process(self.folded_bytes or self.stock_bytes) if self._may_be_untiled() else 0
-        return replace(found, choices=tuple(self.tried), untiled_bytes=whole)
+        return replace(found, choices=tuple(self.tried))
 
     def _may_be_untiled(self) -> bool:
         """Whether a step runs PyTorch's own ops on the whole image: on the CPU without a budget, with ample memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -193,6 +194,13 @@ def test_a_failed_backward_does_not_keep_the_arena() -> None:
     before = found.counts().in_use
     block = torch.empty(1 << 20)
     assert found.counts().in_use == before and block.numel()
+
+
+@pytest.mark.filterwarnings("error")
+def test_outputs_can_be_saved() -> None:
+    result = accelerate(Shuffled())(image(2, 3, 16, 16, dtype=torch.float32))
+    torch.save(result, file := io.BytesIO())
+    assert torch.equal(torch.load(io.BytesIO(file.getvalue())), result)
 
 
 def penalty(net: nn.Module, x: Tensor) -> list[Tensor]:
