@@ -35,17 +35,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)]
 from coverage_list import CLASSES  # noqa: E402
-from coverage_markdown import PAGE, page  # noqa: E402
+from coverage_markdown import MODES, PAGE, VERDICTS, page  # noqa: E402
 
 from gigamorph.engine.bench.machine import provenance  # noqa: E402
 from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import OK  # noqa: E402
 from gigamorph.engine.files import write_json  # noqa: E402
 
-MODES = ("eval", "live")
 # A BatchNorm after a global pooling has one value per image; with two images its output is always plus and minus one.
 BATCH = {"eval": 1, "live": 4}
-VERDICTS = ("exact", "taken whole", "refused", "unclear", "wrong")
 # The first size that the network accepts is used.
 # halonet's blocks need multiples of 256, more than one of them; flexivit has its own fixed size.
 SIZES = [(97, 113), (96, 128), (128, 160), (192, 224), (224, 224), (256, 256), (299, 307)]
