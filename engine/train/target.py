@@ -17,8 +17,7 @@ from ..errors import DataError
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
 from ..evaluate.class_names import positive_number
-from ..models.outputs import Activation, Head, Outputs
-from ..models.views import Views
+from ..models.outputs import Activation, Head, Outputs, Views
 from .options import Loss
 
 Kind = Literal["classes", "labels", "ordinal", "numbers", "masks"]
@@ -41,7 +40,7 @@ class Target:
             is one output less than classes. "labels": any of them, with a logit each. "numbers": one output each, in
             units of ``spread`` around ``center``.
         center, spread: mean and standard deviation of each number over the training images.
-        views: how views of an exam are combined, see `gigamorph.engine.models.views`; None for single images.
+        views: how views of an exam are combined, see `gigamorph.engine.models.outputs`; None for single images.
     """
 
     names: tuple[str, ...]
