@@ -65,15 +65,13 @@ def build(name: str) -> Any:
     source, _, rest = name.rpartition(":")
     if source == "own":
         return coverage_nets.NETWORKS[rest]()
-    if source == "tv":
+    if source in ("tv", "tvs"):
         import torchvision
 
+        if source == "tvs":
+            return torchvision.models.get_model(rest, weights=None, weights_backbone=None)
         quiet = {"init_weights": False} if rest in ("googlenet", "inception_v3") else {}
         return torchvision.models.get_model(rest, weights=None, **quiet)
-    if source == "tvs":
-        import torchvision
-
-        return torchvision.models.get_model(rest, weights=None, weights_backbone=None)
     if source == "tvd":
         from torchvision.models.detection import backbone_utils
 
@@ -174,15 +172,7 @@ def _calibrate(model: Any, size: tuple[int, int]) -> None:
     """Set BatchNorm statistics to those of a random batch; with others, maps may grow from layer to layer."""
     import torch
 
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(BATCH["live"], 3, *size, dtype=torch.float64))
-    model.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    torch.optim.swa_utils.update_bn([torch.randn(BATCH["live"], 3, *size, dtype=torch.float64)], model)
 
 
 def _legal_size(model: Any, batch: int) -> tuple[int, int]:
