@@ -27,6 +27,7 @@ _ACTIVATIONS: dict[Kind, Activation] = {
     "ordinal": "ordinal",
     "numbers": "number",
 }
+_REGRESSION = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,7 @@ class Target:
     def _number_losses(self, values: Tensor, wanted: Tensor, settings: Loss) -> Tensor:
         center, spread = values.new_tensor(self.center), values.new_tensor(self.spread)
         wanted = (wanted - center) / spread
-        if settings.regression == "squared":
-            return (values - wanted) ** 2
-        if settings.regression == "absolute":
-            return (values - wanted).abs()
-        return F.huber_loss(values, wanted, reduction="none")
+        return _REGRESSION[settings.regression](values, wanted, reduction="none")
 
     def loss(self, logits: Tensor, truth: Array, *, balanced: bool = False) -> Tensor:
         """The mean of `losses` for recipes; for labels, the mean over all known ones.
