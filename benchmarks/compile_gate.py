@@ -176,20 +176,9 @@ def gate(chip: int, cases: Iterable[Case]) -> list[CompiledKernel]:
                     row.faults += tuple(fault for fault in wrong if fault not in row.faults)
                     continue
                 code = read_code(launch.kernel)
-                rows[id(launch.kernel)] = CompiledKernel(
-                    case,
-                    chip,
-                    launch.name.strip("_"),
-                    1,
-                    code.shared,
-                    code.registers,
-                    code.warps,
-                    code.blocks(chip),
-                    "wgmma" if code.wgmma else "mma" if code.mma else "",
-                    code.descriptor_loads,
-                    launch.seconds,
-                    wrong,
-                )
+                matrix, name = "wgmma" if code.wgmma else "mma" if code.mma else "", launch.name.strip("_")
+                needs = code.shared, code.registers, code.warps, code.blocks(chip), matrix, code.descriptor_loads
+                rows[id(launch.kernel)] = CompiledKernel(case, chip, name, 1, *needs, launch.seconds, wrong)
     return list(rows.values())
 
 

@@ -36,15 +36,9 @@ class ThreeLevelUNet(nn.Module):
         self.ups = ups
         self.down = nn.ModuleList([double_conv(3, width, norm), double_conv(width, 2 * width, norm)])
         self.bottom = double_conv(2 * width, 4 * width, norm)
+        lifts = zip((4 * width, 2 * width), (2 * width, width), ups, strict=True)
         self.transposed = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
-                if ups[0] == "transposed"
-                else nn.Conv2d(4 * width, 2 * width, 1),
-                nn.ConvTranspose2d(2 * width, width, 2, 2)
-                if ups[1] == "transposed"
-                else nn.Conv2d(2 * width, width, 1),
-            ]
+            nn.ConvTranspose2d(a, b, 2, 2) if how == "transposed" else nn.Conv2d(a, b, 1) for a, b, how in lifts
         )
         self.up = nn.ModuleList([double_conv(4 * width, 2 * width, norm), double_conv(2 * width, width, norm)])
         self.head = nn.Conv2d(width, 2, 1)

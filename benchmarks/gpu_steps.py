@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,10 +201,7 @@ def measure(step: GpuStep, tile: int, box: float, warm_only: bool = False) -> di
             passed, _ = time_call(lambda: losses.append(once(step, network, image)), DEVICE.type)
             seconds.append(passed)
     row = {
-        "model": step.model,
-        "training": step.training,
-        "side": step.side,
-        "how": step.how,
+        **asdict(step),
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
         "mpx_per_s": step.side**2 / statistics.median(seconds) / 1e6,
