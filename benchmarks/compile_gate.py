@@ -44,16 +44,15 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers"), str(Path(_
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from compile_only import MI300, _Driver, compile_only, read_code  # noqa: E402
+from compile_only import MI300, _Driver, compile_only, faults, read_code  # noqa: E402
 from compile_rows import CompiledKernel, RowFile, by_kernel, key, summary, table  # noqa: E402
-from compile_verdict import faults  # noqa: E402
+from coverage import build  # noqa: E402
 from recorded_step import Launch, RecordedCall, calls_of_step, noted  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from torch import nn  # noqa: E402
 
 from gigamorph.engine.models import create_model  # noqa: E402
-from gigamorph.engine.models.compat import make_torchvision_importable  # noqa: E402
 from gigamorph.kernels.choice import override  # noqa: E402
 
 CHIPS = (80, 90, 100, MI300)
@@ -63,25 +62,12 @@ TILES = (512, 1024, 2048, None)
 CHUNK = 24  # calls per compilation job
 
 
-def _timm(name: str) -> nn.Module:
-    make_torchvision_importable()
-    import timm
-
-    return timm.create_model(name)
-
-
-def _unet() -> nn.Module:
-    import coverage_nets
-
-    return coverage_nets.NETWORKS["unet_t"]()
-
-
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: create_model("resnet18", num_classes=2, in_channels=1),
     "resnet50": lambda: create_model("resnet50", num_classes=1000, in_channels=3),
-    **{name: lambda name=name: _timm(name) for name in ("efficientnet_b2", "convnext_tiny")},
-    "unet": _unet,
-    **{name: lambda name=name: _timm(name) for name in ("densenet121", "resnet50_gn", "seresnet50")},
+    **{name: functools.partial(build, name) for name in ("efficientnet_b2", "convnext_tiny")},
+    "unet": functools.partial(build, "own:unet_t"),
+    **{name: functools.partial(build, name) for name in ("densenet121", "resnet50_gn", "seresnet50")},
 }
 
 
@@ -190,20 +176,9 @@ def gate(chip: int, cases: Iterable[Case]) -> list[CompiledKernel]:
                     row.faults += tuple(fault for fault in wrong if fault not in row.faults)
                     continue
                 code = read_code(launch.kernel)
-                rows[id(launch.kernel)] = CompiledKernel(
-                    case,
-                    chip,
-                    launch.name.strip("_"),
-                    1,
-                    code.shared,
-                    code.registers,
-                    code.warps,
-                    code.blocks(chip),
-                    "wgmma" if code.wgmma else "mma" if code.mma else "",
-                    code.descriptor_loads,
-                    launch.seconds,
-                    wrong,
-                )
+                matrix, name = "wgmma" if code.wgmma else "mma" if code.mma else "", launch.name.strip("_")
+                needs = code.shared, code.registers, code.warps, code.blocks(chip), matrix, code.descriptor_loads
+                rows[id(launch.kernel)] = CompiledKernel(case, chip, name, 1, *needs, launch.seconds, wrong)
     return list(rows.values())
 
 

@@ -35,17 +35,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)]
 from coverage_list import CLASSES  # noqa: E402
-from coverage_markdown import PAGE, page  # noqa: E402
+from coverage_markdown import MODES, PAGE, VERDICTS, page  # noqa: E402
 
 from gigamorph.engine.bench.machine import provenance  # noqa: E402
 from gigamorph.engine.bench.process import Process  # noqa: E402
 from gigamorph.engine.bench.results import OK  # noqa: E402
 from gigamorph.engine.files import write_json  # noqa: E402
 
-MODES = ("eval", "live")
 # A BatchNorm after a global pooling has one value per image; with two images its output is always plus and minus one.
 BATCH = {"eval": 1, "live": 4}
-VERDICTS = ("exact", "taken whole", "refused", "unclear", "wrong")
 # The first size that the network accepts is used.
 # halonet's blocks need multiples of 256, more than one of them; flexivit has its own fixed size.
 SIZES = [(97, 113), (96, 128), (128, 160), (192, 224), (224, 224), (256, 256), (299, 307)]
@@ -67,15 +65,13 @@ def build(name: str) -> Any:
     source, _, rest = name.rpartition(":")
     if source == "own":
         return coverage_nets.NETWORKS[rest]()
-    if source == "tv":
+    if source in ("tv", "tvs"):
         import torchvision
 
+        if source == "tvs":
+            return torchvision.models.get_model(rest, weights=None, weights_backbone=None)
         quiet = {"init_weights": False} if rest in ("googlenet", "inception_v3") else {}
         return torchvision.models.get_model(rest, weights=None, **quiet)
-    if source == "tvs":
-        import torchvision
-
-        return torchvision.models.get_model(rest, weights=None, weights_backbone=None)
     if source == "tvd":
         from torchvision.models.detection import backbone_utils
 
@@ -176,15 +172,7 @@ def _calibrate(model: Any, size: tuple[int, int]) -> None:
     """Set BatchNorm statistics to those of a random batch; with others, maps may grow from layer to layer."""
     import torch
 
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(BATCH["live"], 3, *size, dtype=torch.float64))
-    model.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    torch.optim.swa_utils.update_bn([torch.randn(BATCH["live"], 3, *size, dtype=torch.float64)], model)
 
 
 def _legal_size(model: Any, batch: int) -> tuple[int, int]:

@@ -36,15 +36,9 @@ class ThreeLevelUNet(nn.Module):
         self.ups = ups
         self.down = nn.ModuleList([double_conv(3, width, norm), double_conv(width, 2 * width, norm)])
         self.bottom = double_conv(2 * width, 4 * width, norm)
+        lifts = zip((4 * width, 2 * width), (2 * width, width), ups, strict=True)
         self.transposed = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
-                if ups[0] == "transposed"
-                else nn.Conv2d(4 * width, 2 * width, 1),
-                nn.ConvTranspose2d(2 * width, width, 2, 2)
-                if ups[1] == "transposed"
-                else nn.Conv2d(2 * width, width, 1),
-            ]
+            nn.ConvTranspose2d(a, b, 2, 2) if how == "transposed" else nn.Conv2d(a, b, 1) for a, b, how in lifts
         )
         self.up = nn.ModuleList([double_conv(4 * width, 2 * width, norm), double_conv(2 * width, width, norm)])
         self.head = nn.Conv2d(width, 2, 1)
@@ -66,29 +60,17 @@ class ThreeLevelUNet(nn.Module):
         return self.head(x)
 
 
-class FrozenBatchNorm(nn.Module):
-    """An affine map from stored statistics, as detection networks implement it."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
-        scale = weight * (self.running_var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
-        return x * scale + (bias - self.running_mean.reshape(1, -1, 1, 1) * scale)
-
-
 class FPN(nn.Module):
     """Four stages with frozen norms, a top-down path that upsamples to the finer map's size, five output maps."""
 
     def __init__(self, width: int = 8, out: int = 8):
         super().__init__()
+        from torchvision.ops import FrozenBatchNorm2d
+
         widths = [width, 2 * width, 4 * width, 8 * width]
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), FrozenBatchNorm(width), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), FrozenBatchNorm2d(width), nn.ReLU())
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), FrozenBatchNorm(b), nn.ReLU())
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), FrozenBatchNorm2d(b), nn.ReLU())
             for a, b in zip([width, *widths[:-1]], widths, strict=True)
         )
         self.lateral = nn.ModuleList(nn.Conv2d(channels, out, 1) for channels in widths)

@@ -14,7 +14,7 @@ Sections, in order: `ceilings` (copy bandwidth and matrix rate), `tests` (tests/
 float64, twice, with 4 and 8 warps), `sanitizer` (one check per family under compute-sanitizer, if it is installed),
 `ops` (the layers of ResNet-50 and ConvNeXt-T against cuDNN, eager and torch.compile), `tiles` (the forward in
 alternative tiles), `steps` (whole training steps and inference), `traces` (every kernel of some of them), `limits` (the
-largest images). See gpu_tests.py, gpu_checks.py, gpu_ops.py, gpu_steps.py and gpu_traces.py.
+largest images). See gpu_worker.py, gpu_checks.py, gpu_ops.py and gpu_steps.py.
 
 Items run in worker processes, so that a kernel that hangs or corrupts the context costs one item. Tests and checks run
 in parallel, together with compilations for the timed sections; timed items run alone. The JSON is rewritten after every
@@ -25,16 +25,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import queue
 import re
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from gpu_summary import Row, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # use this checkout, installed or not
@@ -63,6 +63,7 @@ ALWAYS = ("machine", "ceilings", "choices")  # not affected by --match
 WORKERS = 14
 COMPILERS = 5  # of these, as many as steps fit a GPU's memory in parallel
 
+Row = dict[str, Any]
 Item = tuple[str, str]  # section or "prepare", name
 
 
@@ -159,6 +160,67 @@ def run_items(items: list[Item], workers: list[Worker], report: ResultsFile, dea
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def summary(data: dict[str, Any]) -> list[str]:
+    """Return lines on what failed, the speed of tiles, and the kernels of traces."""
+    lines = [""]
+    peak = data["ceilings"].get("ceilings", {})
+    where = data["ceilings"].get("machine", {})
+    if where:
+        lines.append("  ".join(f"{k} {where[k]}" for k in ("gpu", "driver", "torch", "triton", "cudnn") if k in where))
+    if "gb_per_s" in peak:
+        lines.append(f"ceilings: {peak['gb_per_s']:.0f} GB/s, {peak['tflop_per_s']:.0f} TFLOP/s")
+    for name, row in data.get("tests", {}).items():
+        lines.append(f"tests: {name}: {row.get('result') or row.get('error')}")
+    if checks := data["checks"]:
+        bad = [name for name, row in checks.items() if not row.get("ok")]
+        lines.append(f"checks: {len(checks) - len(bad)} of {len(checks)} passed")
+        lines += [f"  WRONG {n}: {_complaint(checks[n])}" for n in bad[:25]]
+    failed = [(name, how, why) for name, row in data["ops"].items() for how, why in row.get("failed", {}).items()]
+    lines += [f"FAILED {name}: {how}: {why[:120]}" for name, how, why in failed[:20]]
+    lines += _tile_lines(data["tiles"]) + _trace_lines(data.get("traces", {}))
+    table = data["steps"].get("choices", {}).get("choices", [])
+    if table:
+        ours = sum(row["chosen"] != "stock" for row in table)
+        lines.append(f"choices in the steps: ours for {ours} of {len(table)} shapes")
+    lines.append(f"skipped for lack of time: {len(data['skipped'])}; seconds: {data['seconds']}")
+    return lines
+
+
+def _complaint(row: Row) -> str:
+    if "error" in row:
+        return f"{row['error']}: {row.get('message', '')[:120]}"
+    worst = max(row["errors"].items(), key=lambda e: math.inf if isinstance(e[1], str) else e[1][1])
+    return f"{worst[0]}: {worst[1]}{'' if row['reproducible'] else '; two runs differ'}"
+
+
+def _tile_lines(tiles: dict[str, Row]) -> list[str]:
+    """Return the speed of tiles relative to cuDNN: above 1 ours is faster."""
+    lines = []
+    for name, row in tiles.items():
+        if not row.get("ms", {}).get("cudnn"):
+            continue
+        cudnn = row["ms"]["cudnn"]
+        others = sorted((ms, n) for n, ms in row["ms"].items() if n != "cudnn")
+        ranked = ", ".join(f"{n} {cudnn / ms:.2f}" for ms, n in others[:4])
+        lines.append(f"{name}: cuDNN {cudnn:.3f} ms; speed: {ranked}")
+    return lines
+
+
+def _trace_lines(traces: dict[str, Row]) -> list[str]:
+    """Return for each step the time on the GPU, and the kernels that take most of it."""
+    lines = []
+    for name, row in traces.items():
+        if "kernels" not in row:
+            continue
+        total: dict[str, list[float]] = defaultdict(list)
+        for number, *_, microseconds in row["kernels"]:
+            total[row["names"][number]].append(microseconds)
+        lines.append(f"{name}: {len(row['kernels'])} kernels, busy {row['busy_us']:.0f} of {row['span_us']:.0f} us")
+        most = sorted(total.items(), key=lambda kernel: -sum(kernel[1]))
+        lines += [f"    {sum(times):8.0f} us in {len(times):4}  {kernel[:70]}" for kernel, times in most[:10]]
+    return lines
 
 
 def main() -> None:

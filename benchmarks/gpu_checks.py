@@ -283,13 +283,9 @@ def whole_stem(dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     return bench.row
 
 
-def batch_norm(channels: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
+@choice.override("triton")
+def batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     """Check moments, normalisation and its gradient; statistics from a convolution, and a norm before one."""
-    with choice.override("triton"):
-        return _batch_norm(channels, dtype, dry)
-
-
-def _batch_norm(c: int, dtype: torch.dtype, dry: bool) -> dict[str, Any]:
     h, w = (9, 17) if dry else (61, 268)
     bench, g = Bench(dtype), torch.Generator().manual_seed(2)
     x, dy = (random_map(2, c, h, w, dtype, g) for _ in range(2))

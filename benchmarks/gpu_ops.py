@@ -1,8 +1,8 @@
 """Single ops for `gpu.py`: ours against cuDNN in channels-last memory, eager PyTorch and torch.compile.
 
-The layers are those of `gpu_layers.py`, batch 1, bfloat16. Bytes are the minimal traffic: each input is read once, each
-output written once. Before each sample a buffer larger than the L2 cache is written, and the GPU is kept busy while the
-host launches.
+The layers are the convolutions of ResNet-50 and ConvNeXt-T on a tile of 2048 x 2048 pixels, batch 1, bfloat16. Bytes
+are the minimal traffic: each input is read once, each output written once. Before each sample a buffer larger than the
+L2 cache is written, and the GPU is kept busy while the host launches.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from gpu_checks import forced
-from gpu_layers import TILE, Layer, config_layers, convnext_tiny, resnet50
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +25,92 @@ from gigamorph.kernels.tuning import Config
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+TILE = 2048
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution: `side` is that of its square input; `act` follows it, after an affine map."""
+
+    cin: int
+    cout: int
+    kernel: int
+    stride: int
+    side: int
+    groups: int = 1
+    act: str = "relu"
+
+    def __str__(self) -> str:
+        kind = " depthwise" if self.groups > 1 else ""
+        step = f"/{self.stride}" if self.stride > 1 else ""
+        return f"{self.kernel}x{self.kernel}{step}{kind} {self.cin}>{self.cout} @{self.side}"
+
+    @property
+    def out(self) -> int:
+        return self.side // self.stride
+
+    @property
+    def pad(self) -> int:
+        return self.kernel // 2 if self.kernel % 2 else 0
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.out**2 * self.cout * self.cin // self.groups * self.kernel**2
+
+    @property
+    def bytes(self) -> int:
+        """Input and output in bfloat16; of the input, only the part that a filter smaller than its stride reads."""
+        read = min(1.0, self.kernel / self.stride) ** 2
+        return int(2 * (self.side**2 * self.cin * read + self.out**2 * self.cout))
+
+
+def resnet50(tile: int = TILE) -> list[Layer]:
+    """Return every distinct convolution after the stem."""
+    layers, inside = [], 64
+    for stage, width in enumerate((64, 128, 256, 512)):
+        side = tile // 4 // 2 ** max(0, stage - 1)
+        stride = 2 if stage else 1
+        layers += [
+            Layer(inside, width, 1, 1, side),
+            Layer(width, width, 3, stride, side),
+            Layer(width, 4 * width, 1, 1, side // stride),
+            Layer(inside, 4 * width, 1, stride, side, act="none"),
+            Layer(4 * width, width, 1, 1, side // stride),
+            Layer(width, width, 3, 1, side // stride),
+        ]
+        inside = 4 * width
+    return list(dict.fromkeys(layers))
+
+
+def convnext_tiny(tile: int = TILE) -> list[Layer]:
+    """Return depthwise filters, the two products of a block, and downsampling."""
+    layers = []
+    for stage, width in enumerate((96, 192, 384, 768)):
+        side = tile // 4 // 2**stage
+        layers += [
+            Layer(width, width, 7, 1, side, groups=width, act="none"),
+            Layer(width, 4 * width, 1, 1, side, act="gelu"),
+            Layer(4 * width, width, 1, 1, side, act="none"),
+        ]
+        if stage:
+            layers.append(Layer(width // 2, width, 2, 2, 2 * side, act="none"))
+    return layers
+
+
+def config_layers(tile: int) -> list[Layer]:
+    """Return the layers on which tiles of kernels are compared."""
+    return [
+        Layer(64, 64, 3, 1, tile // 4),
+        Layer(128, 128, 3, 1, tile // 8),
+        Layer(256, 256, 3, 1, tile // 16),
+        Layer(256, 256, 3, 1, tile // 16 + 5),  # like the last tiles of an image: rows that do not fill a tile
+        Layer(128, 128, 3, 2, tile // 4),
+        Layer(64, 256, 1, 1, tile // 4),
+        Layer(256, 64, 1, 1, tile // 4),
+        Layer(1024, 256, 1, 1, tile // 16),
+    ]
 
 
 class Case(NamedTuple):
@@ -89,12 +175,7 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE, scale: float = 1.0) -> Tensor
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
-def forced_ours(run: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        with choice.override("triton"):
-            return run()
-
-    return call
+forced_ours = choice.override("triton")  # as a decorator
 
 
 def compiled(run: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:

@@ -3,22 +3,28 @@
 Batch 1, one grey channel, float32 parameters under bfloat16 autocast, frozen BatchNorm (batch statistics in models with
 "live" in the name), the mean square of the output as the loss. Stock gets the image on the GPU, and so does gigamorph
 up to 8192 pixels; above, the image is in host memory as uint16 and is read tile by tile.
+
+`traces` lists the work of one step on the GPU in order: the microseconds of each kernel, and the idle time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from gigamorph import accelerate, open_pixels, plan
 from gigamorph.engine.bench.meter import NvmlPeak, time_call
@@ -195,10 +201,7 @@ def measure(step: GpuStep, tile: int, box: float, warm_only: bool = False) -> di
             passed, _ = time_call(lambda: losses.append(once(step, network, image)), DEVICE.type)
             seconds.append(passed)
     row = {
-        "model": step.model,
-        "training": step.training,
-        "side": step.side,
-        "how": step.how,
+        **asdict(step),
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
         "mpx_per_s": step.side**2 / statistics.median(seconds) / 1e6,
@@ -300,3 +303,57 @@ def runs(entries: Sequence[GpuStep], dry: bool, box: float) -> dict[str, Callabl
 def preparations(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     tile = DRY_TILE if dry else TILE
     return {str(step): partial(warm_up, step, tile) for step in warm_ups(dry)}
+
+
+WARM = 3  # steps before the trace: compiled, captured, replayed
+LONGEST = 100  # characters of a kernel's name
+
+
+def traces(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return traces by name, the most important first. A dry run has no GPU and none."""
+    if dry:
+        return {}
+    wanted = [
+        ("resnet50_live", True, ("ours_auto", "compile")),
+        ("resnet50", True, ("ours_auto", "compile")),
+        ("convnext_tiny", False, ("ours_auto", "compile")),
+        ("efficientnet_b2_live", True, ("ours_auto", "compile")),
+        ("convnext_tiny", True, ("ours_auto",)),
+        ("densenet121", True, ("ours_auto",)),
+        ("vgg16", True, ("ours_auto",)),
+    ]
+    steps = [GpuStep(model, training, 4096, how) for model, training, hows in wanted for how in hows]
+    return {str(step): partial(trace, step) for step in steps}
+
+
+def trace(step: GpuStep) -> dict[str, Any]:
+    """Return kernel names, and [index of the name, grid, registers, start, microseconds] of each in order of start."""
+    network = prepare(step, None)
+    image = picture(step, step.side)
+    for _ in range(WARM):
+        once(step, network, image)
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        once(step, network, image)
+        synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return summarized(events)
+
+
+def summarized(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Extract the work on the GPU from a Chrome trace."""
+    work = [e for e in events if e.get("ph") == "X" and e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    work.sort(key=lambda e: e["ts"])
+    names: dict[str, int] = {}
+    rows, busy, reached = [], 0.0, 0.0
+    for event in work:
+        begun, args = event["ts"] - work[0]["ts"], event.get("args", {})
+        number = names.setdefault(event["name"][:LONGEST], len(names))
+        grid = args.get("grid") or args.get("bytes")
+        rows.append([number, grid, args.get("registers per thread"), round(begun, 1), round(event["dur"], 1)])
+        busy += max(0.0, begun + event["dur"] - max(begun, reached))
+        reached = max(reached, begun + event["dur"])
+    return {"span_us": round(reached, 1), "busy_us": round(busy, 1), "names": list(names), "kernels": rows}

@@ -1,13 +1,21 @@
-"""A worker of `gpu.py`: every item by section and name, and the server that runs the requested ones."""
+"""A worker of `gpu.py`: every item by section and name, and the server that runs the requested ones.
+
+The tests that need a GPU, and the runs of our kernels under the sanitizer, are defined here.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +23,61 @@ ROOT = Path(__file__).resolve().parents[1]
 BOX = 8.0  # seconds of timed steps in one entry
 
 Row = dict[str, Any]
+
+
+# One check per family: the sanitizer makes a kernel a hundred times slower.
+SANITIZED = ("conv forward", "conv dgrad", "conv wgrad", "depthwise", "stem", "max_pool2d", "batch_norm", "layer_norm")
+TOOLS = ("memcheck", "racecheck")
+
+
+def tests(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return the functions of tests/gpu by name, except those of this script; in a dry run one, which is skipped."""
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    named = [
+        (file, name)
+        for file in files
+        if file.stem != "test_gpu_benchmark"
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    ]
+    return {f"{file.stem}: {name}": partial(_pytest, f"{file}::{name}") for file, name in named[: 1 if dry else None]}
+
+
+def sanitized(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return families by tool; none in a dry run."""
+    return {} if dry else {f"{tool} {name}": partial(_sanitized, tool, name) for tool in TOOLS for name in SANITIZED}
+
+
+def _pytest(which: str) -> dict[str, Any]:
+    """Run a test and return its result; a failure is an error. Measurements are discarded: others run in parallel."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", which]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**_environment(), "GIGAMORPH_CACHE": folder}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode not in (0, 5):
+        print(done.stdout, done.stderr, file=sys.stderr)
+        raise AssertionError(f"{last}\n{done.stdout[-1500:]}")
+    return {"result": last}
+
+
+def _sanitized(tool: str, family: str) -> dict[str, Any]:
+    """Run the first check of a family under compute-sanitizer."""
+    path = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if path is None:
+        return {"result": "compute-sanitizer is not installed"}
+    code = f"import gpu_checks; c = gpu_checks.checks(False); c[next(n for n in c if n.startswith({family!r}))]()"
+    command = [path, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    if done.returncode:
+        raise AssertionError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+    errors = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout + done.stderr)
+    return {"result": errors[-1] if errors else "no summary"}
+
+
+def _environment() -> dict[str, str]:
+    """Return a child's environment with the checkout's packages."""
+    paths = [ROOT, ROOT / "tests" / "helpers", ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
 
 
 def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
@@ -28,8 +91,6 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
     import gpu_checks
     import gpu_ops
     import gpu_steps
-    import gpu_tests
-    import gpu_traces
 
     timer = gpu_ops.Timer(seconds=0.01, least=1, most=2) if dry else gpu_ops.Timer()
     once = gpu_ops.Timer(prepare=True)
@@ -41,14 +102,14 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
             prepare |= {f"{section}: {n}": lambda case=case: once.row(case()) for n, case in cases.items()}
     return {
         "ceilings": {"machine": machine, "ceilings": lambda: gpu_ops.ceilings(dry)},
-        "tests": gpu_tests.tests(dry),
-        "sanitizer": gpu_tests.sanitized(dry),
+        "tests": tests(dry),
+        "sanitizer": sanitized(dry),
         "checks": gpu_checks.checks(dry),
         "prepare": prepare,
         "ops": {n: lambda case=case: timer.row(case()) for n, case in ops.items()},
         "tiles": {n: lambda case=case: timer.row(case()) for n, case in tiles.items()},
         "steps": {**gpu_steps.runs(gpu_steps.steps(dry), dry, 0.1 if dry else BOX), "choices": choices},
-        "traces": gpu_traces.traces(dry),
+        "traces": gpu_steps.traces(dry),
         "limits": gpu_steps.runs(gpu_steps.limits(dry), dry, 0.1 if dry else BOX),
     }
 
@@ -77,25 +138,21 @@ def clocks() -> Row:
     if not torch.cuda.is_available():
         return {}
     try:
-        return _clocks()
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        return {
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+            "gpu_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+            "gpu_bytes_used": pynvml.nvmlDeviceGetMemoryInfo(handle).used,
+        }
     except Exception as error:  # a failure of NVML must not stop a measurement
         return {"nvml": f"{type(error).__name__}: {error}"[:200]}
-
-
-def _clocks() -> Row:
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    return {
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-        "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-        "gpu_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-        "gpu_bytes_used": pynvml.nvmlDeviceGetMemoryInfo(handle).used,
-    }
 
 
 def choices() -> Row:

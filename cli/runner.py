@@ -131,8 +131,7 @@ def over_images(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapper(checkpoint: str, skip_bad: bool, as_json: bool, memory_budget: int | None, **given: Any) -> None:
-        from ..engine.models.folder import digest_of
-        from ..engine.models.folds import fold_checkpoints
+        from ..engine.models.folder import digest_of, fold_checkpoints
         from ..engine.predict.job import opened_with_white
         from ..engine.predict.options import RunOptions
         from ..engine.published.classifier import look_at_folds, open_classifier

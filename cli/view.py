@@ -56,8 +56,7 @@ def view(
     port: int,
     browser: bool,
     white: Any,
-    memory_budget: int | None,
-    device: str,
+    **how: Any,
 ) -> None:
     """Show exams in the radiological hanging order, those with the largest errors first.
 
@@ -87,8 +86,7 @@ def view(
     grey |= {} if white is None else {"white": white}
     maps = None
     if evidence is not None:
-        how: dict[str, Any] = {"memory_budget": memory_budget, "device": device, "flips": flips}
-        maps = MapServer(evidence, white=grey.get("white"), **how)
+        maps = MapServer(evidence, white=grey.get("white"), flips=flips, **how)
         grey = {**maps.grey, **grey}
     exams = read_exams(source, table=table, split=split, grey=grey)[:most]
     site = ViewerFiles(exams, maps, identifiers=identifiers)

@@ -334,7 +334,7 @@ FAULTS = (
     # -- models ----------------------------------------------------------------------------------------------------
     Fault(
         "attention-along-the-wrong-axis",
-        "engine/models/views.py",
+        "engine/models/outputs.py",
         "(torch.softmax(rows[:, -1:], 0) * rows[:, :-1])",
         "(torch.softmax(rows[:, -1:], 1) * rows[:, :-1])",
         "tests/engine/models/test_views.py",

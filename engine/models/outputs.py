@@ -1,8 +1,12 @@
-"""The meaning of a network's output columns: classes, labels, several heads; and their log-odds."""
+"""The meaning of a network's output columns: classes, labels, several heads; their log-odds; views of an exam pooled.
+
+Also the tensors in the result of a forward by name, and a hook that concatenates some of them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,7 +15,37 @@ from torch.nn import functional as F
 
 from ..config import from_plain, to_plain
 from ..errors import GigamorphError
-from .views import Views, pool
+
+Views = Literal["mean", "max", "attention"]
+VIEWS: tuple[str, ...] = get_args(Views)
+
+
+def pool(rows: Tensor, views: Views, *, exclusive: bool) -> Tensor:
+    """Pool the rows of the views of an exam to one row (1, columns), differentiable.
+
+    With rows x_v (the network's columns for view v), the exam's row is
+
+        mean        sum_v x_v / V
+        max         for labels, numbers and ordinal columns max_v x_v; for two classes the row of the view with the
+                    highest log-odds of the second; for more classes max_v log softmax(x_v)
+        attention   sum_v a_v x_v with a = softmax over the views of one further column
+
+    No pooling depends on the order of the views, nor on offsets that a softmax ignores. Attention follows Ilse, Tomczak
+    and Welling (2018), applied to each view's outputs instead of its features, so that each view's contribution is
+    known (as in Javed et al., 2022).
+
+    Args:
+        rows: (views, columns); with "attention" (views, columns + 1).
+        exclusive: whether the columns are logits of one softmax.
+    """
+    if views == "attention":
+        return (torch.softmax(rows[:, -1:], 0) * rows[:, :-1]).sum(0, keepdim=True)
+    if views == "mean":
+        return rows.mean(0, keepdim=True)
+    if exclusive and rows.shape[1] == 2:
+        return rows[(rows[:, 1] - rows[:, 0]).argmax()][None]
+    return (torch.log_softmax(rows, 1) if exclusive else rows).amax(0, keepdim=True)
+
 
 Activation = Literal["softmax", "sigmoid", "probability", "ordinal", "number", "features"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -153,7 +187,7 @@ class Outputs:
         return torch.cat([head.log_odds(part) for head, part in zip(self.heads, parts, strict=True)], 1)
 
     def together(self, rows: Tensor) -> Tensor:
-        """Pool the outputs for an exam's views (views, width) to one row (1, columns); see `views`."""
+        """Pool the outputs for an exam's views (views, width) to one row (1, columns); see `pool`."""
         assert self.views is not None
         if self.members:
             own = rows.tensor_split(len(self.members), 1)
@@ -196,3 +230,57 @@ def outputs_of(network: Any) -> Outputs | None:
     """Return the outputs of a network or an accelerated one; None if not attached, which means logits of a softmax."""
     found = getattr(network, _ATTRIBUTE, None)
     return found if isinstance(found, Outputs) else None
+
+
+def tensors_in(result: Any, name: str = "") -> dict[str, Tensor]:
+    """Return the tensors in a forward's result by keys, attributes and numbers joined with dots, as in "heads.0".
+
+    Containers are mappings (also Hugging Face's), data classes, tuples (also named ones) and lists; other values
+    are ignored. A single tensor is called "output".
+    """
+    if isinstance(result, Tensor):
+        return {name or "output": result}
+    parts: Mapping[Any, Any] = {}
+    if isinstance(result, Mapping):
+        parts = result
+    elif is_dataclass(result) and not isinstance(result, type):
+        parts = {one.name: getattr(result, one.name) for one in fields(result)}
+    elif isinstance(result, tuple) and (named := getattr(result, "_fields", ())):
+        parts = dict(zip(named, result, strict=True))
+    elif isinstance(result, Sequence) and not isinstance(result, str):
+        parts = dict(enumerate(result))
+    found: dict[str, Tensor] = {}
+    for key, part in parts.items():
+        found |= tensors_in(part, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def is_row(value: Tensor) -> bool:
+    """Whether it has numbers per image and nothing else: floating point, (N,) or (N, columns)."""
+    return value.ndim in (1, 2) and value.is_floating_point()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A forward hook that concatenates some tensors of a network's result: (N, columns).
+
+    Attributes:
+        names: as in `tensors_in`. A tensor (N,) is one column.
+    """
+
+    names: tuple[str, ...]
+
+    def __call__(self, module: Any, given: Any, result: Any) -> Tensor:
+        found = tensors_in(result)
+        for name in self.names:
+            if name not in found or not is_row(found[name]):
+                raise GigamorphError(f"the network has no row of numbers {name!r}; it outputs {format_tensors(found)}")
+        rows = [found[name] for name in self.names]
+        return torch.cat([row if row.ndim == 2 else row[:, None] for row in rows], 1)
+
+
+def format_tensors(found: Mapping[str, Tensor]) -> str:
+    """Format the names and shapes of tensors for a message."""
+    shown = [f"{name} ({' x '.join(map(str, value.shape))})" for name, value in found.items()]
+    more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
+    return f"{', '.join(shown[:10]) or 'no tensor'}{more}"

@@ -18,20 +18,18 @@ from torch import Tensor, nn
 from ..applications import is_layout
 from ..errors import DataError, GigamorphError
 from ..trust import require_trusted, trust_named
-from .bounded import bounded
 from .checkpoints import read_state
 from .compat import make_torchvision_importable
 from .folder import check_weights, is_folder, read_description
 from .lesionnet import LesionNet
-from .outputs import set_outputs
+from .outputs import Columns, set_outputs
 from .own_code import imported, nothing_fetched, working_directory_on_path
 from .pretrained import TIMM, import_timm, pretrained_state
 from .reference import require_stored_logits
 from .resnet import resnet18, resnet34, resnet50, resnet50_v1
-from .results import Columns
 from .spec import Spec
 from .unet import UNet
-from .weights import common_prefix, differences, first_line, load_exactly, subtree, unwrapped
+from .weights import bounded, common_prefix, differences, first_line, load_exactly, subtree, unwrapped
 
 log = logging.getLogger("gigamorph")
 

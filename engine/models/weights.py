@@ -1,22 +1,32 @@
-"""Third-party state dicts: removal of wrapper prefixes, renaming, and loading into a network."""
+"""Third-party state dicts: removal of wrapper prefixes, renaming, and loading into a network.
+
+Also the limit on the memory in which a network that a file names is built.
+"""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import pickle
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import DataError, GigamorphError
+from ..torch_private import TorchDispatchMode
 
 _COMPILED, _WRAPPED = "_orig_mod", "module."  # by torch.compile; by DDP and AveragedModel
 _COUNTER = "n_averaged"  # of AveragedModel, next to the wrapped names
 _LISTED = 10
+# Limits of `bounded`: values and tensors per value and tensor of the weights, and how many more there may be.
+_FACTOR = 4  # allows for tables, masks, and tensors from which weights are drawn
+_FREE = 2**27  # values
+_TENSORS = 100_000
 
 
 def unwrapped(state: Mapping[str, Tensor], own: Container[str] = ()) -> dict[str, Tensor]:
@@ -240,6 +250,28 @@ def some(names: Iterable[str]) -> str:
     every = list(names)
     more = f" and {len(every) - _LISTED} more" if len(every) > _LISTED else ""
     return ", ".join(every[:_LISTED]) + more
+
+
+class bounded(TorchDispatchMode):  # noqa: N801
+    """Context manager that refuses to allocate tensors whose total size far exceeds that of the weights.
+
+    Args:
+        weights: the weights that will be loaded into the network.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._values = _FACTOR * sum(value.numel() for value in weights.values()) + _FREE
+        self._tensors = _FACTOR * len(weights) + _TENSORS
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = args[0] if args and isinstance(args[0], list | tuple) else ()
+        if size and all(isinstance(one, int) for one in size):
+            self._values -= max(0, math.prod(size))
+            self._tensors -= 1
+        if self._values < 0 or self._tensors < 0:
+            raise DataError("it would be far larger than its weights; correct its arguments, or use another file")
+        return func(*args, **(kwargs or {}))
 
 
 def sha256(path: str | Path) -> str:

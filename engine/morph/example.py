@@ -70,7 +70,7 @@ class Inputs:
         calls = []
         for one in (self.first(), *others):
             args, kwargs = (one.tensors, {}) if one.form is None else _decoded(one.form, one.tensors)
-            calls.append({"args": [_encoded(x, tensors) for x in args], "kwargs": _encoded(kwargs, tensors)["dict"]})
+            calls.append(_form(args, kwargs, tensors))
         return Inputs(tuple(tensors), {"calls": calls})
 
     def to(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -147,10 +147,7 @@ def _inputs_of(example: Example) -> Inputs:
             "keyword arguments"
         )
     tensors: list[Tensor] = []
-    form = {
-        "args": [_encoded(x, tensors) for x in args],
-        "kwargs": {k: _encoded(x, tensors) for k, x in kwargs.items()},
-    }
+    form = _form(args, kwargs, tensors)
     if not tensors:
         raise MorphError("the example contains no tensor; give the network's inputs")
     plain = len(tensors) == len(args) and all(isinstance(x, Tensor) for x in args)
@@ -166,6 +163,11 @@ def stand_ins(shapes: Sequence[Sequence[int]], kinds: Sequence[str], form: Any) 
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
     return Inputs(tensors, form)
+
+
+def _form(args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor]) -> dict[str, Any]:
+    """Encode the arguments of a call; their tensors are appended to `tensors`."""
+    return {"args": [_encoded(x, tensors) for x in args], "kwargs": _encoded(kwargs, tensors)["dict"]}
 
 
 def _encoded(value: Any, tensors: list[Tensor]) -> Any:

@@ -340,7 +340,7 @@ def meet(labels: list[Label], shape: Shape, atoms: Atoms, borders: Borders, wher
     for i, operand in enumerate(operands):
         if operand.stored and operand.varies and operand.stretched(shape) & known:
             atoms.freeze(operand.atoms, f"it runs along an axis that has no channels ({where})")
-            operands[i] = operand.without_channels()
+            operands[i] = replace(operand, atoms=no_atoms((1,) * len(shape)), varies=set())
     # After a concatenation along the tokens, only this op shows that all tokens have the same channels.
     operands.sort(key=lambda operand: len(operand.varies) > 1)
     main = set().union(*(operand.varies for operand in operands))
@@ -380,9 +380,6 @@ class _Operand:
         atoms = atoms.reshape((1,) * (ndim - atoms.ndim) + tuple(atoms.shape))
         size = (1,) * (ndim - label.vids.ndim) + tuple(label.vids.shape)
         return cls(atoms, size, {a for a in range(ndim) if varies(atoms, [a])}, label.parameter is not None)
-
-    def without_channels(self) -> _Operand:
-        return replace(self, atoms=no_atoms((1,) * len(self.size)), varies=set())
 
     def stretched(self, shape: Shape) -> set[int]:
         """Return the axes along which broadcasting to `shape` repeats it."""

@@ -32,11 +32,6 @@ def kraft_lengths(copies: int) -> list[int]:
     return sorted(lengths)
 
 
-def split_kraft(weight: Tensor, copies: int) -> list[Tensor]:
-    """Split `weight` into `copies` tensors, powers of two times `weight`."""
-    return [weight * 2.0**-length for length in kraft_lengths(copies)]
-
-
 def split_sterbenz(weight: Tensor, copies: int, generator: torch.Generator) -> list[Tensor]:
     """Split `weight` into `copies` tensors that add up to it exactly, with random shares per element."""
     parts = weight[None]
@@ -79,7 +74,10 @@ def split_columns(
             torch.index_select(weight[rows], 1, columns.clamp(min=0), out=result[rows])
         for old, indices in several:
             source, copies = _columns(weight[rows], old), len(indices)
-            parts = split_kraft(source, copies) if split == "kraft" else split_sterbenz(source, copies, generator)
+            if split == "kraft":
+                parts = [source * 2.0**-length for length in kraft_lengths(copies)]
+            else:
+                parts = split_sterbenz(source, copies, generator)
             if noise:
                 parts = _add_noise(parts, noise * deviation, generator)
             for index, part in zip(indices, parts, strict=True):

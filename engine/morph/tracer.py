@@ -238,7 +238,7 @@ class Tracer(TorchFunctionMode, Primitives):
             flat, entry.structure = tree_flatten(result)
             entry.outputs = [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None for t in flat]
             entry.constants = [None if isinstance(t, Tensor) else t for t in flat]
-            entry.plain = len(flat) == 1 and _shape(flat[0]) == _broadcast(labels)
+            entry.plain = len(flat) == 1 and isinstance(flat[0], Tensor) and flat[0].shape == _broadcast(labels)
             entry.in_place = next((i for i, t in enumerate(tensors) if len(flat) == 1 and flat[0] is t), None)
             entry.changed = entry.in_place is not None and flat[0]._version != versions[entry.in_place]
         shapes = [o[0] for o in entry.outputs if o is not None]
@@ -391,10 +391,6 @@ def _transposes(name: str, args: tuple[Any, ...], matrix: Tensor) -> bool:
     if name in ("transpose", "swapaxes", "swapdims", "permute"):
         return len(axes) == 2 and axes[0] % 2 != axes[1] % 2 and (name != "permute" or axes[0] % 2 == 1)
     return not axes
-
-
-def _shape(leaf: Any) -> tuple[int, ...] | str:
-    return tuple(leaf.shape) if isinstance(leaf, Tensor) else "no tensor"
 
 
 def _broadcast(labels: list[Label]) -> tuple[int, ...] | None:

@@ -98,8 +98,9 @@ def widen(
     others = other_inputs(model, inputs)
     followed = inputs.and_calls(others.branching)
     spaces = find_spaces(model, followed, groups=groups)
-    if factor is not None:
-        _require_growable(spaces)
+    if factor is not None and not spaces.growable():
+        reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
+        raise MorphError(f"no space can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
     check_seed(seed)
     chosen, new = choose_counts(spaces, counts or {}, factor, free or {}, seed, ignore=ignore, round_to=round_to)
     if not chosen and not any(map(any, new.values())):
@@ -135,13 +136,6 @@ def widen(
             "eval mode only"
         ) from error
     return (replace_contents(model, child) if inplace else as_given(child, given)), report
-
-
-def _require_growable(spaces: Spaces) -> None:
-    """Refuse a factor if no space can grow."""
-    if not spaces.growable():
-        reasons = [f"space {s.key}: {s.frozen}" for s in spaces if s.frozen != OUTPUT] or ["all are outputs"]
-        raise MorphError(f"no space can be widened; {reasons[0]}" + (", and others" if len(reasons) > 1 else ""))
 
 
 @dataclass(frozen=True)

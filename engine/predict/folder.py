@@ -95,7 +95,7 @@ class RunFolder:
                 f"{out}: has results of another model ({found['checkpoint']}, SHA-256 {found['model'][:12]}...); "
                 f"name another --out{self._or_overwrite}"
             )
-        if not options.resume and (options.shard[1] == 1 or self._has_results(self.shard)):
+        if not options.resume and (options.shard[1] == 1 or self.has_results(self.shard)):
             raise GigamorphError(
                 f"{out}: already holds {job.made}; continue with --resume, or name another --out{self._or_overwrite}"
             )
@@ -194,12 +194,8 @@ class RunFolder:
             _write_once(path, secrets.token_bytes(32), 0o600)
         return path.read_bytes()
 
-    def has_results(self) -> bool:
-        """Whether any result or failure exists."""
-        return self._has_results("*-of-*")
-
-    def _has_results(self, shards: str) -> bool:
-        """Whether any result or failure of these shards exists."""
+    def has_results(self, shards: str = "*-of-*") -> bool:
+        """Whether any result or failure of these shards, by default of any, exists."""
         found = (path for parent in (self.parts, self.quarantine) for path in parent.glob(f"{shards}/*"))
         return any(path.name != "_lock" for path in found)
 

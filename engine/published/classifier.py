@@ -14,12 +14,10 @@ from ..datasets.tables import SPLITS, Record
 from ..datasets.views import mirrorings
 from ..errors import DataError, GigamorphError, UntrustedError
 from ..images.pixels import Normalize
-from ..models.bounded import bounded
-from ..models.folder import read_description
-from ..models.folds import fold_checkpoints
+from ..models.folder import fold_checkpoints, read_description
 from ..models.outputs import Outputs, outputs_of, set_outputs
 from ..models.registry import open_checked
-from ..models.weights import first_line
+from ..models.weights import bounded, first_line
 from ..predict.predictor import Classifier
 from ..train.checkpoint import REMEDY, load_checkpoint, preprocessing_of
 from ..train.inputs import images

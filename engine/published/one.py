@@ -15,9 +15,8 @@ from ..files import write_tensors
 from ..models import build_model
 from ..models.checkpoints import WeightFile
 from ..models.folder import WEIGHTS, Description, Preprocessing, write_description
-from ..models.outputs import Activation, Head, Outputs
+from ..models.outputs import Activation, Columns, Head, Outputs, format_tensors, is_row, tensors_in
 from ..models.reference import forward
-from ..models.results import Columns, format_tensors, is_row, tensors_in
 from ..models.spec import Spec
 from ..models.weights import common_prefix, first_line, load_exactly, own_tensors, renamed, sha256, subtree, unwrapped
 from ..versions import versions_of_results
@@ -44,7 +43,7 @@ def endings(network: nn.Module, image: Tensor, rows: int) -> list[str]:
     """Return the last operation of each of a network's outputs: "softmax", "sigmoid", or "" for others.
 
     Args:
-        rows: number of outputs that `models.results.Columns` has concatenated; 0 if the network has a single output.
+        rows: number of outputs that `models.outputs.Columns` has concatenated; 0 if the network has a single output.
     """
     try:
         end = network(image.clone().requires_grad_() + 0).grad_fn  # not a leaf: in-place operations are allowed

@@ -22,7 +22,7 @@ from ..images.grayscale import check_voi
 from ..images.levels import White, require_white
 from ..images.pixels import Normalize
 from ..models.checkpoints import WeightFile, is_state, read_state
-from ..models.views import Views
+from ..models.outputs import Views
 from ..models.weights import first_line
 from .state import State
 

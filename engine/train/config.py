@@ -14,10 +14,10 @@ from ..images.grayscale import check_voi
 from ..images.levels import parse_white
 from ..images.pixels import Normalize
 from ..models.folder import folder_of, is_folder, read_description, require_logits
+from ..models.outputs import Views
 from ..models.pretrained import TIMM as _TIMM
 from ..models.pretrained import pretrained_scale
 from ..models.registry import open_checked
-from ..models.views import Views
 from .inputs import Labels
 from .options import Loss, TrainOptions, require
 from .stages import Stage

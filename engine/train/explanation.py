@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -12,7 +11,7 @@ from math import ceil
 import numpy as np
 import torch
 from scipy.special import expit
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..accelerate import Accelerated
 from ..errors import GigamorphError
@@ -21,6 +20,7 @@ from ..images.affine import Affine, CoordinateMap
 from ..images.pixels import PixelSource, as_stored, to_original
 from ..models.outputs import Outputs, outputs_of
 from ..torch_private import tree_leaves
+from .stages import restored
 
 
 @dataclass(frozen=True)
@@ -199,25 +199,13 @@ def gradient(net: Accelerated, source: PixelSource, which: int | None) -> tuple[
     _, height, width = source.shape
     dtype = next((p.dtype for p in net.parameters()), torch.float32)
     image = source.read(0, height, 0, width)[None].to(dtype).requires_grad_()
-    with _frozen(net), torch.enable_grad():
+    with restored(net), torch.enable_grad():
+        net.requires_grad_(False)  # gradients of parameters would cost time and memory
         found = next(t for t in tree_leaves(net(image)) if isinstance(t, Tensor)).reshape(1, -1)
         heads = outputs_of(net)
         number = class_of(found, which, heads)
         (by_pixel,) = torch.autograd.grad(log_odds_of(found, number, heads)[0], image)
     return by_pixel[0], found[0].detach(), number
-
-
-@contextlib.contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """Context without gradients of parameters, which would cost time and memory."""
-    wanted = [p for p in net.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 def caption(label: str, log_odds: float, number: bool = False) -> str:

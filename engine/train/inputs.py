@@ -21,7 +21,7 @@ from ..datasets.tables import Record, columns_named, label_columns, read_table
 from ..errors import DataError
 from ..images.levels import White
 from ..images.pixels import Normalize
-from ..models.views import Views
+from ..models.outputs import Views
 from .data import Data, samples_of
 from .folds import draw_folds
 from .mask_target import read_masks

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import DataError, GigamorphError
 from ..models.compat import make_torchvision_importable
-from .averaging import Average
-from .optimizers import make_optimizer
+from .optimizers import factor_of, make_optimizer
 from .run import Run, seed_of
-from .schedules import factor_of
 from .stages import Stage, train_mode
 from .state import State
-from .statistics import RunningStatistics
+from .statistics import Average, RunningStatistics
 from .task import Task
 
 make_torchvision_importable()

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..accelerate import Accelerated, accelerate
 from ..errors import DataError, GigamorphError, MorphError
 from ..models import build_model
-from ..models.bounded import bounded
 from ..models.folder import folder_of, read_description, require_logits
 from ..models.outputs import Outputs, set_outputs
 from ..models.pretrained import TIMM
 from ..models.registry import head_prefix, load_weights
+from ..models.weights import bounded
 from .checkpoint import read_record
 from .mask_target import MaskTarget
 from .target import Target

@@ -15,9 +15,8 @@ from ..models.pretrained import TIMM
 from ..models.registry import build_model, factory_of
 from ..models.spec import Spec
 from .loggers import require_callbacks, require_loggers
-from .optimizers import make_optimizer
+from .optimizers import factor_of, make_optimizer
 from .options import TrainOptions
-from .schedules import factor_of
 from .stages import Stage, require_multiple, trainable_names
 
 

@@ -60,7 +60,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate schedule; see `schedules.factor_of`.
+    """The learning rate schedule; see `optimizers.factor_of`.
 
     Raises:
         GigamorphError: for invalid values.

@@ -13,10 +13,6 @@ from .options import Precision
 from .progress import Report
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Run:
     """The settings of a training or of a complete recipe."""
@@ -30,7 +26,7 @@ class Run:
     precision: Precision = "fp32"
     report: Report | None = None
     """Called with the progress, for a progress bar."""
-    say: Callable[[str], None] = _silent
+    say: Callable[[str], None] = lambda text: None
     """Called with lines to print."""
     log: tuple[str, ...] = ()
     """Loggers in addition to ``log.csv``, see `loggers.make_loggers`."""

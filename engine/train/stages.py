@@ -46,7 +46,7 @@ class Stage:
     accumulate: int = 1
     """Batches per optimizer step, whose losses are averaged."""
     schedule: str = "constant"
-    """"constant"; "cosine" and "linear", which fall to zero; or others, see `schedules.factor_of`."""
+    """"constant"; "cosine" and "linear", which fall to zero; or others, see `optimizers.factor_of`."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
     """Additional arguments of the schedule."""
     warmup: float | None = None

@@ -17,8 +17,7 @@ from ..errors import DataError
 from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
 from ..evaluate.class_names import positive_number
-from ..models.outputs import Activation, Head, Outputs
-from ..models.views import Views
+from ..models.outputs import Activation, Head, Outputs, Views
 from .options import Loss
 
 Kind = Literal["classes", "labels", "ordinal", "numbers", "masks"]
@@ -28,6 +27,7 @@ _ACTIVATIONS: dict[Kind, Activation] = {
     "ordinal": "ordinal",
     "numbers": "number",
 }
+_REGRESSION = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Target:
             is one output less than classes. "labels": any of them, with a logit each. "numbers": one output each, in
             units of ``spread`` around ``center``.
         center, spread: mean and standard deviation of each number over the training images.
-        views: how views of an exam are combined, see `gigamorph.engine.models.views`; None for single images.
+        views: how views of an exam are combined, see `gigamorph.engine.models.outputs`; None for single images.
     """
 
     names: tuple[str, ...]
@@ -175,11 +175,7 @@ class Target:
     def _number_losses(self, values: Tensor, wanted: Tensor, settings: Loss) -> Tensor:
         center, spread = values.new_tensor(self.center), values.new_tensor(self.spread)
         wanted = (wanted - center) / spread
-        if settings.regression == "squared":
-            return (values - wanted) ** 2
-        if settings.regression == "absolute":
-            return (values - wanted).abs()
-        return F.huber_loss(values, wanted, reduction="none")
+        return _REGRESSION[settings.regression](values, wanted, reduction="none")
 
     def loss(self, logits: Tensor, truth: Array, *, balanced: bool = False) -> Tensor:
         """The mean of `losses` for recipes; for labels, the mean over all known ones.

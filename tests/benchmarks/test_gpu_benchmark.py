@@ -16,10 +16,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
-import gpu_layers  # noqa: E402
+import gpu_ops  # noqa: E402
 import gpu_steps  # noqa: E402
-import gpu_summary  # noqa: E402
-import gpu_tests  # noqa: E402
 import gpu_worker  # noqa: E402
 
 WORKER = """
@@ -93,7 +91,7 @@ def test_clocks_that_cannot_be_read_cost_nothing(monkeypatch):
         raise OSError("NVML: Unknown Error")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_worker, "_clocks", broken)
+    monkeypatch.setattr("pynvml.nvmlInit", broken)
     assert gpu_worker.clocks() == {"nvml": "OSError: NVML: Unknown Error"}
 
 
@@ -115,7 +113,7 @@ def test_a_check_sees_wrong_values_and_unequal_runs():
 
 def test_every_family_that_is_sanitized_has_a_check():
     names = list(gpu_checks.checks(dry=True))
-    assert all(any(name.startswith(family) for name in names) for family in gpu_tests.SANITIZED)
+    assert all(any(name.startswith(family) for name in names) for family in gpu_worker.SANITIZED)
 
 
 def test_summary_tells_what_is_wrong():
@@ -134,22 +132,20 @@ def test_summary_tells_what_is_wrong():
         },
         "steps": {},
     }
-    text = "\n".join(gpu_summary.summary(data))
+    text = "\n".join(gpu.summary(data))
     assert "checks: 1 of 3 passed" in text and "WRONG conv: y: [0.5, 3.0]; two runs differ" in text
     assert "WRONG stem: timed out" in text and "FAILED 3x3: ours: OutOfResources" in text
     assert "skipped for lack of time: 1" in text
 
 
 def test_traces_are_of_the_gpu_alone_and_tell_when_it_was_idle():
-    import gpu_traces
-
     kernel = {"ph": "X", "cat": "kernel", "name": "a", "dur": 5.0, "args": {"grid": [1, 2, 3]}}
     copied = {"ph": "X", "cat": "gpu_memcpy", "name": "copy", "ts": 12.0, "dur": 1.0, "args": {"bytes": 3}}
     other = {"ph": "X", "cat": "cpu_op", "name": "host", "ts": 0.0, "dur": 90.0}
-    row = gpu_traces.summarized([other, {**kernel, "ts": 20.0}, copied, {**kernel, "ts": 10.0}])
+    row = gpu_steps.summarized([other, {**kernel, "ts": 20.0}, copied, {**kernel, "ts": 10.0}])
     assert (row["span_us"], row["busy_us"], row["names"]) == (15.0, 10.0, ["a", "copy"])
     assert [number for number, *_ in row["kernels"]] == [0, 1, 0]
-    lines = gpu_summary._trace_lines({"step": row})
+    lines = gpu._trace_lines({"step": row})
     assert "3 kernels, busy 10 of 15 us" in lines[0] and "10 us in    2  a" in lines[1]
 
 
@@ -166,9 +162,9 @@ def test_layers_are_those_of_the_networks():
                     lambda m, args, _: seen.add((*m.weight.shape[:3], m.stride[0], args[0].shape[-1]))
                 )
         network(torch.empty(1, 1, 2048, 2048))
-    listed = {(layer.cout, layer.cin, layer.kernel, layer.stride, layer.side) for layer in gpu_layers.resnet50()}
+    listed = {(layer.cout, layer.cin, layer.kernel, layer.stride, layer.side) for layer in gpu_ops.resnet50()}
     assert listed == seen
-    layer = gpu_layers.Layer(64, 128, 3, 2, 512)
+    layer = gpu_ops.Layer(64, 128, 3, 2, 512)
     assert layer.flops == 2 * 256**2 * 128 * 64 * 9 and layer.bytes == 2 * (512**2 * 64 + 256**2 * 128)
 
 

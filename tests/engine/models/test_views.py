@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigamorph.engine.models.outputs import Head, Outputs
-from gigamorph.engine.models.views import VIEWS, Views
+from gigamorph.engine.models.outputs import VIEWS, Head, Outputs, Views
 
 NAMES = ("a", "b", "c", "d")
 HEADS = {

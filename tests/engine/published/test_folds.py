@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.models.folder import digest_of
-from gigamorph.engine.models.folds import fold_checkpoints
+from gigamorph.engine.models.folder import digest_of, fold_checkpoints
 from gigamorph.engine.published.classifier import look_at_folds
 from gigamorph.engine.train.mask_target import MaskTarget
 from gigamorph.engine.train.target import Target

@@ -20,12 +20,11 @@ from gigamorph.engine.errors import BudgetError, DataError, GigamorphError
 from gigamorph.engine.models.classifier import check_segmenter
 from gigamorph.engine.models.unet import UNet
 from gigamorph.engine.train.checkpoint import load_checkpoint
-from gigamorph.engine.train.fit import fit
+from gigamorph.engine.train.fit import fit, preview_lines
 from gigamorph.engine.train.inputs import Labels, training_data
 from gigamorph.engine.train.mask_target import MaskLoss, MaskTarget, Segmentation, dice
 from gigamorph.engine.train.network import restore_network, target_of
 from gigamorph.engine.train.options import Loss, Optimizer, TrainOptions
-from gigamorph.engine.train.run_preview import preview_lines
 
 MASKS = Labels("masks")
 

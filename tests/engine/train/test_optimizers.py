@@ -9,13 +9,12 @@ from squares import Squares
 from torch import nn
 
 from gigamorph.engine.errors import GigamorphError
-from gigamorph.engine.train.averaging import Average
 from gigamorph.engine.train.checkpoint import load_checkpoint
 from gigamorph.engine.train.loop import run_stages
-from gigamorph.engine.train.optimizers import find_optimizer, make_optimizer
+from gigamorph.engine.train.optimizers import factor_of, find_optimizer, make_optimizer
 from gigamorph.engine.train.run import Run
-from gigamorph.engine.train.schedules import factor_of
 from gigamorph.engine.train.stages import Stage
+from gigamorph.engine.train.statistics import Average
 
 STAGE = Stage("s", 4, 0.1, weight_decay=0.01)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gigamorph import accelerate
-from gigamorph.engine.train.run_preview import larger_budget
+from gigamorph.engine.train.fit import larger_budget
 
 SHAPE = (1, 1, 768, 768)
 

@@ -24,7 +24,7 @@ from gigamorph.engine.datasets.views import MirroredSource
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.evaluate.read import read_cases
 from gigamorph.engine.mammography.phantom import write_phantoms
-from gigamorph.engine.models.views import VIEWS, Views
+from gigamorph.engine.models.outputs import VIEWS, Views
 from gigamorph.engine.train.classify import logits_of_items
 from gigamorph.engine.train.target import Target
 
