@@ -17,6 +17,7 @@ from ..cuda_graphs import buffers
 from ..errors import BudgetError
 from ..lowering.folding import folded_ops
 from ..lowering.nodes import sort
+from ..lowering.ops.tiles import embed_tiles
 from ..lowering.rewrites import prepare
 from ..lowering.stages import StagedProgram
 from ..tiling.memory import format_bytes, format_enough
@@ -98,7 +99,8 @@ class PlanSearch:
             return False
         if request.stock != request.room(self.device):
             return False
-        return not (program.assigned or program.stands_in or any(op.group is not None for op in program.ops))
+        special = any(op.group is not None or op.func is embed_tiles for op in program.ops)
+        return not (special or program.assigned or program.stands_in)
 
     def plan_or_none(self, budget: int) -> Plan | None:
         """The plan for a budget; None if nothing fits."""
