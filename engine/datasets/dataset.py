@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -44,14 +44,9 @@ def with_white(records: Sequence[Record], white: White | None) -> list[Record]:
 
 def grey_of(images: object) -> dict[str, Any]:
     """The options of `open_record` for grey values that images of a data set use; empty for other images."""
-    data = dataset_in(images)
-    return {} if data is None else {"voi": data.voi, "white": data.white, "for_processing": data.for_processing}
-
-
-def dataset_in(images: object) -> ImageDataset | None:
-    """The image data set, or the one in the attribute ``data`` of a wrapper; None for other objects."""
-    data = getattr(images, "data", images)
-    return data if isinstance(data, ImageDataset) else None
+    if not isinstance(images, ImageDataset):
+        return {}
+    return {"voi": images.voi, "white": images.white, "for_processing": images.for_processing}
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -65,6 +60,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         downsample: averages factor x factor pixels, to compare with low resolution; 1 keeps every pixel.
         augment: random variations, drawn from (seed, epoch, index), so that a resumed run sees the same images. Call
             `set_epoch` at the start of every epoch.
+        view: a last step that each image passes through.
     """
 
     def __init__(
@@ -80,6 +76,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         white: White | None = None,
         augment: Augment | None = None,
         seed: int = 0,
+        view: Callable[[PixelSource], PixelSource] | None = None,
     ) -> None:
         self.records = list(records)
         self.normalize, self.voi, self.channels = normalize, voi, channels
@@ -87,7 +84,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.for_processing = for_processing
         self.white: White | None = white
         self.downsample, self.augment, self.seed = downsample, augment, seed
-        self.epoch = 0
+        self.epoch, self.view = 0, view
 
     def set_epoch(self, epoch: int) -> None:
         """Select the random variations of an epoch; call it before the data loader starts its workers."""
@@ -116,4 +113,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if self.augment:
             source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index % len(self))
             source = NormalizedSource(source, self.normalize or Normalize())
+        if self.view is not None:
+            source = self.view(source)
         return {"image": source, "label": record.label, "index": index, "record": record}

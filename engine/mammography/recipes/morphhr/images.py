@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+from ....datasets.dataset import ImageDataset
 from ....datasets.tables import Record
 from ....errors import DataError
 from ....images.pixels import PixelSource
-from ..sized import PaddedRegion, RecipeImages, open_images
+from ..sized import PaddedRegion, open_images
 from .config import MorphHRConfig
 
 
@@ -23,17 +25,11 @@ class WholeCells(PaddedRegion):
         self.added = (f"cropped to whole cells of {r} x {r} pixels",)
 
 
-def parent_images(
-    records: Sequence[Record], config: MorphHRConfig, *, augment: bool = False, seed: int = 0
-) -> RecipeImages:
-    """Return the parent's images: the mean of each cell of r x r pixels."""
-    varied = config.augment if augment else None
-    return open_images(records, config, augment=varied, seed=seed, downsample=config.factor)
+def parent_images(records: Sequence[Record], config: MorphHRConfig, **options: Any) -> ImageDataset:
+    """Return the parent's images: the mean of each cell of r x r pixels; options as in `open_images`."""
+    return open_images(records, config, downsample=config.factor, **options)
 
 
-def child_images(
-    records: Sequence[Record], config: MorphHRConfig, *, augment: bool = False, seed: int = 0
-) -> RecipeImages:
-    """Return the child's images: every pixel of the same cells."""
-    varied = config.augment if augment else None
-    return open_images(records, config, augment=varied, seed=seed, view=partial(WholeCells, r=config.factor))
+def child_images(records: Sequence[Record], config: MorphHRConfig, **options: Any) -> ImageDataset:
+    """Return the child's images: every pixel of the same cells; options as in `open_images`."""
+    return open_images(records, config, view=partial(WholeCells, r=config.factor), **options)

@@ -47,7 +47,7 @@ class _Data:
     def task(self, net: Grown, images: Any, stages: Sequence[Stage]) -> ClassifierTask:
         """Build the training of a network on `parent_images` or `child_images`."""
         config, known = self.config, {"morphs": net.recipe.to_json(), "full": images is child_images}
-        train = images(self.parts["train"], config, augment=True, seed=self.run.seed)
+        train = images(self.parts["train"], config, augment=config.augment, seed=self.run.seed)
         val, record = images(self.parts["val"], config), classifier_record("morphhr", config, self.target, **known)
         balanced = config.balanced
         return ClassifierTask(net.network, train, val, self.target, self.run, stages, record, balanced=balanced)
