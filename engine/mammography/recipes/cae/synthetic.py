@@ -25,8 +25,7 @@ from ..phantom_patches import CLASSES, phantom_patches
 from ..tensors import TensorTask, accuracy, logits_of
 from .autoencoder import Stack
 from .config import CaeConfig
-from .svm import fit_svm, measure_svm
-from .train import fit_stack, vectors
+from .train import fit_stack, fit_svm, measure_svm, vectors
 
 _SIDE, _SOURCE, _UNLABELLED, _TEST = 48, 1000, 2000, 1000
 _LABELLED, _DRAWS = (40, 160), 5
