@@ -19,8 +19,8 @@ from ..images.affine import CoordinateMap
 from ..images.open import open_pixels
 from ..images.pixels import ImageSource, PixelSource
 from ..images.stored import StoredPixels
+from .augment import IntensitySource
 from .dataset import open_record
-from .intensity import IntensitySource
 from .sampling import SampledSource
 from .tables import Record
 from .views import DownsampledSource, MirroredSource, NormalizedSource
