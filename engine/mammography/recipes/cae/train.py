@@ -29,7 +29,6 @@ from ....files import write_atomically
 from ....train.loop import run_stages
 from ....train.option_checks import check_stages
 from ....train.run import Run, seed_of
-from ....train.stages import Stage
 from ....train.target import Target
 from ....train.task import Task
 from ..classify import ClassifierTask
@@ -69,7 +68,7 @@ class Reconstruction(Task):
 def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
     """Train a stack of auto-encoders on maps (C, h, w) without labels; its files are in ``run.out``."""
     torch.manual_seed(seed_of(run.seed, 1))
-    stage = _stage(config)
+    stage = config.stage("joint", momentum=config.momentum)
     settings = {name: getattr(config, name) for name in ("feature", "kernel", "mode", "theta", "tied", "pool")}
     stack = Stack(maps[0].shape[0], config.code_channels, **settings)
     if config.training == "joint":
@@ -79,10 +78,6 @@ def fit_stack(maps: Maps, config: CaeConfig, run: Run) -> Stack:
         own = replace(stage, name=f"layer {layer + 1}", trainable=(f"layers.{layer}",))
         run_stages(Reconstruction(stack, maps, run.device, layer), [own], run.part(f"layer_{layer + 1}"))
     return stack
-
-
-def _stage(config: CaeConfig) -> Stage:
-    return config.stage("joint", momentum=config.momentum)
 
 
 @torch.no_grad()
@@ -188,7 +183,7 @@ def train(table: Path, config: CaeConfig, run: Run) -> dict[str, Any]:
     pool = _pool(config, records, run)
     weights = find_weights(config.weights, config.mean, config.std, run)
     network = _network(config, len(read.classes), weights, run)
-    check_stages([_stage(config)], run.group.at_once)
+    check_stages([config.stage("joint", momentum=config.momentum)], run.group.at_once)
     check_stages(config.finetune, run.group.at_once, network)
     backbone = UpTo(network, config.layer)
     begin(run, "cae", config, [*records, *pool])
