@@ -20,8 +20,7 @@ from ..images.affine import Affine, CoordinateMap, Coordinates
 from ..images.pixels import DerivedSource, PixelSource, check_region
 from .counter_random import key_of, normal, uniform
 from .flips import FLIPS
-from .sampling import SampledSource
-from .views import MirroredSource
+from .views import MirroredSource, SampledSource
 
 _Four = tuple[np.ndarray, ...]
 _CLOSE = 1e-6  # pixels: the accuracy of the inverse

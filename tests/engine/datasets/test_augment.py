@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gigamorph.engine.datasets.augment import Augment, Elastic, Intensity, IntensitySource, augmented
 from gigamorph.engine.datasets.counter_random import bits, key_of, normal, uniform
-from gigamorph.engine.datasets.sampling import SampledSource
+from gigamorph.engine.datasets.views import SampledSource
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.affine import Affine, ComposedMap
 from gigamorph.engine.images.open import open_pixels
