@@ -164,7 +164,7 @@ def read_exams(
     """
     path = table_in(Path(source))
     rows = read_rows(path)
-    records = () if table is None else _records(Path(table))
+    records = () if table is None else read_table(table, labels=False, check_files=False).records
     if "exam" in rows.header and "image_path" not in rows.header:
         _expand(rows, table, records)
     rows.require("image_path")
@@ -213,10 +213,6 @@ def _cells(record: Record) -> dict[str, str]:
     """The columns of an image in a row of its exam."""
     own = {"image_path": str(record.path), "laterality": record.laterality or "", "view": record.view or ""}
     return {**own, **reading_of(record)}
-
-
-def _records(table: Path) -> Sequence[Record]:
-    return read_table(table, labels=False, check_files=False).records
 
 
 def _place(view: ExamImage) -> tuple[int, str, int]:
