@@ -1,6 +1,7 @@
 """`gigamorph import`: converts a network and its weights into a folder, after a check of its logits by tiles.
 
 The folder is written next to its target and moved there after all checks: it is complete or absent.
+Weights are a file, a local Hugging Face folder, or in a cache; nothing is downloaded.
 """
 
 from __future__ import annotations
