@@ -371,8 +371,7 @@ def _measure_dice(
 
 def _compare_readers(out: str, images: Cases, notes: dict[str, Any], **how: Any) -> list[str]:
     """Write a reader study (MRMC) with the arguments `how` of `study_of`, and return a summary."""
-    from ..engine.evaluate.readers import study_of
-    from ..engine.evaluate.readers_report import reader_headline, write_reader_report
+    from ..engine.evaluate.readers import reader_headline, study_of, write_reader_report
     from ..engine.evaluate.report import rows_line
 
     study = study_of(images, **how)

@@ -184,11 +184,11 @@ def watching(as_json: bool, device: str) -> Iterator[Watch]:
 
 def _warn_of_grey(warn: Callable[[str], object], network: Any, records: Sequence[Record]) -> None:
     """Check the grey scale of a few images, and warn if it is unusual."""
-    from ..engine.datasets.dataset import dataset_in
+    from ..engine.datasets.dataset import ImageDataset
     from ..engine.datasets.grey import grey_warnings
 
-    data = dataset_in(network.open_images(records))
-    for text in () if data is None else grey_warnings(data):
+    images = network.open_images(records)
+    for text in grey_warnings(images) if isinstance(images, ImageDataset) else ():
         warn(text)
 
 

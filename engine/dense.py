@@ -19,8 +19,7 @@ from .errors import GigamorphError
 from .execution.forward import Forward
 from .execution.image_batch import ImageTensor
 from .execution.run import run
-from .images.batches import PixelBatch, as_batch
-from .images.labels import Criterion, LabelSource, with_loss
+from .images.batches import Criterion, LabelSource, PixelBatch, as_batch, with_loss
 from .images.pixels import PixelSource
 from .module.preconditions import with_preconditions
 from .tiling.map_files import sink

@@ -292,7 +292,7 @@ FAULTS = (
     ),
     Fault(
         "left-and-right-exchanged",
-        "engine/images/mammography.py",
+        "engine/images/header.py",
         '    if row == "A" and column in ("R", "FR"):\n        return "L"\n    return "R" if row == "P"',
         '    if row == "A" and column in ("R", "FR"):\n        return "R"\n    return "L" if row == "P"',
         "tests/engine/images/test_header.py tests/engine/images/test_dicom.py",

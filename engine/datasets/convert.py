@@ -18,7 +18,7 @@ from ..images.pixels import ImageSource
 from ..images.writers import write_grey
 from .dataset import open_record
 from .masks import open_inside
-from .tables.file_names import stem_of
+from .tables.folders import stem_of
 from .tables.schema import Box, Finding, Record
 from .views import MirroredSource
 

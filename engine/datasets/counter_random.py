@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import torch
 
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+STEP = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -22,9 +22,14 @@ def key_of(*numbers: int) -> np.uint64:
 
 def bits(key: np.uint64, counter: np.ndarray) -> np.ndarray:
     """64 random bits for each counter (uint64, any shape); equal for equal key and counter."""
-    state = counter * _STEP
-    state += _STEP
+    state = counter * STEP
+    state += STEP
     state += key
+    return mix(state)
+
+
+def mix(state: np.ndarray) -> np.ndarray:
+    """The last step of SplitMix64, in place; integer overflow is intended."""
     state ^= state >> np.uint64(30)
     state *= _FIRST
     state ^= state >> np.uint64(27)

@@ -1,8 +1,9 @@
-"""Records as a PyTorch data set of pixel sources: pixels are read when the network needs them."""
+"""Records, or exams of records, as a PyTorch data set of pixel sources: pixels are read when the network needs them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from ..images.open import open_pixels
 from ..images.pixels import ImageSource, Normalize, PixelSource
 from .augment import Augment, augmented
 from .tables import Record
+from .unknown_views import unplaced
 from .views import DownsampledSource, NormalizedSource
 
 
@@ -44,14 +46,9 @@ def with_white(records: Sequence[Record], white: White | None) -> list[Record]:
 
 def grey_of(images: object) -> dict[str, Any]:
     """The options of `open_record` for grey values that images of a data set use; empty for other images."""
-    data = dataset_in(images)
-    return {} if data is None else {"voi": data.voi, "white": data.white, "for_processing": data.for_processing}
-
-
-def dataset_in(images: object) -> ImageDataset | None:
-    """The image data set, or the one in the attribute ``data`` of a wrapper; None for other objects."""
-    data = getattr(images, "data", images)
-    return data if isinstance(data, ImageDataset) else None
+    if not isinstance(images, ImageDataset):
+        return {}
+    return {"voi": images.voi, "white": images.white, "for_processing": images.for_processing}
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -65,6 +62,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         downsample: averages factor x factor pixels, to compare with low resolution; 1 keeps every pixel.
         augment: random variations, drawn from (seed, epoch, index), so that a resumed run sees the same images. Call
             `set_epoch` at the start of every epoch.
+        view: a last step that each image passes through.
     """
 
     def __init__(
@@ -80,6 +78,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         white: White | None = None,
         augment: Augment | None = None,
         seed: int = 0,
+        view: Callable[[PixelSource], PixelSource] | None = None,
     ) -> None:
         self.records = list(records)
         self.normalize, self.voi, self.channels = normalize, voi, channels
@@ -87,7 +86,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.for_processing = for_processing
         self.white: White | None = white
         self.downsample, self.augment, self.seed = downsample, augment, seed
-        self.epoch = 0
+        self.epoch, self.view = 0, view
 
     def set_epoch(self, epoch: int) -> None:
         """Select the random variations of an epoch; call it before the data loader starts its workers."""
@@ -116,4 +115,65 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if self.augment:
             source = augmented(source, self.augment, seed=self.seed, epoch=self.epoch, index=index % len(self))
             source = NormalizedSource(source, self.normalize or Normalize())
+        if self.view is not None:
+            source = self.view(source)
         return {"image": source, "label": record.label, "index": index, "record": record}
+
+
+def exam_of(record: Record) -> tuple[str, ...]:
+    """The key of an exam: patient and exam_id; an image without a patient is an exam of its own."""
+    own = () if record.patient_known else ("image", str(record.path), str(record.frame))
+    return (record.patient_id, record.exam_id or "", *own)
+
+
+class ExamDataset(Dataset[dict[str, Any]]):
+    """Exams of an image data set, in the order of their first image; images in no exam (`unplaced`) are left out.
+
+    An item is dict(views=[PixelSource], image=PixelSource, label=int, index=int, record=Record): `image` is the view
+    with the most pixels, and `record` is the record of the exam, see `samples`.
+
+    Attributes:
+        records: the records of all images.
+        samples: a record per exam: that of the first view, with the highest class of the views and, for each label
+            column, the highest known label, or the mean of known numbers. Side and view are empty.
+
+    Args:
+        images: the images.
+        numbers: whether label columns are numbers, not classes.
+        positive: the class that counts as the highest; None for the class with the highest number.
+    """
+
+    def __init__(self, images: ImageDataset, *, numbers: bool = False, positive: int | None = None) -> None:
+        self._images, self.records = images, images.records
+        exams: dict[tuple[str, ...], list[int]] = {}
+        patients = [record.patient_id if record.patient_known else "" for record in self.records]
+        left_out = set(unplaced(patients, [record.exam_id or "" for record in self.records]))
+        for number, record in enumerate(images.records):
+            if number in left_out:
+                continue
+            exams.setdefault(exam_of(record), []).append(number)
+        self._exams = list(exams.values())
+        self.samples = [_exam_record([self.records[i] for i in views], numbers, positive) for views in self._exams]
+
+    def set_epoch(self, epoch: int) -> None:
+        """As `ImageDataset.set_epoch`."""
+        self._images.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._exams)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        views = [self._images[i]["image"] for i in self._exams[index]]
+        largest = max(views, key=lambda source: source.shape[-2] * source.shape[-1])
+        sample = self.samples[index]
+        return {"views": views, "image": largest, "label": sample.label, "index": index, "record": sample}
+
+
+def _exam_record(records: Sequence[Record], numbers: bool, positive: int | None) -> Record:
+    labels = {}
+    for name in dict.fromkeys(name for record in records for name in record.labels):
+        known = [record.labels[name] for record in records if not math.isnan(record.labels.get(name, math.nan))]
+        if known:
+            labels[name] = sum(known) / len(known) if numbers else max(known)
+    label = max((record.label for record in records), key=lambda number: (number == positive, number))
+    return replace(records[0], label=label, labels=labels, laterality=None, view=None)

@@ -14,7 +14,7 @@ from ..images.levels import DARK, WHITES, sample_rows
 from ..images.pixels import ImageSource
 from .dataset import ImageDataset
 from .tables import Record
-from .tables.file_names import suffix_of
+from .tables.folders import suffix_of
 
 _SAMPLED = 4
 # Rounding and resampling kernels that overshoot make floats slightly brighter than white.

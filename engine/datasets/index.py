@@ -16,8 +16,7 @@ from ..images.open import begins_as_dicom, open_pixels
 from ..images.parallel import run_parallel
 from ..images.rawfile import reading
 from .tables import values
-from .tables.file_names import masks_among
-from .tables.folders import image_files
+from .tables.folders import image_files, masks_among
 from .tables.schema import Record
 
 

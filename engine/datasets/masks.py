@@ -19,11 +19,10 @@ from ..images.affine import CoordinateMap
 from ..images.open import open_pixels
 from ..images.pixels import ImageSource, PixelSource
 from ..images.stored import StoredPixels
+from .augment import IntensitySource
 from .dataset import open_record
-from .intensity import IntensitySource
-from .sampling import SampledSource
 from .tables import Record
-from .views import DownsampledSource, MirroredSource, NormalizedSource
+from .views import DownsampledSource, MirroredSource, NormalizedSource, SampledSource
 
 IGNORED = 255
 """The value of ignored pixels: neither trained on nor scored."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
-from ..datasets.tables.cells import Rows, no_number, read_rows, write_csv
+from ..datasets.tables.cells import Rows, read_rows, write_csv
 from ..datasets.tables.generic import SPLIT_NAMES, identifier, own_names, whole
 from ..datasets.tables.values import box_around, number, side
 from ..datasets.unknown_views import unplaced, unplaced_line
@@ -522,10 +522,7 @@ def _table(
 
 
 def _number(row: dict[str, str], column: str, rows: Rows, place: str) -> float:
-    try:
-        value = float(row[column])
-    except ValueError as error:
-        raise DataError(f"{rows.path}, {place}: {column} {no_number(row[column])}") from error
+    value = rows.number(row, column, place)
     if np.isnan(value):
         raise DataError(f"{rows.path}, {place}: {column} is not a number (NaN); correct it")
     return value

@@ -200,7 +200,7 @@ def _overview(found: dict[str, Any]) -> TextTable:
     rows = []
     for level, one in found["levels"].items():
         for name, output in one["outputs"].items():
-            row = [f"{level}, {name}", output["rows"], _patient_count(one), output["positives"]]
+            row = [f"{level}, {name}", output["rows"], one["patients"] or "unknown", output["positives"]]
             if "undefined" in output:
                 rows.append([*row, output["undefined"], "", ""])
             else:
@@ -210,7 +210,7 @@ def _overview(found: dict[str, Any]) -> TextTable:
             left_out = one["mean_auc"].get("left_out")
             note = f" without {', '.join(left_out)}" if left_out else ""
             mean = format_value(one["mean_auc"])
-            rows.append([f"{level}, mean{note}", one["rows"], _patient_count(one), "", mean, "", ""])
+            rows.append([f"{level}, mean{note}", one["rows"], one["patients"] or "unknown", "", mean, "", ""])
     header = ["level, output", "rows", "patients", "positive", "AUC", "DeLong's interval", "average precision"]
     return TextTable(header, rows)
 
@@ -356,10 +356,6 @@ def no_interval(measure: dict[str, Any]) -> str:
 def _why(measure: dict[str, Any]) -> str:
     reason = no_interval(measure)
     return f"; {reason}" if reason else ""
-
-
-def _patient_count(one: dict[str, Any]) -> str:
-    return f"{one['patients']}" if one["patients"] else "unknown"
 
 
 def _patients(one: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Invertible coordinate maps: the origin of each pixel of a transformed image.
 
-Mirroring, cropping and scaling are affine; an elastic deformation (`engine/datasets/elastic.py`) is a map too, and a
+Mirroring, cropping and scaling are affine; an elastic deformation (`engine/datasets/augment.py`) is a map too, and a
 composition of maps is a map (`ComposedMap`).
 
 Coordinates are continuous, x to the right and y down, in pixels; the pixel in row i and column j covers

@@ -223,8 +223,7 @@ def _entries(ds: Dataset, data: Any, count: int) -> np.ndarray:
         if len(words) == count or len(words) != (count + 1) // 2:
             return words
         data = words.astype("<u2").tobytes()
-        return np.frombuffer(data, np.uint8)[:count].astype(np.int64)
-    if len(data) >= 2 * count:
+    elif len(data) >= 2 * count:
         return np.frombuffer(data, f"{order}u2", count).astype(np.int64)
     return np.frombuffer(data, np.uint8)[:count].astype(np.int64)
 

@@ -33,11 +33,6 @@ class TileCache:
         self._tiles: OrderedDict[_Key, np.ndarray] = OrderedDict()
         self.nbytes = 0
 
-    def keys(self, owner: int) -> list[tuple[int, int]]:
-        """(row, column) of the cached tiles of an image, the least recently used first."""
-        with self._lock:
-            return [index for image, index in self._tiles if image == owner]
-
     def get(self, key: _Key) -> np.ndarray | None:
         """The tile, or None."""
         with self._lock:

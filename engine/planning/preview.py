@@ -14,7 +14,7 @@ from torch import nn
 from ..capture.program import Given, Program
 from ..capture.recording import capture
 from ..errors import BudgetError, GigamorphError
-from ..images.labels import Criterion, LabelSource, with_loss
+from ..images.batches import Criterion, LabelSource, with_loss
 from ..module.arguments import HALO_STORAGE, check_choice, check_network, is_whole, tile_sides
 from ..tiling.memory import format_bytes, parse_bytes
 from ..torch_private import tree_flatten

@@ -10,8 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..datasets.tables import Record
-from ..datasets.tables.file_names import masks_among, stem_of, suffix_of
-from ..datasets.tables.folders import SUFFIXES, LeftOutMasks, images_without_masks, iter_image_files
+from ..datasets.tables.folders import (
+    SUFFIXES,
+    LeftOutMasks,
+    images_without_masks,
+    iter_image_files,
+    masks_among,
+    stem_of,
+    suffix_of,
+)
 from ..datasets.tables.generic import TABLES, stream_table
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, parse_location, search

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..accelerate import accelerate
 from ..applications import recipe_of
+from ..datasets.dataset import ImageDataset
 from ..datasets.flips import FLIPS
 from ..datasets.tables import SPLITS, Record
 from ..datasets.views import mirrorings
@@ -24,7 +25,7 @@ from ..train.inputs import images
 from ..train.network import restore_network, target_of
 from ..train.record import with_splits
 from .ensemble import Ensemble, Member, Published
-from .images import PublishedImages
+from .images import published_images
 from .layout import trained_preprocessing
 
 
@@ -67,8 +68,8 @@ def open_published(
         members = [Member(net, one.preprocessing, one.outputs) for net, one in zip(named, each, strict=True)]
         net, prepared = Ensemble(members, about.outputs, seen), None
 
-    def opened(records: Sequence[Record]) -> PublishedImages:
-        return PublishedImages(add_splits(records, trainings), prepared, wanted)
+    def opened(records: Sequence[Record]) -> ImageDataset:
+        return published_images(add_splits(records, trainings), prepared, wanted)
 
     return Classifier(net, about.outputs.names, opened, image_count(trainings))  # type: ignore[arg-type]
 

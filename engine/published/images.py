@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -118,27 +118,16 @@ def _placed(height: int, width: int, wanted: Preprocessing) -> tuple[tuple[int, 
     return (before, missing - before), (top, left, inner_height, inner_width), back
 
 
-class PublishedImages:
-    """A sequence of records as images of grey values, opened one by one; items are those of `ImageDataset`.
+def published_images(
+    records: Sequence[Record], preprocessing: Preprocessing | None, like: Preprocessing
+) -> ImageDataset:
+    """Return the images of records, prepared for a network.
 
     Args:
         preprocessing: that of the network; None leaves it to each member of an ensemble.
         like: provides the channels and grey scale.
     """
-
-    def __init__(self, records: Sequence[Record], preprocessing: Preprocessing | None, like: Preprocessing) -> None:
-        streams = preprocessing is not None and preprocessing.streams
-        self.data = ImageDataset(
-            records, channels=like.channels, voi=like.voi, normalize=like.normalize if streams else None
-        )
-        self.records = self.data.records
-        self._preprocessing = None if streams else preprocessing
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.data[index]
-        if self._preprocessing is not None:
-            item["image"] = PreparedSource(item["image"], self._preprocessing)
-        return item
+    if preprocessing is not None and preprocessing.streams:
+        return ImageDataset(records, channels=like.channels, voi=like.voi, normalize=like.normalize)
+    view = None if preprocessing is None else partial(PreparedSource, preprocessing=preprocessing)
+    return ImageDataset(records, channels=like.channels, voi=like.voi, view=view)

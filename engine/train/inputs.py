@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..datasets.augment import Augment
-from ..datasets.dataset import ImageDataset
-from ..datasets.exams import ExamDataset
+from ..datasets.dataset import ExamDataset, ImageDataset
 from ..datasets.grey import grey_warnings, label_by_kind_warning
 from ..datasets.splits import assign_splits, check_leaks
 from ..datasets.tables import Record, columns_named, label_columns, read_table

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..datasets.exams import exam_of
+from ..datasets.dataset import exam_of
 from ..datasets.masks import masks_of
 from ..datasets.splits import assign_splits
 from ..datasets.tables import SPLITS, Record

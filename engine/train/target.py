@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..datasets.exams import exam_of
+from ..datasets.dataset import exam_of
 from ..datasets.tables import Record
 from ..errors import DataError
 from ..evaluate import odds

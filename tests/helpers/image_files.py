@@ -17,6 +17,8 @@ from pydicom.pixels.encoders import RLELosslessEncoder
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
+from gigamorph.engine.images.tiles import TileGrid
+
 JPEG = "1.2.840.10008.1.2.4."
 IMPLICIT, EXPLICIT, BIG, DEFLATED, RLE = (f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".2", ".1.99", ".5"))
 NATIVE = [IMPLICIT, EXPLICIT, BIG, DEFLATED]
@@ -273,3 +275,8 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
 def zarr_attributes(path: Path) -> dict[str, Any]:
     """The metadata of a zarr 3 array."""
     return json.loads((path / "zarr.json").read_text())
+
+
+def cached_tiles(grid: TileGrid) -> list[tuple[int, int]]:
+    """(row, column) of the cached tiles of an image, the least recently used first."""
+    return [index for image, index in grid.cache._tiles if image == grid.owner]

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -53,6 +53,13 @@ class Rows:
         missing = [name for name in names if name not in self.header]
         if missing:
             raise DataError(f"{self.path}: column {', '.join(missing)} is missing; it has {', '.join(self.header)}")
+
+    def number(self, row: Mapping[str, str], column: str, place: str) -> float:
+        """The number in a cell, maybe NaN; `DataError` for other text."""
+        try:
+            return float(row[column])
+        except ValueError as error:
+            raise DataError(f"{self.path}, {place}: {column} {no_number(row[column])}") from error
 
 
 def read_rows(path: Path, *, sheet: str | None = None) -> Rows:

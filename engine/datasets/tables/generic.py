@@ -19,8 +19,18 @@ from ...parsing import is_whole, parse_json
 from ..unknown_views import GROUP_COLUMNS, unplaced, unplaced_line
 from . import values
 from .cells import EXCEL, PARQUET, is_number, no_number, stream_rows
-from .file_names import masks_among, names_masks
-from .folders import CONVERTED, Unlisted, image_files, is_left_out, log, made_by, walk, warn_of_unread
+from .folders import (
+    CONVERTED,
+    Unlisted,
+    image_files,
+    is_left_out,
+    log,
+    made_by,
+    masks_among,
+    names_masks,
+    walk,
+    warn_of_unread,
+)
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
 TABLES = (".csv", ".tsv", ".txt", ".csv.gz", PARQUET, *EXCEL)

@@ -61,11 +61,3 @@ def number(text: str) -> float | None:
 def label(text: str) -> float | None:
     """A number, or 1 and 0 for "yes", "False", "nein", "oui", ...; None for other text."""
     return number(_TRUTH.get(text.lower(), text))
-
-
-def truth(text: str) -> float | None:
-    """1 or 0 for "1", "0.0", "True", ...; None for empty text or nan; `ValueError` for other text."""
-    value = number({"true": "1", "false": "0"}.get(text.lower(), text))
-    if value not in (0, 1, None) or (value is None and text and text.lower() != "nan"):
-        raise ValueError(f"{text!r} must be 0 or 1")
-    return value

@@ -36,10 +36,11 @@ def read(files: Files) -> list[Record]:
 
 
 def _truth(cell: str, name: str, place: str) -> float | None:
-    try:
-        return values.truth(cell)
-    except ValueError as error:
-        raise DataError(f"{place}: {name} {error}; download the table again") from error
+    """1 or 0 for "1", "0.0", "True", ...; None for nan."""
+    value = values.number({"true": "1", "false": "0"}.get(cell.lower(), cell))
+    if value not in (0, 1, None) or (value is None and cell.lower() != "nan"):
+        raise DataError(f"{place}: {name} {cell!r} must be 0 or 1; download the table again")
+    return value
 
 
 DATA_SET = DataSet(

@@ -14,11 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from ...datasets.counter_random import STEP, bits, mix
 from ...datasets.tables.schema import Box
 from ...errors import DataError
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # The sum of four uniform 16-bit numbers: mean, and standard deviation.
 _MEAN, _STD = 2 * 65535.0, float(np.sqrt(4 * (2.0**32 - 1) / 12))
 # The mean square of a cubic B-spline over its period, per axis: the variance relative to that of the coefficients.
@@ -32,21 +31,15 @@ def normals(key: int, top: int, bottom: int, left: int, right: int) -> np.ndarra
     four 16-bit parts are added.
     """
     rows, columns = (np.arange(a, b, dtype=np.int64).view(np.uint64) for a, b in ((top, bottom), (left, right)))
-    keys = _mix(np.uint64(key) + (rows + np.uint64(1)) * _GOLDEN)
-    parts = _mix(keys[:, None] + columns * _GOLDEN).view(np.uint16).reshape(len(rows), len(columns), 4)
+    parts = (
+        mix(bits(np.uint64(key), rows)[:, None] + columns * STEP).view(np.uint16).reshape(len(rows), len(columns), 4)
+    )
     total = parts[..., 0].astype(np.float32)
     for part in range(1, 4):
         total += parts[..., part]
     total -= np.float32(_MEAN)
     total *= np.float32(1 / _STD)
     return total
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64; integer overflow is intended."""
-    state = (state ^ (state >> np.uint64(30))) * _MIX_1
-    state = (state ^ (state >> np.uint64(27))) * _MIX_2
-    return state ^ (state >> np.uint64(31))
 
 
 def power_law(keys: tuple[int, int], symmetry: float, longest: int, region: tuple[int, int, int, int]) -> np.ndarray:

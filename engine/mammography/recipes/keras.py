@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ...models.resnet import EPS, OLD_EPS
 from ...models.weights import first_line
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Layers = dict[str, dict[str, Array]]
 
 # Keras 1 names weights LAYER_W_1:0, Keras 2 LAYER/kernel:0. Keras 1's running_std is the variance.
 _PARAMETER = re.compile(
@@ -25,22 +25,12 @@ _PARAMETER = re.compile(
 _KERAS_2_NAMES = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
 
 
-@dataclass(frozen=True)
-class KerasFile:
-    """The content of a file.
+def read_keras(path: Path) -> tuple[Layers, Layers]:
+    """Read the arrays of each layer of an h5 file, with the names of Keras 2 (kernel, bias, gamma, ...).
 
-    Attributes:
-        layers: the arrays of each layer, with the names of Keras 2 (kernel, bias, gamma, ...).
-        outer_layers: layers on top of a network that is itself one layer of the model; empty if all layers are those
-            of the model.
-    """
-
-    layers: dict[str, dict[str, Array]]
-    outer_layers: dict[str, dict[str, Array]]
-
-
-def read_keras(path: Path) -> KerasFile:
-    """Read the layers of an h5 file.
+    Returns:
+        The layers, and those on top of a network that is itself one layer of the model; these are empty if all layers
+        are those of the model.
 
     Raises:
         GigamorphError: h5py is not installed.
@@ -52,8 +42,8 @@ def read_keras(path: Path) -> KerasFile:
         raise GigamorphError(f"{path}: h5 files need h5py; pip install 'gigamorph[keras]'") from error
     if not path.is_file():
         raise DataError(f"{path}: no such weights file")
-    own: dict[str, dict[str, Array]] = {}
-    nested: dict[str, dict[str, Array]] = {}
+    own: Layers = {}
+    nested: Layers = {}
     try:
         with h5py.File(path, "r") as file:
             root: Any = file.get("model_weights", file)
@@ -68,13 +58,13 @@ def read_keras(path: Path) -> KerasFile:
         raise
     except Exception as error:  # h5py raises many types for damaged files
         raise DataError(f"{path}: not a readable h5 file: {first_line(error)}") from error
-    return KerasFile(nested, own) if nested else KerasFile(own, {})
+    return (nested, own) if nested else (own, {})
 
 
-def _layers(group: Any, name: str, path: Path) -> dict[str, dict[str, Array]]:
+def _layers(group: Any, name: str, path: Path) -> Layers:
     """Return the layers of one group: the group itself, or the layers of the network that it contains."""
     weights = _names(group, "weight_names", path)
-    found: dict[str, dict[str, Array]] = {}
+    found: Layers = {}
     for weight in weights:
         match = _PARAMETER.search(weight)
         if match is None:
@@ -132,13 +122,13 @@ def keras_state(path: Path, network: nn.Module) -> dict[str, Tensor]:
     Raises:
         DataError: see `read_keras`; or the network is a ResNet with other strides or another BatchNorm eps.
     """
-    found = read_keras(path)
-    _check(path, network, found.layers)
+    layers, outer_layers = read_keras(path)
+    _check(path, network, layers)
     modules = dict(network.named_modules())
     state: dict[str, Tensor] = {}
-    for layer, arrays in found.layers.items():
-        state |= _tensors(layer, arrays, _module_of(layer, arrays, found.layers, modules), modules)
-    for layer, arrays in found.outer_layers.items():
+    for layer, arrays in layers.items():
+        state |= _tensors(layer, arrays, _module_of(layer, arrays, layers, modules), modules)
+    for layer, arrays in outer_layers.items():
         state |= {f"head.{layer}.{name}": torch.from_numpy(array) for name, array in arrays.items()}
     for name in _FIRST:
         if name in state and state[name].shape[1] == 3:

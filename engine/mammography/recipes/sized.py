@@ -79,36 +79,22 @@ class PaddedRegion(DerivedSource):
         return F.pad(self.source.read(*inside), (inside[2] - x, x_end - inside[3], inside[0] - y, y_end - inside[1]))
 
 
-class RecipeImages(ImageDataset):
-    """Images of which each passes through `view`, such as that of a `Size`."""
-
-    view: Callable[[PixelSource], PixelSource] | None = None
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = super().__getitem__(index)
-        return item if self.view is None else {**item, "image": self.view(item["image"])}
-
-
 def open_images(
     records: Sequence[Record],
     config: ImagesConfig,
     *,
-    view: Callable[[PixelSource], PixelSource] | None = None,
     augment: str | None = None,
     **options: Any,
-) -> RecipeImages:
+) -> ImageDataset:
     """Return the images of a recipe, with the normalisation, grey scale and channels of its configuration.
 
     Args:
-        view: see `RecipeImages`.
         augment: text of an `Augment`; empty or None for none.
-        options: others of `ImageDataset`.
+        options: others of `ImageDataset`, such as the `view` of a `Size`.
     """
     varied = Augment.parse(augment) if augment else None
     scale = Normalize(config.mean, config.std)
-    images = RecipeImages(records, normalize=scale, voi=config.voi, channels=config.channels, augment=varied, **options)
-    images.view = view
-    return images
+    return ImageDataset(records, normalize=scale, voi=config.voi, channels=config.channels, augment=varied, **options)
 
 
 def read_sized(source: PixelSource, size: Size) -> Tensor:

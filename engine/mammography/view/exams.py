@@ -13,7 +13,7 @@ import numpy as np
 from ...datasets.dataset import open_record
 from ...datasets.masks import Classes, FileMask, Mask, mask_as_seen, masks_of
 from ...datasets.tables import READING, Finding, Record, read_table, reading_of
-from ...datasets.tables.cells import Rows, no_number, read_rows
+from ...datasets.tables.cells import Rows, read_rows
 from ...datasets.tables.generic import to_record
 from ...datasets.views import MirroredSource
 from ...errors import DataError
@@ -22,7 +22,7 @@ from ...evaluate.dice import DICE, SHARE, classes_of_masks
 from ...evaluate.join import ImageRecords, missing_file_hint
 from ...evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ...images.affine import CoordinateMap
-from ...images.pixels import PixelSource, as_stored, stored_source, to_original
+from ...images.pixels import PixelSource, as_stored, header_of, to_original
 
 _SIDES = {"R": 0, "L": 1}
 _VIEWS = {"CC": 0, "MLO": 1}
@@ -105,8 +105,7 @@ class ExamImage:
 
     def millimetres(self, source: PixelSource) -> float:
         """The side of a pixel of `open`'s image in the breast; 0 if the header does not state it."""
-        stored = stored_source(source)
-        info = None if stored is None else getattr(stored.stored, "info", None)
+        info = header_of(source)
         return info.spacing[1] / (info.magnification or 1) if info and info.spacing else 0.0
 
     def boxes(self, source: PixelSource) -> list[tuple[float, float, float, float, str]]:
@@ -165,7 +164,7 @@ def read_exams(
     """
     path = table_in(Path(source))
     rows = read_rows(path)
-    records = () if table is None else _records(Path(table))
+    records = () if table is None else read_table(table, labels=False, check_files=False).records
     if "exam" in rows.header and "image_path" not in rows.header:
         _expand(rows, table, records)
     rows.require("image_path")
@@ -216,10 +215,6 @@ def _cells(record: Record) -> dict[str, str]:
     return {**own, **reading_of(record)}
 
 
-def _records(table: Path) -> Sequence[Record]:
-    return read_table(table, labels=False, check_files=False).records
-
-
 def _place(view: ExamImage) -> tuple[int, str, int]:
     own = view.record
     return _VIEWS.get(own.view or "", 2), own.view or "", _SIDES.get(own.laterality or "", 2)
@@ -258,7 +253,7 @@ def _view(rows: Rows, place: str, row: Mapping[str, str], known: ImageRecords, c
     if prefix is None:
         raise DataError(f"{rows.path}: has no column p_NAME, value_NAME or log_odds_NAME")
     columns = [name for name in rows.header if name.startswith(prefix)]
-    predicted = {name.removeprefix(prefix): _number(rows, place, row, name) for name in columns}
+    predicted = {name.removeprefix(prefix): rows.number(row, name, place) for name in columns}
     if prefix == _LOG_ODDS:
         predicted = {name: 0.5 * (1 + math.tanh(value / 2)) for name, value in predicted.items()}
     return ExamImage(record, predicted, _truth(rows, place, row, record, list(predicted)), prefix == VALUE)
@@ -268,8 +263,8 @@ def _masked(
     rows: Rows, place: str, row: Mapping[str, str], record: Record, classes: Classes, reference: Sequence[Path]
 ) -> ExamImage:
     """The view of a row in a table of masks."""
-    shares = {name: _number(rows, place, row, SHARE + name) for name in classes.names[1:] if SHARE + name in row}
-    dice = {name: _number(rows, place, row, DICE + name) for name in classes.names[1:] if row.get(DICE + name)}
+    shares = {name: rows.number(row, SHARE + name, place) for name in classes.names[1:] if SHARE + name in row}
+    dice = {name: rows.number(row, DICE + name, place) for name in classes.names[1:] if row.get(DICE + name)}
     predicted = [rows.path.parent / row["mask"]] if row.get("mask") else []
     for path in (*predicted, *reference):
         if not path.is_file():
@@ -285,7 +280,7 @@ def _truth(rows: Rows, place: str, row: Mapping[str, str], record: Record, names
     for name in names:
         cell = row.get(LABEL + name, "")
         if cell and cell.lower() != "nan":
-            found[name] = _number(rows, place, row, LABEL + name)
+            found[name] = rows.number(row, LABEL + name, place)
         elif name in record.labels:
             found[name] = record.labels[name]
     label = row.get("label", "")
@@ -296,10 +291,3 @@ def _truth(rows: Rows, place: str, row: Mapping[str, str], record: Record, names
         # Tables of other programs, in any order of columns.
         true = next(name for name in names if (name == positive) == (label == "1"))
     return {} if true is None else {name: float(name == true) for name in names}
-
-
-def _number(rows: Rows, place: str, row: Mapping[str, str], column: str) -> float:
-    try:
-        return float(row[column])
-    except ValueError as error:
-        raise DataError(f"{rows.path}, {place}: {column} {no_number(row[column])}") from error

@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gigamorph.engine.datasets.augment import Augment, augmented
+from gigamorph.engine.datasets.augment import Augment, Elastic, Intensity, IntensitySource, augmented
 from gigamorph.engine.datasets.counter_random import bits, key_of, normal, uniform
-from gigamorph.engine.datasets.elastic import Elastic
-from gigamorph.engine.datasets.intensity import Intensity, IntensitySource
-from gigamorph.engine.datasets.sampling import SampledSource
+from gigamorph.engine.datasets.views import SampledSource
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.affine import Affine, ComposedMap
 from gigamorph.engine.images.open import open_pixels

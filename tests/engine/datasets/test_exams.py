@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gigamorph.engine.datasets.exams import ExamDataset
+from gigamorph.engine.datasets.dataset import ExamDataset
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.train.target import Target
 

@@ -9,7 +9,7 @@ from commands import rows, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigamorph.engine.datasets.exams import ExamDataset
+from gigamorph.engine.datasets.dataset import ExamDataset
 from gigamorph.engine.datasets.tables import Record, read_table
 from gigamorph.engine.datasets.tables.values import side
 from gigamorph.engine.datasets.unknown_views import unplaced

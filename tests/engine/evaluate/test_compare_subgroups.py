@@ -9,9 +9,8 @@ from gigamorph import DataError
 from gigamorph.engine.evaluate import roc
 from gigamorph.engine.evaluate.cases import Cases
 from gigamorph.engine.evaluate.compare import compare
-from gigamorph.engine.evaluate.evaluate import Settings, evaluate
+from gigamorph.engine.evaluate.evaluate import Settings, bands, evaluate, subgroups
 from gigamorph.engine.evaluate.report import headline, write_report
-from gigamorph.engine.evaluate.subgroups import bands, subgroups
 
 
 @pytest.fixture

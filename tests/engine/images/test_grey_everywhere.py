@@ -22,7 +22,7 @@ from gigamorph.engine.mammography.view.exams import ExamImage
 from gigamorph.engine.models.folder import Preprocessing
 from gigamorph.engine.predict.job import opened_with_white
 from gigamorph.engine.predict.predictor import Classifier
-from gigamorph.engine.published.images import PublishedImages
+from gigamorph.engine.published.images import published_images
 from gigamorph.engine.train.inputs import images
 
 GREY = picture(12)
@@ -78,8 +78,8 @@ def test_a_look_warns_once_of_images_of_all_kinds_that_are_black_or_white(tmp_pa
     dark = GREY.copy()
     dark[0, 0] = 65535  # a single bright pixel makes no image bright
     paths = [write_bytes(tmp_path / f"{n}.png", imagecodecs.png_encode(dark)) for n in range(3)]
-    found = PublishedImages([Record(path, 0, "P") for path in paths], like := Preprocessing(), like)
-    text = grey_warnings(found.data)
+    found = published_images([Record(path, 0, "P") for path in paths], like := Preprocessing(), like)
+    text = grey_warnings(found)
     assert len(text) == 1
     assert "0.png (and 2 more of 3 checked images): grey values reach only" in text[0]
     assert "--white 65535" in text[0]
@@ -96,7 +96,7 @@ def test_all_commands_see_the_same_grey_values(tmp_path: Path, kind: str, white:
     seen = {"train": trained[0]["image"]}
     # A published network says nothing of white: --white does.
     published = Classifier(
-        torch.nn.Identity(), ["a"], lambda found: PublishedImages(found, like := Preprocessing(voi="none"), like)
+        torch.nn.Identity(), ["a"], lambda found: published_images(found, like := Preprocessing(voi="none"), like)
     )
     opened = opened_with_white(lambda device: published, white, device="cpu")
     seen["predict"] = opened.open_images([record])[0]["image"]

@@ -14,7 +14,7 @@ from pydicom.sequence import Sequence
 from pydicom.sr._snomed_dict import mapping
 from pydicom.sr.codedict import codes
 
-from gigamorph.engine.images import mammography
+from gigamorph.engine.images import header
 from gigamorph.engine.images.dicom import open_dicom
 from gigamorph.engine.images.header import read_info
 
@@ -93,26 +93,26 @@ def test_codes_are_those_of_the_standard() -> None:
     names |= {"latero-medial oblique": "LMO", "caudo-cranial": "FB", "cranio-caudal exaggerated laterally": "XCCL"}
     names |= {"cranio-caudal exaggerated medially": "XCCM", "superolateral to inferomedial oblique": "SIO"}
     names |= {"inferomedial to superolateral oblique": "ISO", "tissue specimen from breast": "SPECIMEN"}
-    assert {getattr(codes.cid4014, name).value for name in codes.cid4014.dir()} <= set(mammography.VIEW_CODES)
+    assert {getattr(codes.cid4014, name).value for name in codes.cid4014.dir()} <= set(header.VIEW_CODES)
     for name in codes.cid4014.dir():
         code = getattr(codes.cid4014, name)
-        assert mammography.VIEW_CODES[code.value] == names[code.meaning]
-    tables = (mammography.VIEW_CODES, mammography.SIDE_CODES, mammography.MODIFIER_CODES)
+        assert header.VIEW_CODES[code.value] == names[code.meaning]
+    tables = (header.VIEW_CODES, header.SIDE_CODES, header.MODIFIER_CODES)
     for table in tables:  # an older code means what its successor means
         for code, meaning in table.items():
             if "-" in code:
                 assert table[older[code]] == meaning, code
-    assert mammography.SIDE_CODES[codes.cid244.Left.value] == "L"
-    assert mammography.SIDE_CODES[codes.cid244.Right.value] == "R"
+    assert header.SIDE_CODES[codes.cid244.Left.value] == "L"
+    assert header.SIDE_CODES[codes.cid244.Right.value] == "R"
     for name, meaning in [
         ("SpotCompression", "spot"),
         ("Magnification", "magnification"),
         ("Tangential", "tangential"),
     ]:
-        assert mammography.MODIFIER_CODES[getattr(codes.cid4015, name).value] == meaning
+        assert header.MODIFIER_CODES[getattr(codes.cid4015, name).value] == meaning
     for name in ("RolledInferior", "RolledLateral", "RolledMedial", "RolledSuperior"):
-        assert mammography.MODIFIER_CODES[getattr(codes.cid4015, name).value] == "rolled"
-    assert mammography.MODIFIER_CODES[codes.cid4015.ImplantDisplaced.value] == "implant displaced"
+        assert header.MODIFIER_CODES[getattr(codes.cid4015, name).value] == "rolled"
+    assert header.MODIFIER_CODES[codes.cid4015.ImplantDisplaced.value] == "implant displaced"
 
 
 def test_every_cmmd_header(real_data: Path) -> None:
@@ -124,7 +124,7 @@ def test_every_cmmd_header(real_data: Path) -> None:
         ds = Dataset()
         ds.PatientOrientation = [part.strip("[]' ") for part in row["__PatientOrientation"].split(",")]
         ds.ViewCodeSequence = sequence(CodeValue=row["__CodeValue"])
-        side, view = mammography.side_and_view(ds)
+        side, view = header.side_and_view(ds)
         assert side == row["laterality"]
         assert view == {"cranio-caudal": "CC", "medio-lateral oblique": "MLO"}[row["__CodeMeaning"]]
         assert ds.PatientOrientation[0] == ("A" if side == "L" else "P")
@@ -207,7 +207,7 @@ def test_overlay_planes_are_flagged_and_left_out(tmp_path: Path) -> None:
     """Old files keep an overlay in the unused bits of the pixels."""
     ds = Dataset()
     ds.add_new(0x60000010, "US", 37)
-    assert mammography.flags(ds) == ("overlay",)
+    assert header.flags(ds) == ("overlay",)
 
 
 def test_real_files(real_data: Path) -> None:

@@ -514,9 +514,9 @@ def test_tiff_decodes_only_what_is_touched(tmp_path: Path) -> None:
     tifffile.imwrite(path, GREY, tile=(16, 16), compression="zlib")
     source = open_pixels(path)
     source.read(20, 30, 33, 47)
-    assert CACHE.keys(source.stored._grid.owner) == [(1, 2)]
+    assert image_files.cached_tiles(source.stored._grid) == [(1, 2)]
     source.read(31, 33, 47, 49)
-    assert set(CACHE.keys(source.stored._grid.owner)) == {(1, 2), (1, 3), (2, 2), (2, 3)}
+    assert set(image_files.cached_tiles(source.stored._grid)) == {(1, 2), (1, 3), (2, 2), (2, 3)}
 
 
 # ---------------------------------------------------------------------------------------------- damage

@@ -6,13 +6,12 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
-from image_files import EXPLICIT, JPEG, LOSSLESS, RLE, encode, picture, write_dicom, write_slide
+from image_files import EXPLICIT, JPEG, LOSSLESS, RLE, cached_tiles, encode, picture, write_dicom, write_slide
 
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.dicom import open_dicom
 from gigamorph.engine.images.header import read_info
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.images.tiles import CACHE
 
 GREY = picture(12, (45, 70))
 COLOUR = picture(8, (45, 70, 3))
@@ -107,9 +106,9 @@ def test_tiles_left_out_are_background(tmp_path: Path) -> None:
 def test_only_touched_tiles_are_decoded_and_kept(tmp_path: Path) -> None:
     source = open_pixels(write_slide(tmp_path / "s.dcm", GREY, (16, 32), JPEG + "80", 12))
     source.read(17, 30, 33, 60)
-    assert CACHE.keys(source.stored._grid.owner) == [(1, 1)]
+    assert cached_tiles(source.stored._grid) == [(1, 1)]
     source.read(15, 17, 31, 33)
-    assert sorted(CACHE.keys(source.stored._grid.owner)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert sorted(cached_tiles(source.stored._grid)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import picture, write_zarr
+from image_files import cached_tiles, picture, write_zarr
 
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.open import open_pixels
-from gigamorph.engine.images.tiles import CACHE
 
 GREY = picture(16, (45, 70))
 COLOUR = picture(8, (3, 45, 70))
@@ -47,7 +46,7 @@ def test_shards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole(path)[0], GREY)
     source = open_pixels(path)
     source.read(9, 15, 17, 23)
-    assert CACHE.keys(source.stored._grid.owner) == [(1, 2)]
+    assert cached_tiles(source.stored._grid) == [(1, 2)]
 
 
 @pytest.mark.parametrize("version", [2, 3])

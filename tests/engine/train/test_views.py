@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gigamorph import accelerate, load
-from gigamorph.engine.datasets.exams import ExamDataset
+from gigamorph.engine.datasets.dataset import ExamDataset
 from gigamorph.engine.datasets.tables import Record
 from gigamorph.engine.datasets.views import MirroredSource
 from gigamorph.engine.errors import GigamorphError

@@ -7,8 +7,7 @@ from typing import Literal
 
 from ....errors import GigamorphError
 from ....train.stages import Stage
-from ..defaults import published
-from ..splits import ImagesConfig
+from ..splits import ImagesConfig, published
 
 CLASSES = ("background", "calc_mal", "calc_ben", "mass_mal", "mass_ben")
 """Classes of patches, in the order of the patch network's outputs."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....datasets.augment import Augment, augmented
-from ....datasets.dataset import open_record
+from ....datasets.dataset import ImageDataset, open_record
 from ....datasets.masks import open_inside, read_inside
 from ....datasets.tables import Finding, Record
 from ....datasets.tables.generic import is_absent
@@ -23,7 +23,7 @@ from ....errors import DataError
 from ....files import write_atomically
 from ....images.open import open_pixels
 from ....images.pixels import PixelSource
-from ..sized import PaddedRegion, RecipeImages, Size, open_images, read_sized
+from ..sized import PaddedRegion, Size, open_images, read_sized
 from .config import CLASSES, End2EndConfig, Sampling
 
 Mask = NDArray[np.bool_]
@@ -289,13 +289,6 @@ class Patches:
         return ((grey - mean) / std).expand(self.config.channels, -1, -1), patch.label
 
 
-def whole_images(
-    records: Sequence[Record], config: End2EndConfig, *, augment: bool = False, seed: int = 0
-) -> RecipeImages:
-    """Return the images for the whole-image network, which already have its size."""
-    return open_images(records, config, flip=False, augment=config.augment if augment else None, seed=seed)
-
-
-def sized_images(records: Sequence[Record], config: End2EndConfig) -> RecipeImages:
-    """Return images of any size, resized for the whole-image network."""
-    return open_images(records, config, flip=False, view=Size(config.resize).view)
+def whole_images(records: Sequence[Record], config: End2EndConfig, **options: Any) -> ImageDataset:
+    """Return the images for the whole-image network, which already have its size; options as in `open_images`."""
+    return open_images(records, config, flip=False, **options)

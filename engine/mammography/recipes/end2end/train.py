@@ -33,10 +33,11 @@ from ..features import shape_of_maps
 from ..morphhr.config import MorphHRConfig
 from ..morphhr.grow import grow, without_decay
 from ..recipe import begin, finish
+from ..sized import Size
 from ..tensors import ReadAhead
 from ..weights import find_weights
 from .config import CLASSES, End2EndConfig, Model
-from .images import Patches, check_findings, sample_all, sized_images, whole_images, write_resized
+from .images import Patches, check_findings, sample_all, whole_images, write_resized
 from .network import PatchNet, WholeNet, convert, features
 
 Parts = dict[str, list[Record]]
@@ -207,7 +208,7 @@ def _patch_network(
 def _task(
     net: nn.Module, images: Parts, target: Target, config: End2EndConfig, run: Run, stages: Sequence[Stage], **more: Any
 ) -> ClassifierTask:
-    train = whole_images(images["train"], config, augment=True, seed=run.seed)
+    train = whole_images(images["train"], config, augment=config.augment, seed=run.seed)
     val, record = whole_images(images["val"], config), classifier_record("end2end", config, target, **more)
     return ClassifierTask(net, train, val, target, run, stages, record, balanced=True, stop_by_loss=True)
 
@@ -219,7 +220,7 @@ def restore(record: dict[str, Any]) -> tuple[nn.Module, Any]:
     network: nn.Module = _untrained(model, config)
     if "morphs" in record:
         network = apply(Recipe.from_json(record["morphs"]), network)
-    return network, lambda records: sized_images(records, config)
+    return network, lambda records: whole_images(records, config, view=Size(config.resize).view)
 
 
 def _results(

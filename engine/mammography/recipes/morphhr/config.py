@@ -7,8 +7,7 @@ from typing import Literal
 
 from ....errors import GigamorphError
 from ....train.stages import Stage
-from ..defaults import published
-from ..splits import ImagesConfig
+from ..splits import ImagesConfig, published
 
 Arm = Literal["finetune", "direct", "scratch", "morph"]
 

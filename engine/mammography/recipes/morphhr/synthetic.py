@@ -34,8 +34,7 @@ from ...phantom import PhantomImage
 from ..claims import Effect, Rule, Synthetic
 from ..classify import ClassifierTask
 from .config import MorphHRConfig
-from .images import parent_images
-from .train import train
+from .train import parent_images, train
 
 HEIGHT, WIDTH, FACTOR = 128, 96, 4
 IMAGES = {"source": 600, "train": 400, "val": 60, "test": 160}

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ....datasets.sampling import SampledSource
-from ....datasets.views import DownsampledSource
+from ....datasets.views import DownsampledSource, SampledSource
 from ....errors import DataError, GigamorphError
 from ....images.affine import Affine, CoordinateMap, Coordinates
 from ....images.pixels import PixelSource

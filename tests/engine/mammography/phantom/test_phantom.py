@@ -13,8 +13,7 @@ from gigamorph.engine.datasets.dataset import ImageDataset
 from gigamorph.engine.datasets.splits import check_leaks
 from gigamorph.engine.datasets.tables import read_table
 from gigamorph.engine.errors import DataError
-from gigamorph.engine.images.header import read_info
-from gigamorph.engine.images.mammography import VIEW_CODES
+from gigamorph.engine.images.header import VIEW_CODES, read_info
 from gigamorph.engine.images.open import open_pixels
 from gigamorph.engine.images.pixels import PixelSource
 from gigamorph.engine.mammography.phantom import PhantomImage, write_phantoms

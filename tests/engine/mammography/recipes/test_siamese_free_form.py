@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigamorph.engine.datasets.elastic import Elastic
-from gigamorph.engine.datasets.sampling import SampledSource
+from gigamorph.engine.datasets.augment import Elastic
+from gigamorph.engine.datasets.views import SampledSource
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.open import open_pixels

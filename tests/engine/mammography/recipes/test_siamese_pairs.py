@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from gigamorph import accelerate
-from gigamorph.engine.datasets.sampling import SampledSource
 from gigamorph.engine.datasets.tables import Record
+from gigamorph.engine.datasets.views import SampledSource
 from gigamorph.engine.errors import DataError, GigamorphError
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.images.open import open_pixels
