@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
+from ..errors import UnsupportedError
 from .call_trees import Ref as Ref
 from .call_trees import bind, refs, tree_leaves
 from .higher_order import CustomFunction, TensorHook
@@ -101,7 +102,7 @@ class Program:
 
     def ended(self, ops: Sequence[Op]) -> list[list[int]]:
         """By op, the values that no later one of `ops` reads and that the call does not return, without the state."""
-        kept = {*self.results(), *self.state()}
+        kept = {*self.results(), *self.given_away(), *self.state()}
         last = {v: n for n, op in enumerate(ops) for v in (*op.outputs, *op.inputs) if v not in kept}
         found: list[list[int]] = [[] for _ in ops]
         for value, number in last.items():
@@ -180,20 +181,40 @@ def call(op: Op, env: Any, copied: Container[int] | None = None) -> list[Tensor]
     return list(made.values())
 
 
-def in_stock_order(value: Value, tensor: Tensor) -> Tensor:
-    """A tensor in the memory order that it has in stock PyTorch, as far as that is dense."""
-    if value.order is None or len(value.order) != tensor.dim() or tensor.permute(value.order).is_contiguous():
-        return tensor
-    dense = tensor.permute(value.order).contiguous()
-    return dense.permute(tuple(value.order.index(d) for d in range(tensor.dim())))
+def in_stock_order(op: Op, values: Sequence[Value], given: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The inputs of an op, in the memory order of stock PyTorch if the result depends on it.
+
+    Raises:
+        UnsupportedError: the op reads memory, and an input is in stock PyTorch a part of larger memory.
+    """
+    reads_memory = op.name.rstrip("_") in _READS_MEMORY
+    if not (reads_memory or draws(op)):
+        return given
+    found = dict(given)
+    for number, tensor in given.items():
+        order = values[number].order
+        if order is None and reads_memory:
+            raise UnsupportedError(f"{op} reads the memory of a part of a map; give it a clone")
+        if order is None or len(order) != tensor.dim() or tensor.permute(order).is_contiguous():
+            continue
+        dense = tensor.permute(order).contiguous()
+        found[number] = dense.permute(tuple(order.index(d) for d in range(tensor.dim())))
+    return found
 
 
-def reads_memory(op: Op) -> bool:
-    """Whether the result of an op depends on the memory order of its inputs."""
-    return op.name.rstrip("_") in _READS_MEMORY or draws(op)
+def makes_new_memory(op: Op) -> bool:
+    """Whether the outputs of an op share memory with no other tensor, if it overwrites only such tensors itself."""
+    return op.name in _NEW_MEMORY
 
 
-_READS_MEMORY = frozenset("as_strided as_strided_scatter set resize resize_as untyped_storage storage".split())
+_NEW_MEMORY = frozenset(
+    "conv1d conv2d conv3d conv_transpose2d linear batch_norm instance_norm group_norm layer_norm add add_ iadd sub mul "
+    "mul_ imul div cat matmul relu relu_ relu6 hardtanh hardtanh_ silu hardswish hardsigmoid leaky_relu leaky_relu_ "
+    "elu elu_ celu selu mish gelu sigmoid tanh max_pool2d avg_pool2d".split()
+)
+_READS_MEMORY = frozenset(
+    "as_strided as_strided_copy as_strided_scatter set resize resize_as untyped_storage storage".split()
+)
 
 # Functions of these names in `torch` take their arguments in another order than those of torch.nn.functional.
 _OTHER_ORDER = frozenset(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ..capture.program import Op, bind, call, in_stock_order, op_autocast, reads_memory, refs
+from ..capture.program import Op, bind, call, in_stock_order, op_autocast, refs
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole_passes import WholePasses
 from ..lowering.folding import Fold, fold_together
@@ -352,7 +352,5 @@ def run_vector_op(staged: StagedProgram, op: Op | VectorOp, env: dict[int, Tenso
     values = staged.program.values
     maps = {v: torch.empty(0, dtype=values[v].dtype, device=device) for v in staged.maps.inputs(op) if v not in env}
     with op_autocast(op, device):
-        given = {v: env[v] for v in op.inputs if v in env}
-        if reads_memory(op):
-            given = {v: in_stock_order(values[v], t) for v, t in given.items()}
+        given = in_stock_order(op, values, {v: env[v] for v in op.inputs if v in env})
         env.update(zip(op.outputs, call(op, {**given, **maps}), strict=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,7 @@ from functools import cached_property
 import torch
 
 from ..capture.call_trees import refs
-from ..capture.program import Op
+from ..capture.program import Op, makes_new_memory
 from ..cuda_graphs import buffers
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.step_checks import is_one_step
@@ -111,11 +112,19 @@ class Prepared:
         return _last_uses(self.staged)
 
     @cached_property
-    def whole_ops(self) -> list[tuple[Op, Fold | None, list[int]]]:
-        """The ops for the whole image, see `folded_ops`, and the values that are not read after each."""
+    def whole_ops(self) -> list[tuple[Op, Fold | None, list[int], list[int]]]:
+        """The ops for the whole image.
+
+        Returns:
+            for each: the op; see `folded_ops`; values that are not read after it; and values that it may overwrite,
+            because ops made them in new memory and no other op reads them.
+        """
         program = self.staged.program
         ops = folded_ops(program)
-        return [(*one, ended) for one, ended in zip(ops, program.ended([op for op, _ in ops]), strict=True)]
+        readers = Counter(v for op, _ in ops for v in op.inputs)
+        made = {v for op, _ in ops if makes_new_memory(op) for v in op.outputs if readers[v] == 1}
+        every = zip(ops, program.ended([op for op, _ in ops]), strict=True)
+        return [(*one, ended, [v for v in ended if v in made]) for one, ended in every]
 
     @cached_property
     def handed_out(self) -> frozenset[int]:

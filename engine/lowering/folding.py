@@ -159,11 +159,12 @@ def folded_ops(program: Program) -> list[tuple[Op, Fold | None]]:
         conv = program.ops[makers[raw]]
         own = arguments(conv, "input weight bias stride padding dilation groups")
         fold = _fold_of(program.values, own, given)
-        if conv.autocast != norm.autocast or norm.mutated or not state.issuperset(fold.inputs[1:]):
+        batched = len(program.values[raw].shape) == 4
+        if conv.autocast != norm.autocast or norm.mutated or not batched or not state.issuperset(fold.inputs[1:]):
             continue
         changed = {name: value for name, value in own.items() if value is not None}
         changed |= dict(zip(("weight", "bias"), FOLDED, strict=True))
-        inputs = own["input"].value, *(ref.value for ref in FOLDED)
+        inputs = own["input"].value, *fold.inputs, *(ref.value for ref in FOLDED)
         found[makers[raw]] = replace(conv, args=(), kwargs=changed, inputs=inputs, outputs=norm.outputs), fold
         found[n] = None
     return [one for one in found if one is not None]

@@ -8,7 +8,6 @@ PyTorch computes the gradients of weights. In inference, onednn.py calls the sam
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels import winograd
-from ..capture.program import Op
 from ..module.first_order import ends_here
 from .conv_chains import ConvChain
 from .onednn import allowed, for_winograd, gains_by_winograd
 from .ops import Block, Env, Local
-from .ops.base import Run, arguments, pair
+from .ops.base import Run
 from .ops.window import split_padding
 from .stages import Packing, ProgramStage
 
@@ -35,24 +33,6 @@ def winograd_in_training(stage: ProgramStage) -> None:
             chain = ConvChain.of(local)
             if gains_by_winograd(stage, chain):
                 _replace(stage, local, chain)
-
-
-def convolution(op: Op, env: Env) -> Tensor | None:
-    """The output of a convolution of a whole map; None if the kernel is not faster, not available or not allowed."""
-    own = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1)
-    x, weight, bias = (None if ref is None else env[ref.value] for ref in (own["input"], own["weight"], own["bias"]))
-    assert x is not None and weight is not None
-    if x.dim() != 4 or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or isinstance(own["padding"], str):
-        return None
-    if any(pair(own[name]) != _ONE for name in ("stride", "dilation")) or own["groups"] != 1:
-        return None
-    (above, left), pixels = pair(own["padding"]), math.prod(x.shape[2:])
-    if weight.shape[2:] != (3, 3) or not winograd.pays(tuple(weight.shape), pixels) or winograd.missing() is not None:
-        return None
-    packed, rotated = _pack(False, weight.detach()), _pack(True, weight.detach())
-    if not for_winograd(packed):
-        return None
-    return _Convolution.apply(x, weight, bias, packed, rotated, (above, above, left, left), True)  # pyright: ignore
 
 
 def _replace(stage: ProgramStage, local: Local, chain: ConvChain) -> None:

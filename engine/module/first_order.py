@@ -15,6 +15,7 @@ from ..errors import ChangedError, UnsupportedError
 from ..torch_private import inside_checkpoint
 from . import locks
 
+Memory = list[tuple[nn.Parameter, torch.UntypedStorage]]
 _REMEDY = "use first gradients (backward, torch.autograd.grad), or the network itself"
 
 
@@ -47,10 +48,20 @@ class _Ends(torch.autograd.Function):
 
 def note_memory(ctx: Any, tensors: Iterable[Tensor]) -> None:
     """Record the storages of saved parameters: `p.data = other` does not change their version counters."""
-    ctx.memory = [(t, t.untyped_storage()) for t in tensors if isinstance(t, nn.Parameter)]
+    ctx.memory = memory_of_parameters(t for t in tensors if isinstance(t, nn.Parameter))
 
 
-def _refuse_moved(memory: Iterable[tuple[nn.Parameter, torch.UntypedStorage]]) -> None:
+def memory_of_parameters(parameters: Iterable[nn.Parameter]) -> Memory:
+    """The parameters and their storages, for `refuse_moved`."""
+    return [(parameter, parameter.untyped_storage()) for parameter in parameters]
+
+
+def refuse_moved(memory: Memory) -> None:
+    """Raise an error if a parameter has another storage than before.
+
+    Raises:
+        ChangedError: with the shape of the parameter.
+    """
     for parameter, storage in memory:
         if parameter.untyped_storage() is not storage:
             raise ChangedError(
@@ -68,12 +79,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        if any(_is_batched(grad) for grad in grads if grad is not None):
-            raise UnsupportedError(
-                "batched gradients (is_grads_batched, vectorize=True) are not supported by tiles; "
-                "use one backward per gradient"
-            )
-        _refuse_moved(ctx.memory)
+        refuse_moved(ctx.memory)
         with _describe_changed_tensors(), locks.reacquire(ctx.turn):
             return ended(ctx, *grads)
 
@@ -89,6 +95,11 @@ def ends_here(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if any(_is_batched(grad) for grad in grads if grad is not None):
+            raise UnsupportedError(
+                "batched gradients (is_grads_batched, vectorize=True) are not supported here; "
+                "use one backward per gradient"
+            )
         came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None
         with torch.no_grad():
             results = backward(ctx, *grads)

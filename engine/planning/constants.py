@@ -72,6 +72,9 @@ FREE_ROOM_SHARE = 0.25
 # Peak of stock PyTorch's step on the CPU from its tensors' peak: a share, and bytes of its libraries and its heap. Ten
 # networks took at least 104 MiB more than their tensors at 512 to 1024 pixels, and ResNet-18 at 2048 took 165 MiB more.
 STOCK_SHARE, STOCK_BYTES = 1.03, 80 * 2**20
+# Tensors of a training step in NCHW up to which the whole image is faster than tiles on a CPU. EfficientNet-B0 at 512
+# pixels (330 MiB) and ResNet-18 at 768 (270 MiB) take as long in tiles; GhostNetV2 takes longer in tiles at any size.
+WHOLE_BYTES = 256 * 2**20
 # Floating-point operations per moved byte; the cost of pointwise ops is the bytes that they move.
 FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
 # Storage for offloaded maps, and the floating-point operations per byte moved there.

@@ -93,11 +93,15 @@ class PlanSearch:
         return replace(found, choices=tuple(self.tried))
 
     def _may_be_untiled(self) -> bool:
-        """Whether a step runs PyTorch's own ops on the whole image: on the CPU without a budget, with ample memory."""
+        """Whether a step runs PyTorch's own ops on the whole image: on the CPU without a budget, with ample memory.
+
+        Tiles are NHWC. So they are faster than larger images in NCHW.
+        """
         request, program = self.request, self._maps.program
         if request.stock is None or self.shard is not None or not request.in_memory:
             return False
-        if request.stock != request.room(self.device):
+        by_pixel = program.values[program.image].order == (0, 2, 3, 1)
+        if request.stock != request.room(self.device) or not (by_pixel or self.stock_bytes <= constants.WHOLE_BYTES):
             return False
         special = any(op.group is not None or op.func is embed_tiles for op in program.ops)
         return not (special or program.assigned or program.stands_in)

@@ -33,6 +33,7 @@ from ..torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
     memory_of,
+    saved_tensors_hooks,
     suggest_memory_format,
     tree_leaves,
     tree_map_only,
@@ -109,7 +110,7 @@ def _without_values(program: Program, run: Callable[[], Any]) -> Any:
     """The result of a function that runs a program's ops on tensors without values."""
     values, device = program.values, program.values[program.image].device
     casts = torch.is_autocast_enabled(device.type) or any(op.autocast is not None for op in program.ops)
-    with torch.autograd.set_detect_anomaly(False):  # it reads values
+    with torch.autograd.set_detect_anomaly(False), _saved_as_they_are():  # a caller's hooks read values
         if device.type == "cpu" and not casts:
             with (
                 contextlib.suppress(RuntimeError),
@@ -121,6 +122,12 @@ def _without_values(program: Program, run: Callable[[], Any]) -> Any:
         # Rules may hold weights, which are not fake.
         with on_devices(None, values), FakeTensorMode(allow_non_fake_inputs=True):
             return run()
+
+
+def _saved_as_they_are() -> contextlib.AbstractContextManager[Any]:
+    if saved_tensors_hooks() is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def is_here(device: torch.device) -> bool:
@@ -303,7 +310,7 @@ def stock_peak(program: Program, training: bool, folds: bool = False) -> int:
 
 
 def _stock_peak(program: Program, ops: Sequence[tuple[Op, Fold | None]], training: bool) -> int:
-    values, kept, every = program.values, set(program.handed_out()), program.ended([op for op, _ in ops])
+    values, kept, every = program.values, set(program.given_away()), program.ended([op for op, _ in ops])
     env: dict[int, Tensor] = {}
     for v in (program.image, *program.inputs, *program.vectors, *program.state()):
         made = torch.empty(values[v].shape, dtype=values[v].dtype, device=values[v].device)

@@ -16,15 +16,14 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from gigamorph import Accelerated, accelerate, plan
-from gigamorph.engine.errors import UnsupportedError
+from gigamorph.engine.errors import ChangedError, UnsupportedError
 from gigamorph.engine.tiling.arena import arena
-from gigamorph.kernels import winograd
 
 CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
 class Shuffled(nn.Module):
-    """Convolutions with live norms, and a channel shuffle by `view`, which NHWC maps do not allow."""
+    """Convolutions with norms, and a channel shuffle by `view`, which channels-last maps do not allow."""
 
     def __init__(self, channels: int = 3, view: bool = True):
         super().__init__()
@@ -38,12 +37,6 @@ class Shuffled(nn.Module):
             n, c, h, w = x.shape
             x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
         return self.head(self.second(x).mean((2, 3)))
-
-
-def wide() -> nn.Module:
-    """Convolutions that Winograd's filtering computes in float32."""
-    layers = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=(0, 1))
-    return randomize(nn.Sequential(*layers))
 
 
 def runs_whole(fast: Accelerated) -> bool:
@@ -71,7 +64,7 @@ def test_steps_are_exact(shape: tuple[int, ...], live: bool) -> None:
     fast = accelerate(copy.deepcopy(model))
     found = compare(model, x, fast=fast, inference=False)
     assert max(found.values()) <= 1e-12 and runs_whole(fast)
-    folds = [fold is not None for prepared in fast._runner.programs for _, fold, _ in prepared.whole_ops]
+    folds = [fold is not None for prepared in fast._runner.programs for _, fold, *_ in prepared.whole_ops]
     assert sum(folds) == (0 if live else 2)
 
 
@@ -86,29 +79,6 @@ def test_float32_rounds_as_stock_does(shape: tuple[int, ...], live: bool) -> Non
     assert runs_whole(fast)
     for own, other in zip(distance(truth, ours), distance(truth, stock), strict=True):
         assert own <= max(4 * other, 1e-6)
-
-
-@pytest.mark.skipif(winograd.missing() is not None, reason="no compiler")
-@pytest.mark.parametrize("value", [0.0, torch.inf])
-def test_convolutions_by_winograd(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls, own = wide().train(), list[int](), winograd.conv3x3
-    x = image(1, 32, 64, 72, dtype=torch.float32)
-    x[0, 3, 40, 50] += value
-
-    def counted(*args: object, **options: object) -> Tensor | None:
-        calls.append(1)
-        return own(*args, **options)  # pyright: ignore
-
-    monkeypatch.setattr(winograd, "conv3x3", counted)
-    ours = step(accelerate(copy.deepcopy(model)), x)
-    stock = step(copy.deepcopy(model), x)
-    assert len(calls) >= 4  # forward and backward of two
-    if not value:
-        truth = step(copy.deepcopy(model).double(), x.double())
-        assert all(
-            own <= max(4 * other, 1e-6) for own, other in zip(*(distance(truth, r) for r in (ours, stock)), strict=True)
-        )
-    torch.testing.assert_close(ours.outputs[0].isfinite(), stock.outputs[0].isfinite())
 
 
 def test_dropout_draws_the_numbers_of_stock() -> None:
@@ -135,6 +105,101 @@ def test_the_plan_has_the_peak_of_stock() -> None:
 def test_little_memory_means_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gigamorph.engine.planning.request.available_bytes", lambda device: 400 * 2**20)
     assert not plan(Shuffled().train(), (2000, 2000)).untiled_bytes
+
+
+class Case(nn.Module):
+    """Two convolutions, the second of what `body` makes of the first one's output."""
+
+    def __init__(self, body: Callable[..., object]):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3), nn.BatchNorm1d(8), nn.Conv2d(8, 2, 3)
+        self.body = body
+
+    def forward(self, x: Tensor, *further: Tensor) -> object:
+        return self.body(self, self.first(x), *further)
+
+
+def pixelwise(_net: Case, c: Tensor) -> Tensor:
+    y = c.permute(0, 2, 3, 1).contiguous()  # a copy of contiguous maps, not of channels-last ones
+    y.relu_()
+    return y.mean((1, 2)) + c.mean((2, 3))
+
+
+def image_axes_as_channels(net: Case, c: Tensor) -> Tensor:
+    return net.norm(F.adaptive_avg_pool2d(c, 8)[0].transpose(0, 1)).mean((1, 2))
+
+
+def returned(net: Case, c: Tensor) -> tuple[Tensor, Tensor]:
+    c = F.relu(c)
+    return c, net.second(c)
+
+
+def written_argument(_net: Case, c: Tensor, scale: Tensor) -> Tensor:
+    scale.add_(1)
+    return c.mean((2, 3)) * scale
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "body",
+    [pixelwise, image_axes_as_channels, returned, written_argument, lambda net, c: net.second(c).flatten(2)],
+    ids=["pixelwise", "unbatched norm", "returned", "written", "flat"],
+)
+def test_memory_formats(body: Callable[..., object], order: torch.memory_format) -> None:
+    results = []
+    model = Case(body).eval()
+    for make in (accelerate, lambda net: net):
+        net, x = make(copy.deepcopy(model)), image(2, 3, 20, 24, dtype=torch.float32).contiguous(memory_format=order)
+        scale = torch.ones(2, 8)
+        outputs = net(x.requires_grad_(), *([scale] if body is written_argument else []))
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        for output in outputs if body is returned else []:
+            output.register_hook(lambda grad: 0.5 * grad)
+        (slope,) = torch.autograd.grad(sum(output.square().sum() for output in outputs), x, retain_graph=True)
+        sum(output.sum() for output in outputs).backward()
+        results.append([*outputs, slope, scale, *(p.grad for p in net.parameters() if p.grad is not None)])
+    for ours, stock in zip(*results, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+        assert ours.stride() == stock.stride()
+
+
+def test_folds_of_computed_weights() -> None:
+    weight_norm = torch.nn.utils.parametrizations.weight_norm
+    model = randomize(nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))).double().eval()
+    assert_exact(model, image(2, 3, 9, 9), inference=False)
+
+
+def test_statistics_of_many_pixels_are_those_of_stock() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=1.0))
+    fast, x = accelerate(copy.deepcopy(model)), image(1, 3, 600, 600, dtype=torch.float32)
+    fast(x).mean().backward()
+    model(x)
+    assert runs_whole(fast)
+    torch.testing.assert_close(fast[1].running_var, model[1].running_var, rtol=1e-7, atol=0)
+
+
+def test_folded_weights_that_are_replaced_before_the_backward_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    result = accelerate(model)(image(2, 3, 9, 9, dtype=torch.float32))
+    model[0].weight.data = model[0].weight.data * 2
+    with pytest.raises(ChangedError, match="was replaced"):
+        result.sum().backward()
+
+
+def test_hooks_on_saved_tensors_see_real_ones() -> None:
+    def pack(tensor: Tensor) -> object:
+        return tensor.detach().numpy().copy()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
+        accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))(image(1, 3, 9, 9)[:, :].float()).sum().backward()
+
+
+def test_larger_images_run_whole_in_the_format_of_stock_and_in_tiles_in_nchw() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    for order, whole in ((torch.channels_last, True), (torch.contiguous_format, False)):
+        fast = accelerate(model)
+        program = fast._open(torch.randn(1, 3, 2000, 2000).contiguous(memory_format=order)).prepared.plan
+        assert (program.untiled_bytes > 0) == whole
 
 
 @pytest.mark.parametrize("options", [{}, {"tile": 8}])
@@ -213,12 +278,6 @@ def test_second_derivatives_are_those_of_stock(live: bool) -> None:
     model, x = randomize(Shuffled()).double().train(live), image(2, 3, 16, 16).requires_grad_()
     for ours, stock in zip(penalty(accelerate(model), x), penalty(model, x), strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.skipif(winograd.missing() is not None, reason="no compiler")
-def test_second_derivatives_by_winograd_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="second derivatives"):
-        penalty(accelerate(wide().train()), image(1, 32, 64, 64, dtype=torch.float32).requires_grad_())
 
 
 def test_second_derivatives_of_folded_weights_are_refused() -> None:
