@@ -72,9 +72,10 @@ FREE_ROOM_SHARE = 0.25
 # Peak of stock PyTorch's step on the CPU from its tensors' peak: a share, and bytes of its libraries and its heap. Ten
 # networks took at least 104 MiB more than their tensors at 512 to 1024 pixels, and ResNet-18 at 2048 took 165 MiB more.
 STOCK_SHARE, STOCK_BYTES = 1.03, 80 * 2**20
-# Tensors of a training step in NCHW up to which the whole image is faster than tiles on a CPU. EfficientNet-B0 at 512
-# pixels (330 MiB) and ResNet-18 at 768 (270 MiB) take as long in tiles; GhostNetV2 takes longer in tiles at any size.
-WHOLE_BYTES = 256 * 2**20
+# Tensors of a training step in NCHW up to which the whole image is computed at once on a CPU. With two threads, tiles
+# take 1.04 times stock's time for ResNet-18 at 1024 pixels (500 MiB) and 1.12 for EfficientNet-B0 (1.3 GiB), but 2.3
+# times for GhostNetV2; at 1536 pixels with one thread 0.75, 0.65 and 1.2 times.
+WHOLE_BYTES = 768 * 2**20
 # Floating-point operations per moved byte; the cost of pointwise ops is the bytes that they move.
 FLOPS_PER_BYTE = {"cpu": 10, "cuda": 200}
 # Storage for offloaded maps, and the floating-point operations per byte moved there.
