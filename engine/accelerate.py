@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,13 +92,16 @@ class Accelerated(Delegate):
     def extra_repr(self) -> str:
         return f"accelerated: memory_budget={self.memory_budget}, tile={self.tile}"
 
-    def plan_for(self, shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None) -> Plan:
+    def plan_for(
+        self, shape: Sequence[int], dtype: torch.dtype | None = None, device: Any = None, by_region: bool = False
+    ) -> Plan:
         """The plan for an image batch of this shape (N, C, H, W), or for bags (B, V, C, H, W).
 
         Args:
             shape: the shape of the input.
             dtype: dtype of the image; defaults to the dtype of the parameters.
             device: device of the run; defaults to the device of the parameters, or the CPU if that is meta.
+            by_region: whether the pixels are read by region from a source; otherwise the image is a tensor.
         """
         self._freeze_again()
         device = torch.device(self._device() if device is None else device)
@@ -111,7 +115,8 @@ class Accelerated(Delegate):
         else:
             program = capture(self._network, shape, dtype, device)
         settings = self._settings
-        return arrange(program, settings.request(torch.is_grad_enabled()), shard=settings.shard(program))[1]
+        request = replace(settings.request(torch.is_grad_enabled()), in_memory=not by_region)
+        return arrange(program, request, shard=settings.shard(program))[1]
 
     @property
     def _settings(self) -> PlanSettings:

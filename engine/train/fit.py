@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +319,7 @@ def preview_lines(net: Accelerated, data: Data, options: TrainOptions) -> Iterat
     started = time.monotonic()
     try:
         with torch.enable_grad():
-            plan = replace(planned.plan_for((1, *shape)), untiled_bytes=0)  # images are read by region
+            plan = planned.plan_for((1, *shape), by_region=True)
     except BudgetError as error:
         raise BudgetError(f"{path}: {error}", error.needed_bytes) from error
     quick = time.monotonic() - started < _QUICK_PLAN

@@ -92,7 +92,7 @@ def test_the_peak_of_stock_is_that_of_a_real_step(name: str, training: bool) -> 
 
 
 def test_without_a_budget_a_step_takes_no_more_memory_than_stock() -> None:
-    made = plan(create_model("resnet18").train(), (1, 1, 1024, 1024))
+    made = plan(create_model("resnet18").train(), (1, 1, 1536, 1536))
     assert made.stock_bytes is not None and made.retained > 1
     assert made.peak_bytes <= constants.STOCK_SHARE * made.stock_bytes + constants.STOCK_BYTES
 
