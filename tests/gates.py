@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_640,
-    ("engine", "kernels", "cli", "benchmarks"): 65_377,
-    ("benchmarks",): 4_199,
+    ("engine", "kernels"): 57_566,
+    ("engine", "kernels", "cli", "benchmarks"): 65_215,
+    ("benchmarks",): 4_125,
 }
 WORDS = {
     r"told|tells": 1,

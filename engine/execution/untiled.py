@@ -42,7 +42,8 @@ def run_untiled(forward: Forward) -> None:
             for value in ended:
                 env.pop(value, None)
     enter = _before_backward(found, memory_of_parameters(t for t in folded if isinstance(t, nn.Parameter)))
-    for value in set(program.handed_out()):
+    made = {v for op in program.ops for v in op.outputs}
+    for value in made.intersection(program.handed_out()):  # not tensors of the caller, which may be returned
         if env[value].requires_grad:
             env[value].register_hook(enter)
 

@@ -163,6 +163,17 @@ def test_memory_formats(body: Callable[..., object], order: torch.memory_format)
         assert ours.stride() == stock.stride()
 
 
+def test_tensors_of_the_caller_get_no_hooks() -> None:
+    class Returns(nn.Conv2d):
+        def forward(self, x: Tensor, further: Tensor) -> object:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x), x, further, self.weight
+
+    x, further = image(1, 3, 9, 9).requires_grad_() * 2, image(4).requires_grad_() * 2
+    fast = accelerate(Returns(3, 4, 3).double())
+    sum(output.sum() for output in fast(x, further)).backward()
+    assert not (x._backward_hooks or further._backward_hooks or fast.weight._backward_hooks)
+
+
 def test_folds_of_computed_weights() -> None:
     weight_norm = torch.nn.utils.parametrizations.weight_norm
     model = randomize(nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))).double().eval()
