@@ -1,4 +1,4 @@
-"""Patches of phantom mammograms, and small networks on them, for synthetic tasks."""
+"""Patches of phantom mammograms for synthetic tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..phantom import PhantomImage
 from ..phantom.image import LESIONS, Kind
@@ -38,11 +38,3 @@ def phantom_patches(
         x = int(np.clip((left + right - side) // 2 + shift[1], 0, _WIDTH - side))
         patches[index, 0] = image.read(y, y + side, x, x + side) / np.float32(4095)
     return torch.from_numpy(patches), torch.arange(count) % classes
-
-
-def small_body() -> nn.Sequential:
-    """Build a network (N, 1, h, w) -> (N, 32, h / 8, w / 8): six convolutions, each with BatchNorm and ReLU."""
-    layers: list[nn.Module] = []
-    for before, after, stride in ((1, 8, 2), (8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2), (32, 32, 1)):
-        layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers)

@@ -1,22 +1,17 @@
-"""Configurations of recipes: their images and published defaults; the images' own split, or a random one."""
+"""Splits of a recipe's images into training, validation and test: the table's own split, or a random one."""
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from ...config import from_plain
 from ...datasets.splits import assign_splits, fill_validation
 from ...datasets.tables import Record
 from ...errors import DataError
 from ...train.run import Run
 from ...train.stages import Stage
-from . import default_text
-
-Part = TypeVar("Part")
 
 SplitOf = Literal["table", "drawn"]
 """"table": the table's own split, if it has one. "drawn": a random split in any case."""
@@ -41,14 +36,6 @@ class ImagesConfig:
         """Return a stage of training with the recipe's settings of that kind; `more` replaces or adds some."""
         settings = {key: getattr(self, key) for key in _OF_STAGES if hasattr(self, key)}
         return Stage(name, **{**settings, **more})
-
-
-def published(name: str, key: str, part: type[Part]) -> tuple[Part, ...]:
-    """Return a list of tables of ``configs/NAME.toml``, such as its stages, each as a dataclass.
-
-    These defaults of a configuration are only in the file, which states their sources.
-    """
-    return tuple(from_plain(one, part, f"{name}.toml") for one in tomllib.loads(default_text(name))[key])
 
 
 def split_records(

@@ -22,7 +22,7 @@ from ...evaluate.dice import DICE, SHARE, classes_of_masks
 from ...evaluate.join import ImageRecords, missing_file_hint
 from ...evaluate.read import LABEL, PROBABILITY, VALUE, table_in
 from ...images.affine import CoordinateMap
-from ...images.pixels import PixelSource, as_stored, header_of, to_original
+from ...images.pixels import PixelSource, as_stored, stored_source, to_original
 
 _SIDES = {"R": 0, "L": 1}
 _VIEWS = {"CC": 0, "MLO": 1}
@@ -105,7 +105,8 @@ class ExamImage:
 
     def millimetres(self, source: PixelSource) -> float:
         """The side of a pixel of `open`'s image in the breast; 0 if the header does not state it."""
-        info = header_of(source)
+        stored = stored_source(source)
+        info = None if stored is None else getattr(stored.stored, "info", None)
         return info.spacing[1] / (info.magnification or 1) if info and info.spacing else 0.0
 
     def boxes(self, source: PixelSource) -> list[tuple[float, float, float, float, str]]:

@@ -21,11 +21,12 @@ from ....train.loop import run_stages
 from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ..claims import Effect, Rule, Synthetic
-from ..phantom_patches import CLASSES, phantom_patches, small_body
+from ..phantom_patches import CLASSES, phantom_patches
 from ..tensors import TensorTask, accuracy, logits_of
 from .autoencoder import Stack
 from .config import CaeConfig
-from .train import fit_stack, fit_svm, measure_svm, vectors
+from .svm import fit_svm, measure_svm
+from .train import fit_stack, vectors
 
 _SIDE, _SOURCE, _UNLABELLED, _TEST = 48, 1000, 2000, 1000
 _LABELLED, _DRAWS = (40, 160), 5
@@ -67,7 +68,7 @@ def _maps(run: Run) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     images, labels = phantom_patches(_SOURCE + _TEST // 2, _SIDE, (seed, 1))
     images = (images - images.mean()) / images.std()
     torch.manual_seed(seed_of(seed, 2))
-    body, head = small_body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, len(CLASSES)))
+    body, head = _body(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, len(CLASSES)))
     task = TensorTask(nn.Sequential(body, head), images[:_SOURCE], labels[:_SOURCE])
     stage = Stage("backbone", 8, 0.05, optimizer="sgd", weight_decay=1e-4, batch_size=32, schedule="cosine")
     run_stages(task, [stage], run.part("backbone"))
@@ -77,6 +78,13 @@ def _maps(run: Run) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     other = accuracy(labels, logits_of(task.module, images))
     run.say(f"seed {seed}: the backbone's own accuracy is {own:.3f} on scanner A, {other:.3f} on scanner B")
     return logits_of(body, images).numpy(), labels.numpy()
+
+
+def _body() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after, stride in ((1, 8, 2), (8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2), (32, 32, 1)):
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 def _scanner_b(images: Tensor, seed: int) -> Tensor:

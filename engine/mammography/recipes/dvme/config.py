@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ....errors import GigamorphError
-from ..splits import ImagesConfig, published
+from ..defaults import published
+from ..splits import ImagesConfig
 
 Protocol = Literal["linear", "dvme", "no_attention", "concat", "single", "finetune", "finetune_dvme"]
 """On embeddings: linear layer on each; DVME head on all; the same without attention; linear layer on the

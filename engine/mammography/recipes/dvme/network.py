@@ -42,7 +42,7 @@ class Extractor(nn.Module):
             raise GigamorphError(f"{type(network).__name__} has no linear layer as its classifier")
         # A timm transformer that is built for tokens still has its classifier.
         if last and (not blocks or last[-1] == "head"):
-            network.set_submodule(last[-1], nn.Identity())
+            _replace(network, last[-1], nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.blocks:
@@ -56,6 +56,11 @@ class Extractor(nn.Module):
 def make_extractor(model: str, channels: int, weights: str | Path | None = None, blocks: int = 0) -> Extractor:
     """Build an extractor from a network's name, see `create_model`; `load_pretrained` describes the weights file."""
     return Extractor(build_pretrained(model, 2, channels, weights), blocks)
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, module)
 
 
 class Fused(nn.Module):

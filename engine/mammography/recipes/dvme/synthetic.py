@@ -17,12 +17,12 @@ from ....train.run import Run, seed_of
 from ....train.stages import Stage
 from ...phantom.image import LESIONS, Kind
 from ..claims import Effect, Rule, Synthetic
-from ..phantom_patches import CLASSES, phantom_patches, small_body
+from ..phantom_patches import CLASSES, phantom_patches
 from ..tensors import TensorTask, logits_of
 from .compare import compare_heads, summarise
 from .config import DvmeConfig, ExtractorConfig
 
-_SIDE = 48
+_SIDE, _WIDTH = 48, 8
 _PRETRAIN, _IMAGES = 500, {"train": 400, "val": 200, "test": 600}
 _SETTINGS = DvmeConfig(
     extractors=tuple(ExtractorConfig(name, "") for name in LESIONS),
@@ -61,11 +61,19 @@ def _pretrained(run: Run, kind: Kind) -> nn.Module:
     seed, number = run.seed, LESIONS.index(kind)
     images, labels = _standardised(*phantom_patches(_PRETRAIN, _SIDE, (seed, 1, number), [kind]))
     torch.manual_seed(seed_of(seed, number))
-    body = nn.Sequential(*small_body(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    task = TensorTask(nn.Sequential(body, nn.Linear(32, 2)), images, labels)
+    body = _body()
+    task = TensorTask(nn.Sequential(body, nn.Linear(4 * _WIDTH, 2)), images, labels)
     stage = Stage("pretrain", 8, 0.05, optimizer="sgd", weight_decay=1e-4, batch_size=32, schedule="cosine")
     run_stages(task, [stage], run)
     return body
+
+
+def _body() -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in ((1, _WIDTH), (_WIDTH, 2 * _WIDTH), (2 * _WIDTH, 4 * _WIDTH)):
+        layers += [nn.Conv2d(before, after, 3, 2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def _standardised(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

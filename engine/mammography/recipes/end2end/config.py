@@ -7,7 +7,8 @@ from typing import Literal
 
 from ....errors import GigamorphError
 from ....train.stages import Stage
-from ..splits import ImagesConfig, published
+from ..defaults import published
+from ..splits import ImagesConfig
 
 CLASSES = ("background", "calc_mal", "calc_ben", "mass_mal", "mass_ben")
 """Classes of patches, in the order of the patch network's outputs."""

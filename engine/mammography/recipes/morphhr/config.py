@@ -7,7 +7,8 @@ from typing import Literal
 
 from ....errors import GigamorphError
 from ....train.stages import Stage
-from ..splits import ImagesConfig, published
+from ..defaults import published
+from ..splits import ImagesConfig
 
 Arm = Literal["finetune", "direct", "scratch", "morph"]
 

@@ -34,7 +34,8 @@ from ...phantom import PhantomImage
 from ..claims import Effect, Rule, Synthetic
 from ..classify import ClassifierTask
 from .config import MorphHRConfig
-from .train import parent_images, train
+from .images import parent_images
+from .train import train
 
 HEIGHT, WIDTH, FACTOR = 128, 96, 4
 IMAGES = {"source": 600, "train": 400, "val": 60, "test": 160}

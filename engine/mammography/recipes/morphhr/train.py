@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import torch
 
 from ....accelerate import accelerate
 from ....config import from_plain
-from ....datasets.dataset import ImageDataset
 from ....datasets.tables import Record
-from ....errors import DataError, GigamorphError, MorphError
+from ....errors import GigamorphError, MorphError
 from ....evaluate.cases import Cases
 from ....evaluate.roc import delong_interval
-from ....images.pixels import PixelSource
 from ....models import build_model
 from ....morph.files import Grown, save_network
 from ....morph.recipe import Recipe, apply
@@ -31,34 +28,13 @@ from ....train.target import Target
 from ...data_sets.chestxray14 import FINDINGS
 from ..classify import ClassifierTask, auc_of, classifier_record, mirrorings, read_target, results
 from ..recipe import begin, finish
-from ..sized import PaddedRegion, open_images
 from ..weights import build_pretrained, find_weights
 from .config import MorphHRConfig
 from .grow import grow, without_decay
+from .images import child_images, parent_images
 
 _ARM_NAMES = {"direct": "the parent", "scratch": "the child with a new front", "morph": "the morphed child"}
 _TOLERANCE = 1e-3  # of float32 logits, relative to the largest: sums over r² pixels have another order
-
-
-class WholeCells(PaddedRegion):
-    """An image without the rows and columns at its lower and right border that do not fill a cell of r x r pixels."""
-
-    def __init__(self, source: PixelSource, r: int) -> None:
-        _, height, width = source.shape
-        if height < r or width < r:
-            raise DataError(f"{source.name}: {height} x {width} pixels are smaller than a cell of {r} x {r}")
-        super().__init__(source, 0, 0, height - height % r, width - width % r)
-        self.added = (f"cropped to whole cells of {r} x {r} pixels",)
-
-
-def parent_images(records: Sequence[Record], config: MorphHRConfig, **options: Any) -> ImageDataset:
-    """Return the parent's images: the mean of each cell of r x r pixels; options as in `open_images`."""
-    return open_images(records, config, downsample=config.factor, **options)
-
-
-def child_images(records: Sequence[Record], config: MorphHRConfig, **options: Any) -> ImageDataset:
-    """Return the child's images: every pixel of the same cells; options as in `open_images`."""
-    return open_images(records, config, view=partial(WholeCells, r=config.factor), **options)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ....datasets.tables import Record
 from ....datasets.unknown_views import unplaced
 from ....datasets.views import MirroredSource
 from ....errors import DataError
-from ....images.pixels import DerivedSource, Normalize, PixelSource
+from ....images.affine import CoordinateMap
+from ....images.pixels import Normalize, PixelSource, to_original
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,20 @@ def open_side(
     return source
 
 
-class StackedSource(DerivedSource):
+class StackedSource:
     """Two images of one size as the channels of one image: the first's, then the second's."""
 
     def __init__(self, first: PixelSource, second: PixelSource) -> None:
         if first.shape != second.shape:
             raise DataError(f"{first.name} and {second.name} have different sizes; register them")
-        super().__init__(first)
-        self.second, self.shape = second, (2 * first.shape[0], *first.shape[1:])
+        self.first, self.second = first, second
+        channels, height, width = first.shape
+        self.shape, self.name = (2 * channels, height, width), first.name
+
+    @property
+    def to_original(self) -> CoordinateMap:
+        """Map from this image's coordinates to those of the first one's file."""
+        return to_original(self.first)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        return torch.cat([source.read(top, bottom, left, right) for source in (self.source, self.second)])
+        return torch.cat([source.read(top, bottom, left, right) for source in (self.first, self.second)])

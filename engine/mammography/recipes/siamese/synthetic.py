@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....evaluate.roc import auc
 from ....train.loop import run_stages
@@ -24,7 +24,6 @@ from ....train.stages import Stage
 from ...phantom import PhantomImage
 from ...phantom.image import Kind
 from ..claims import Effect, Rule, Synthetic
-from ..phantom_patches import small_body
 from .config import SiameseConfig
 from .network import Embedding
 from .probe import fine_tuned, probed
@@ -136,7 +135,11 @@ def _patches(count: int, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def _network(seed: Sequence[int]) -> Embedding:
     torch.manual_seed(seed_of(*seed))
-    return Embedding(small_body(), "", _SETTINGS.dim, 1, _SIDE)
+    layers: list[nn.Module] = []
+    for before, after in ((1, 8), (8, 16), (16, 32)):
+        layers += [nn.Conv2d(before, after, 3, 2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.Conv2d(after, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    return Embedding(nn.Sequential(*layers), "", _SETTINGS.dim, 1, _SIDE)
 
 
 SYNTHETIC = Synthetic(

@@ -18,7 +18,8 @@ from gigamorph.engine.evaluate.roc import auc
 from gigamorph.engine.mammography.recipes import default_text
 from gigamorph.engine.mammography.recipes.cae import CaeConfig, train
 from gigamorph.engine.mammography.recipes.cae.autoencoder import MODES, ConvAutoEncoder, Stack
-from gigamorph.engine.mammography.recipes.cae.train import Reconstruction, fit_stack, fit_svm, measure_svm
+from gigamorph.engine.mammography.recipes.cae.svm import fit_svm, measure_svm
+from gigamorph.engine.mammography.recipes.cae.train import Reconstruction, fit_stack
 from gigamorph.engine.mammography.recipes.features import UpTo
 from gigamorph.engine.models import create_model
 from gigamorph.engine.train.run import Run

@@ -27,8 +27,9 @@ from gigamorph.engine.mammography.recipes.classify import (
 )
 from gigamorph.engine.mammography.recipes.morphhr.config import MorphHRConfig
 from gigamorph.engine.mammography.recipes.morphhr.grow import grow, without_decay
+from gigamorph.engine.mammography.recipes.morphhr.images import WholeCells
 from gigamorph.engine.mammography.recipes.morphhr.synthetic import FACTOR, FAINT, HEIGHT, WIDTH, phantom
-from gigamorph.engine.mammography.recipes.morphhr.train import WholeCells, train
+from gigamorph.engine.mammography.recipes.morphhr.train import train
 from gigamorph.engine.models import create_model
 from gigamorph.engine.models.lesionnet import LesionNet
 from gigamorph.engine.morph.activation import PAct
