@@ -259,7 +259,7 @@ FAULTS = (
     Fault(
         "weights-replaced-after-the-forward",
         "engine/module/first_order.py",
-        "        _refuse_moved(ctx.memory)\n",
+        "        refuse_moved(ctx.memory)\n",
         "",
         "tests/engine/test_accelerate.py::test_weights_replaced_before_backward",
         "After p.data = other between forward and backward, gradients are silently those of the new weights.",

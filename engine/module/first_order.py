@@ -42,7 +42,7 @@ class _Ends(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor):
         raise UnsupportedError(
-            f"second derivatives (create_graph=True, gradient penalties) are not supported here; {_REMEDY}"
+            f"second derivatives (create_graph=True, gradient penalties) are not supported by tiles; {_REMEDY}"
         )
 
 
@@ -97,7 +97,7 @@ def ends_here(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Tensor | None) -> Any:
         if any(_is_batched(grad) for grad in grads if grad is not None):
             raise UnsupportedError(
-                "batched gradients (is_grads_batched, vectorize=True) are not supported here; "
+                "batched gradients (is_grads_batched, vectorize=True) are not supported by tiles; "
                 "use one backward per gradient"
             )
         came_from = [t for t in (*grads, *ctx.saved_tensors) if t is not None] if torch.is_grad_enabled() else None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gigamorph.engine.images import dicom, slide, tiff, whole, zarrs  # noqa: F401 (loaded before memory is limited)
+from gigamorph.engine.images import dicom, tiff, whole, zarrs  # noqa: F401 (loaded before memory is limited)
 from gigamorph.engine.images.open import open_pixels
 
 # Pixels that are read of an image, so that a sound one of any size takes no time.

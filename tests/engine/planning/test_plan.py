@@ -17,6 +17,7 @@ from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.stages import lower
 from gigamorph.engine.models import create_model
 from gigamorph.engine.planning import preview, request
+from gigamorph.engine.planning.plan import Plan
 from gigamorph.engine.planning.simulate import heaviest_tile, tile_peak, tile_weights
 from gigamorph.engine.tiling.memory import format_enough, parse_bytes
 from gigamorph.engine.tiling.stage import TiledStage
@@ -106,16 +107,20 @@ def test_without_a_budget_graphs_fill_a_part_of_the_memory_of_a_cpu(monkeypatch:
     net, size = small_net().float(), (1, 1, 4096, 3000)
     free = 40 << 30
     monkeypatch.setattr(request, "available_bytes", lambda _: free)
-    roomy, tiled = plan(net, size), plan(net, size, tile=512)
+
+    def planned(shape: tuple[int, ...], **options: Any) -> Plan:
+        return accelerate(net, **options).plan_for(shape, by_region=True)
+
+    roomy, tiled = planned(size), planned(size, tile=512)
     assert roomy.retained == roomy.tiles[0] * roomy.tiles[1] and tiled.retained == 0
     free = 5 * (roomy.peak_bytes - roomy.retained_bytes // 2)
-    some = plan(net, size)
+    some = planned(size)
     assert 0 < some.retained < math.prod(some.tiles) and some.peak_bytes <= free // 5
     # Maps of few values a pixel get strips of a million pixels, however many graphs are kept.
     assert roomy.tile == some.tile == (320, 3000)
-    assert plan(net, (1, 1, 40000, 30000)).tile == (1024, 1024)  # of low strips the halos would not fit
+    assert planned((1, 1, 40000, 30000)).tile == (1024, 1024)  # of low strips the halos would not fit
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert plan(net, size).retained == 0
+    assert planned(size).retained == 0
 
 
 @pytest.mark.parametrize(("tiles", "retained"), [(3, 3), (2.9, 1), (2, 1), (1.5, 0), (0.5, 0)])
