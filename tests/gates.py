@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_605,
-    ("engine", "kernels", "cli", "benchmarks"): 65_254,
+    ("engine", "kernels"): 57_602,
+    ("engine", "kernels", "cli", "benchmarks"): 65_251,
     ("benchmarks",): 4_125,
 }
 WORDS = {

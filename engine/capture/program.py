@@ -192,14 +192,17 @@ def in_stock_order(op: Op, values: Sequence[Value], given: dict[int, Tensor]) ->
         return given
     found = dict(given)
     for number, tensor in given.items():
-        order = values[number].order
-        if order is None and reads_memory:
+        if values[number].order is None and reads_memory:
             raise UnsupportedError(f"{op} reads the memory of a part of a map; give it a clone")
-        if order is None or len(order) != tensor.dim() or tensor.permute(order).is_contiguous():
-            continue
-        dense = tensor.permute(order).contiguous()
-        found[number] = dense.permute(tuple(order.index(d) for d in range(tensor.dim())))
+        found[number] = in_order(tensor, values[number].order or ())
     return found
+
+
+def in_order(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """A tensor in a memory order: its dimensions, slowest first; unchanged if it has another number of them."""
+    if len(dims) != tensor.dim() or tensor.permute(tuple(dims)).is_contiguous():
+        return tensor
+    return tensor.permute(tuple(dims)).contiguous().permute(tuple(dims.index(d) for d in range(tensor.dim())))
 
 
 def makes_new_memory(op: Op) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ..capture.program import Op, bind, call, in_stock_order, op_autocast, refs
+from ..capture.program import Op, bind, call, in_order, in_stock_order, op_autocast, refs
 from ..cuda_graphs.replay import Replays
 from ..cuda_graphs.whole_passes import WholePasses
 from ..lowering.folding import Fold, fold_together
@@ -26,7 +26,7 @@ from ..planning import constants
 from ..tiling.arena import arena
 from ..tiling.arena_limit import ArenaLimit
 from ..tiling.forward import ForwardPass
-from ..tiling.halos import copy_all, unpermute
+from ..tiling.halos import copy_all
 from ..tiling.memory import available_bytes
 from ..tiling.memory_limit import MemoryLimit
 from ..tiling.scan import Autocast, MapKeeping, Observer, Pixels, Scan, StoredMap, TileEvent
@@ -269,10 +269,9 @@ class Forward:
 
         A gradient with respect to it would be incomplete, so autograd reports it as unused.
         """
-        program, order = self.prepared.staged.program, self.prepared.orders.get(value, ())
-        tensor = self.env[program.form(value)]
-        if len(order) == tensor.dim() and not tensor.permute(order).is_contiguous():  # `pred.view(-1)` depends on it
-            tensor = self.env[program.form(value)] = unpermute(tensor.permute(order).contiguous(), order)
+        program, form = self.prepared.staged.program, self.prepared.staged.program.form(value)
+        # `pred.view(-1)` depends on the order.
+        tensor = self.env[form] = in_order(self.env[form], self.prepared.orders.get(value, ()))
         if value not in program.apart or not tensor.requires_grad:
             return tensor
         if value not in self._apart:

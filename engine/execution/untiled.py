@@ -42,9 +42,8 @@ def run_untiled(forward: Forward) -> None:
             for value in ended:
                 env.pop(value, None)
     enter = _before_backward(found, memory_of_parameters(t for t in folded if isinstance(t, nn.Parameter)))
-    made = {v for op in program.ops for v in op.outputs}
-    for value in made.intersection(program.handed_out()):  # not tensors of the caller, which may be returned
-        if env[value].requires_grad:
+    for value in forward.prepared.handed_out:
+        if env[value].grad_fn is not None and forward.passed.get(value) is None:  # not a tensor of the caller
             env[value].register_hook(enter)
 
 

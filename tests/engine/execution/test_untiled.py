@@ -171,6 +171,7 @@ def test_tensors_of_the_caller_get_no_hooks() -> None:
     x, further = image(1, 3, 9, 9).requires_grad_() * 2, image(4).requires_grad_() * 2
     fast = accelerate(Returns(3, 4, 3).double())
     sum(output.sum() for output in fast(x, further)).backward()
+    assert runs_whole(fast)
     assert not (x._backward_hooks or further._backward_hooks or fast.weight._backward_hooks)
 
 
