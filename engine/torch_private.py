@@ -208,7 +208,7 @@ else:
     suggest_memory_format = _private(
         "torch._prims_common.suggest_memory_format", "plan for maps in channels-last memory"
     )
-    BatchNorm = _private("torch.nn.modules.batchnorm._BatchNorm", "recognise BatchNorm layers")
+    BatchNorm = torch.nn.BatchNorm2d.__base__  # of all BatchNorm layers
 
 without_torch_functions = _private(
     "torch._C.DisableTorchFunction", "run code outside of the caller's TorchFunctionMode"
@@ -218,23 +218,15 @@ without_torch_functions = _private(
 _dispatch_modes = _private(
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack", "record under the caller's TorchDispatchMode"
 )
-pop_dispatch_mode = _private("torch.utils._python_dispatch._pop_mode", "record under the caller's TorchDispatchMode")
-push_dispatch_mode = _private("torch.utils._python_dispatch._push_mode", "record under the caller's TorchDispatchMode")
-_count_function_modes = _private(
-    "torch.overrides._len_torch_function_stack", "compute under the caller's TorchFunctionMode"
+function_modes = _private(
+    "torch.overrides._get_current_function_mode_stack", "compute under the caller's TorchFunctionMode"
 )
-_pop_function_mode = _private("torch.overrides._pop_mode", "compute under the caller's TorchFunctionMode")
-push_function_mode = _private("torch.overrides._push_mode", "compute under the caller's TorchFunctionMode")
+"""The caller's active `TorchFunctionMode`s, the innermost last."""
 
 
 def dispatch_modes() -> list[Any]:
     """The caller's active `TorchDispatchMode`s, without those of PyTorch's own machinery."""
     return [mode for mode in _dispatch_modes() if not mode.is_infra_mode()]
-
-
-def pop_function_modes() -> list[Any]:
-    """Deactivate the caller's `TorchFunctionMode`s and return them, the innermost first."""
-    return [_pop_function_mode() for _ in range(_count_function_modes())]
 
 
 # Autograd.

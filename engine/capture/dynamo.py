@@ -25,18 +25,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ForwardError, GigamorphError, UnsupportedError, by_name, forward_error
 from ..parsing import parse_literal
 from ..torch_private import (
+    TorchDispatchMode,
     dispatch_modes,
     dynamo_config,
     dynamo_error,
+    function_modes,
     mark_static,
-    pop_dispatch_mode,
-    pop_function_modes,
-    push_dispatch_mode,
-    push_function_mode,
     recompile_limit_error,
     reset_code,
     stance,
@@ -97,8 +96,10 @@ def settings(pieces: bool = False) -> Iterator[None]:
     }
     install_substitutes()
     # With compilation off, the whole image would run at once, which may not fit in memory.
-    if config.disable or stance() == "force_eager":
-        _warn_once("torch._dynamo.config.disable" if config.disable else 'torch.compiler.set_stance("force_eager")')
+    if config.disable:
+        _warn_once("torch._dynamo.config.disable")
+    if stance() == "force_eager":
+        _warn_once('torch.compiler.set_stance("force_eager")')
     with (
         config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)}),
         torch.compiler.set_stance("default"),
@@ -107,6 +108,19 @@ def settings(pieces: bool = False) -> Iterator[None]:
         synchronized(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _variable_off(name: str) -> Iterator[None]:
+    """Unset an environment variable that turns compilation off."""
+    value = os.environ.pop(name, None)
+    if value == "1":
+        _warn_once(f"{name}={value}")
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 @functools.cache
@@ -215,7 +229,8 @@ class Compiled:
             def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
                 return _dereference(held)._backend(module, examples)  # pyright: ignore
 
-            self._call = torch.compile(own, backend=backend, fullgraph=not self.pieces, dynamic=self.dynamic)
+            with _variable_off("TORCHDYNAMO_DISABLE"):
+                self._call = torch.compile(own, backend=backend, fullgraph=not self.pieces, dynamic=self.dynamic)
         return self._call
 
     def _backend(self, module: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
@@ -279,35 +294,37 @@ def _dispatch_modes_off() -> Iterator[Sequence[Any]]:
                 f"the TorchDispatchMode {kind.__name__} around the network's call would see the ops of tiles; exit it "
                 "before the call, or set sees_tiles = True in its class if it only counts or logs"
             )
-    for _ in modes:
-        pop_dispatch_mode()
-    try:
+    with _exited(TorchDispatchMode, modes):
         yield modes
-    finally:
-        for mode in modes:
-            push_dispatch_mode(mode)
 
 
 @contextlib.contextmanager
 def _dispatch_modes_on(modes: Sequence[Any]) -> Iterator[None]:
     for mode in modes:
-        push_dispatch_mode(mode)
-    try:
+        TorchDispatchMode.__enter__(mode)
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.push(functools.partial(TorchDispatchMode.__exit__, mode))
         yield
-    finally:
-        for _ in modes:
-            pop_dispatch_mode()
 
 
 @contextlib.contextmanager
 def _function_modes_off() -> Iterator[None]:
     """Disable the caller's `TorchFunctionMode`s, whose effect is already in the graph."""
-    modes = pop_function_modes()
+    with _exited(TorchFunctionMode, function_modes()):
+        yield
+
+
+@contextlib.contextmanager
+def _exited(kind: Any, modes: Sequence[Any]) -> Iterator[None]:
+    """Exit modes, the innermost of which is the last, without the code that their classes run on exit."""
+    for mode in reversed(modes):
+        kind.__exit__(mode, None, None, None)
     try:
         yield
     finally:
-        for mode in reversed(modes):
-            push_function_mode(mode)
+        for mode in modes:
+            kind.__enter__(mode)
 
 
 _GLOBAL_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")

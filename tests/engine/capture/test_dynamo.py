@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -160,9 +161,18 @@ def config(**changes: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def variable(name: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, "1")
+        yield
+        assert os.environ[name] == "1"
+
+
 @pytest.mark.parametrize(
     "around",
     [
+        lambda: variable("TORCHDYNAMO_DISABLE"),
         lambda: stance("force_eager"),
         lambda: stance("eager_on_recompile"),
         lambda: stance("fail_on_recompile"),
@@ -170,7 +180,15 @@ def config(**changes: Any) -> Iterator[None]:
         lambda: config(suppress_errors=True),
         lambda: config(recompile_limit=1, fail_on_recompile_limit_hit=False),
     ],
-    ids=["force_eager", "eager_on_recompile", "fail_on_recompile", "disable", "suppress_errors", "recompile_limit"],
+    ids=[
+        "variable",
+        "force_eager",
+        "eager_on_recompile",
+        "fail_on_recompile",
+        "disable",
+        "suppress_errors",
+        "recompile_limit",
+    ],
 )
 def test_settings_of_the_process_do_not_turn_tiling_off(around: Callable[[], Any]) -> None:
     tiles: list[TileEvent] = []
@@ -185,7 +203,10 @@ def test_settings_of_the_process_do_not_turn_tiling_off(around: Callable[[], Any
         tiles.clear()
 
 
-@pytest.mark.parametrize("around", [lambda: stance("force_eager"), lambda: config(disable=True)])
+@pytest.mark.parametrize(
+    "around",
+    [lambda: variable("TORCHDYNAMO_DISABLE"), lambda: stance("force_eager"), lambda: config(disable=True)],
+)
 def test_settings_that_turn_compilation_off_are_told_once(
     around: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
