@@ -359,26 +359,24 @@ def wants_wgmma(ttir: str) -> bool:
 
 def faults(launch: CompiledLaunch, chip: int) -> tuple[str, ...]:
     """What is wrong with a launch, in a few words each."""
-    code, ttir = read_code(launch.kernel), launch.kernel.asm["ttir"]
-    found, limit = [], SHARED_LIMIT[0 if chip == MI300 else chip]
-    if code.shared > limit:
-        found.append(f"shared memory {code.shared:,} > {limit:,}")
-    if code.spilled:
-        found.append(f"{code.spilled} spills")
-    x, y, z = (*launch.grid, 1, 1)[:3]
-    if x >= 2**31 or max(y, z) > 65535 or min(x, y, z) < 1:
-        found.append(f"grid {launch.grid}")
-    if chip == 90 and wants_wgmma(ttir) and not code.wgmma:
-        found.append("no wgmma")
-    if re.search(r"tt\.dot .*(inputPrecision = tf32|x(bf16|f16)> \*)", ttir) and not code.wgmma + code.mma:
-        found.append("no mma")
-    if chip in (90, 100) and "tt.descriptor_load" in ttir and not code.descriptor_loads:
-        found.append("no TMA load")
-    if chip == 90:
-        if plain_left_operands(ttir) and re.search(r"warp_group_dot %.* : tensor<", launch.kernel.asm["ttgir"]):
-            found.append("left operand in registers")
-        if in_flight(launch.kernel.asm["ttgir"]):
-            found.append("register operand in flight")
-        if serialized := re.search(r"\((C\d+)\).*wgmma.* serialized", launch.log):
-            found.append(f"wgmma serialized ({serialized[1]})")
-    return (*found, *overflows(launch))
+    code, asm, limit = read_code(launch.kernel), launch.kernel.asm, SHARED_LIMIT[0 if chip == MI300 else chip]
+    ttir, (x, y, z) = asm["ttir"], (*launch.grid, 1, 1)[:3]
+    serialized = re.search(r"\((C\d+)\).*wgmma.* serialized", launch.log)
+    # max.f32 of NaN and a number is the number; integers have other names (max.s32).
+    drops = r"arith\.(max|min)numf|tt\.clampf .*propagateNan = none|\b(max|min)(\.ftz)?\.b?f\d+\w*"
+    dropped = re.search(drops, ttir + asm.get("ptx", ""))
+    found = {
+        f"shared memory {code.shared:,} > {limit:,}": code.shared > limit,
+        f"{code.spilled} spills": code.spilled,
+        f"grid {launch.grid}": x >= 2**31 or max(y, z) > 65535 or min(x, y, z) < 1,
+        "no wgmma": chip == 90 and wants_wgmma(ttir) and not code.wgmma,
+        "no mma": re.search(r"tt\.dot .*(inputPrecision = tf32|x(bf16|f16)> \*)", ttir) and not code.wgmma + code.mma,
+        "no TMA load": chip in (90, 100) and "tt.descriptor_load" in ttir and not code.descriptor_loads,
+        "left operand in registers": chip == 90
+        and plain_left_operands(ttir)
+        and re.search(r"warp_group_dot %.* : tensor<", asm["ttgir"]),
+        "register operand in flight": chip == 90 and in_flight(asm["ttgir"]),
+        f"wgmma serialized ({serialized and serialized[1]})": chip == 90 and serialized,
+        f"{dropped and dropped[0].split()[0]} drops NaN": dropped,
+    }
+    return (*(text for text, wrong in found.items() if wrong), *overflows(launch))

@@ -51,7 +51,7 @@ def slope(m, ACT: tl.constexpr):
     elif ACT == "hardswish":
         d = tl.where(m <= -3.0, 0.0, tl.where(m < 3.0, m / 3.0 + 0.5, 1.0))
     else:
-        d = m * 0.0 + 1.0
+        d = tl.full(m.shape, 1.0, m.dtype)
     return d.to(m.dtype)
 
 

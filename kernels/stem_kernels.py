@@ -164,11 +164,14 @@ def _stem_forward_kernel(
         spot = spot & 255
         for dj in range(3):
             z = _conv(image, x, w, at, 2 * i - at.pool_top + t, 2 * j - at.pool_left + dj, k, FORM)
-            spot = tl.where(z > line, (spot & 255) | (dj << 8), spot)  # an equal value replaces nothing
-            line = tl.maximum(line, z)
+            # An equal value replaces nothing, NaN everything, as in PyTorch; tl.maximum would drop NaN on a GPU.
+            better = (z > line) | (z != z)
+            spot = tl.where(better, (spot & 255) | (dj << 8), spot)
+            line = tl.where(better, z, line)
         column = spot >> 8
-        spot = tl.where(line > best, (column << 8) | (column + 3 * (2 - t % 2)), spot)
-        best = tl.maximum(best, line)
+        better = (line > best) | (line != line)
+        spot = tl.where(better, (column << 8) | (column + 3 * (2 - t % 2)), spot)
+        best = tl.where(better, line, best)
         if t % 2 == 0:
             if t > 0:
                 _store_row(y, spots, n, w, at, i + t // 2 - 1, j, k, best, spot & 255, FORM)

@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINES = {
     ("engine", "kernels"): 57_602,
-    ("engine", "kernels", "cli", "benchmarks"): 65_251,
-    ("benchmarks",): 4_125,
+    ("engine", "kernels", "cli", "benchmarks"): 65_248,
+    ("benchmarks",): 4_122,
 }
 WORDS = {
     r"told|tells": 1,

@@ -22,6 +22,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -108,19 +109,6 @@ def settings(pieces: bool = False) -> Iterator[None]:
         synchronized(),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _variable_off(name: str) -> Iterator[None]:
-    """Unset an environment variable that turns compilation off."""
-    value = os.environ.pop(name, None)
-    if value == "1":
-        _warn_once(f"{name}={value}")
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[name] = value
 
 
 @functools.cache
@@ -229,7 +217,9 @@ class Compiled:
             def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
                 return _dereference(held)._backend(module, examples)  # pyright: ignore
 
-            with _variable_off("TORCHDYNAMO_DISABLE"):
+            with mock.patch.dict(os.environ):
+                if os.environ.pop("TORCHDYNAMO_DISABLE", None) == "1":
+                    _warn_once("TORCHDYNAMO_DISABLE=1")
                 self._call = torch.compile(own, backend=backend, fullgraph=not self.pieces, dynamic=self.dynamic)
         return self._call
 
@@ -300,10 +290,9 @@ def _dispatch_modes_off() -> Iterator[Sequence[Any]]:
 
 @contextlib.contextmanager
 def _dispatch_modes_on(modes: Sequence[Any]) -> Iterator[None]:
-    for mode in modes:
-        TorchDispatchMode.__enter__(mode)
     with contextlib.ExitStack() as stack:
         for mode in modes:
+            TorchDispatchMode.__enter__(mode)
             stack.push(functools.partial(TorchDispatchMode.__exit__, mode))
         yield
 

@@ -81,6 +81,17 @@ def install() -> None:
     for name in ("binary_op", "unary_op", "ternary_op"):
         setattr(_Builder, name, refusing(getattr(_Builder, name), name))
 
+    # Of NaN and a number, a GPU returns the number, unless the kernel asks for NaN.
+    def extreme(function):
+        return lambda self, a, b: self.binary_op(a, b, function)
+
+    def clamp(self, x, low, high, propagate_nan):
+        keeps = propagate_nan == tl.PropagateNan.ALL
+        return self.ternary_op(x, low, high, np.clip if keeps else lambda x, low, high: np.fmin(np.fmax(x, low), high))
+
+    _Builder.create_maxnumf, _Builder.create_minnumf = extreme(np.fmax), extreme(np.fmin)
+    _Builder.create_clampf = clamp
+
     # Since Triton 3.9 loads and stores want masks of bool, which some of the interpreter's own ops make integers.
     def with_bools(method, place):
         def call(self, *args, **options):

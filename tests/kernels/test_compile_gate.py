@@ -50,7 +50,7 @@ def _blocks_kernel(x_ptr, w_ptr, y_ptr, COUNT: tl.constexpr, BM: tl.constexpr, B
     """y = relu(x) w^T summed over blocks of w: the left operand is computed before the loop."""
     m, n, k = tl.arange(0, BM)[:, None], tl.arange(0, BN), tl.arange(0, BK)[None, :]
     a = tl.load(x_ptr + m * BK + k)
-    a = tl.where(a > 0, a, 0.0)
+    a = tl.where(a <= 0, 0.0, a)
     acc = tl.zeros((BM, BN), tl.float32)
     for b in range(COUNT):
         w = tl.load(w_ptr + (b * BN + n[:, None]) * BK + k)
@@ -115,6 +115,19 @@ def _sums() -> None:
     _sums_kernel[(1,)](x, x, 2, 16384, num_warps=4)
 
 
+@triton.jit
+def _clamp_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + n)
+    y = tl.where(x <= 0.0, 0.0, x) if EXACT else tl.maximum(x, 0.0)
+    tl.store(y_ptr + n, y)
+
+
+def _clamp(exact: bool) -> None:
+    x = torch.empty(128, device="meta")
+    _clamp_kernel[(1,)](x, x, 128, exact)
+
+
 def _rows(height: int) -> None:
     x = torch.empty(height, 1 << 16, device="meta", dtype=torch.bfloat16)
     _rows_kernel[(height,)](x, x, 1 << 16, 128)
@@ -161,6 +174,8 @@ PLANTED = {
     "overflow": (lambda: _rows(1 << 16), "may reach 4,29"),
     "fits": (lambda: _rows(1 << 14), ""),
     "no matrix unit": (_double, ""),
+    "NaN dropped": (lambda: _clamp(False), "drops NaN"),
+    "NaN kept": (lambda: _clamp(True), ""),
     "stem": (_stem, ""),
     "compiler": (lambda: _product(bm=96), "power of 2"),
 }

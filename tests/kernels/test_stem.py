@@ -109,6 +109,23 @@ def test_values(dtype, form):
     check(problem(FORMS[form], dtype), FORMS[form])
 
 
+@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("form", ["7x7 grey", "3x3", "patchify"])
+def test_nan_and_infinity_as_in_pytorch(form, act):
+    """The maximum of a window with NaN is its last NaN, in the image or in a filter."""
+    x, weight, shift = problem(FORMS[form], torch.float64)
+    x[0, 0, 3, 4], x[1, 0, 5, 9], x[1, 0, 9, 14] = math.nan, math.inf, -math.inf
+    weight[3, 0, 1, 1] = math.nan
+    call = (x, weight, shift, *window(FORMS[form]), act)
+    expected, spots_expected = stem_reference.stem_spots_reference(Stem(*call))
+    assert 0 < expected.isnan().sum() < expected.numel()
+    y = torch.empty_like(expected, memory_format=torch.channels_last)
+    spots, _ = guarded_spots(expected.shape)
+    stem_forward(Stem(*call), y, spots)
+    assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert torch.equal(spots, spots_expected)
+
+
 def test_float32_without_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check(problem(RESNET, torch.float32), RESNET)
