@@ -55,7 +55,7 @@ from torch import nn  # noqa: E402
 from gigamorph.engine.models import create_model  # noqa: E402
 from gigamorph.kernels.choice import override  # noqa: E402
 
-CHIPS = (80, 90, 100, MI300)
+CHIPS = (80, 86, 89, 90, 100, 120, MI300)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 MAMMOGRAM = (4096, 3328)
 TILES = (512, 1024, 2048, None)
@@ -99,9 +99,6 @@ def scenes(quick: bool) -> Iterator[Scene]:
     yield Scene("resnet50", False, True, "bf16", (32768, 32768), None)
 
 
-Case = tuple[str, Callable[[], object]]
-
-
 Recorded = list[tuple[RecordedCall, frozenset[str]]]
 
 
@@ -112,7 +109,7 @@ def record(scene: Scene, chips: Iterable[int], quick: bool = False) -> dict[int,
     """
     network = NETWORKS[scene.network]().train(scene.live)
     tile = (scene.tile or max(scene.size),) * 2
-    shape = (1, network_channels(network), *scene.size)
+    shape = (1, next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels, *scene.size)
     found: dict[int, Recorded] = {}
     with mock.patch.object(_Driver, "get_current_target", autospec=True, side_effect=_Driver.get_current_target) as ask:
         calls, asked = None, 0
@@ -132,12 +129,9 @@ def keys_of(call: RecordedCall, chip: int, quick: bool) -> frozenset[str]:
     with noted(chip, launches, []):
         call.run()
     if quick:
-        launches = [replace(one, specialization=_any_depth(one.specialization)) for one in launches]
+        depth = re.compile(r"'CIN': \('constexpr', \d+\)")
+        launches = [replace(one, specialization=depth.sub("'CIN'", one.specialization)) for one in launches]
     return frozenset(map(key, launches))
-
-
-def network_channels(network: nn.Module) -> int:
-    return next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels
 
 
 def wanted(recorded: Iterable[tuple[str, Recorded]], seen: set[str]) -> list[tuple[str, RecordedCall, set[str]]]:
@@ -153,11 +147,7 @@ def wanted(recorded: Iterable[tuple[str, Recorded]], seen: set[str]) -> list[tup
     return found
 
 
-def _any_depth(specialization: str) -> str:
-    return re.sub(r"'CIN': \('constexpr', \d+\)", "'CIN'", specialization)
-
-
-def gate(chip: int, cases: Iterable[Case]) -> list[CompiledKernel]:
+def gate(chip: int, cases: Iterable[tuple[str, Callable[[], object]]]) -> list[CompiledKernel]:
     """Compile the cases for a chip; return one row per kernel, and one per case that does not compile."""
     rows: dict[int, CompiledKernel] = {}
     with compile_only(chip) as launches, override("triton"):

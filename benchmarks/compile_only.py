@@ -32,9 +32,10 @@ from triton.runtime.jit import JITFunction
 from gigamorph.kernels.tuning import SHARED_LIMIT
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Of one multiprocessor: shared memory in bytes (a block takes 1024 more than it asks for), registers, warps.
-SHARED_OF_MULTIPROCESSOR = {80: 167_936, 90: 233_472, 100: 233_472}
-REGISTERS, WARPS = 65_536, 64
+# Of one multiprocessor: shared memory in bytes (a block takes 1024 more than it asks for) and warps; registers.
+MULTIPROCESSOR = dict.fromkeys((90, 100), (233_472, 64)) | dict.fromkeys((86, 89, 120), (102_400, 48))
+MULTIPROCESSOR[80] = 167_936, 64
+REGISTERS = 65_536
 # AMD's MI300 by the digits of its name gfx942: of one compute unit, memory in bytes, registers of a lane, waves.
 MI300 = 942
 MI300_SHARED, MI300_REGISTERS, MI300_SIMDS, MI300_WAVES = 65_536, 512, 4, 8
@@ -143,7 +144,8 @@ class Code:
             waves = MI300_SIMDS * min(MI300_WAVES, MI300_REGISTERS // max(self.registers, 1))
             return min(waves // self.warps, MI300_SHARED // max(self.shared, 1))
         registers = -(-self.registers // 8) * 8 * 32 * self.warps
-        return min(REGISTERS // registers, SHARED_OF_MULTIPROCESSOR[chip] // (self.shared + 1024), WARPS // self.warps)
+        shared, warps = MULTIPROCESSOR[chip]
+        return min(REGISTERS // registers, shared // (self.shared + 1024), warps // self.warps)
 
 
 @functools.cache
@@ -364,6 +366,7 @@ def faults(launch: CompiledLaunch, chip: int) -> tuple[str, ...]:
     serialized = re.search(r"\((C\d+)\).*wgmma.* serialized", launch.log)
     # max.f32 of NaN and a number is the number; integers have other names (max.s32).
     drops = r"arith\.(max|min)numf|tt\.clampf .*propagateNan = none|\b(max|min)(\.ftz)?\.b?f\d+\w*"
+    busy = code.warps * code.blocks(chip)
     dropped = re.search(drops, ttir + asm.get("ptx", ""))
     found = {
         f"shared memory {code.shared:,} > {limit:,}": code.shared > limit,
@@ -378,5 +381,6 @@ def faults(launch: CompiledLaunch, chip: int) -> tuple[str, ...]:
         "register operand in flight": chip == 90 and in_flight(asm["ttgir"]),
         f"wgmma serialized ({serialized and serialized[1]})": chip == 90 and serialized,
         f"{dropped and dropped[0].split()[0]} drops NaN": dropped,
+        f"{busy} of 48 warps": "conv2d_pointer" in launch.name and chip in (86, 89, 120) and busy < 12,
     }
     return (*(text for text, wrong in found.items() if wrong), *overflows(launch))

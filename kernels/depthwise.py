@@ -28,7 +28,7 @@ from torch import Tensor
 from .depthwise_kernels import DepthwiseBlock, Filter, Sizes, depthwise_kernel, depthwise_wgrad_kernel
 from .dtypes import accumulator
 from .stream import as_map, dense, vector
-from .tiles import FILTER_ROWS, TAPS, depthwise_tile, depthwise_wgrad_splits, depthwise_wgrad_tile, equal_part
+from .tiles import FILTER_ROWS, TAPS, depthwise_tile, depthwise_wgrad_splits, equal_part
 from .windows import ConvGeometry
 
 
@@ -194,7 +194,7 @@ def wgrad(
         return
     rows = equal_part(r, FILTER_ROWS)
     columns = equal_part(s, TAPS // rows)
-    tile = depthwise_wgrad_tile(x.dtype, channels, oh, ow, rows * columns)
+    tile = depthwise_tile(x.dtype, channels, oh, ow, rows * columns)
     lines, segments = triton.cdiv(oh, tile.rows), triton.cdiv(ow, tile.pixels)
     tiles = n * lines * segments
     programs = triton.cdiv(channels, tile.channels) * triton.cdiv(r, rows) * triton.cdiv(s, columns)

@@ -33,8 +33,14 @@ class DepthwiseTile:
     num_warps: int = 4
 
 
-def _depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, vector: int) -> DepthwiseTile:
-    """The tile of a map of `rows` rows of `pixels` pixels, `vector` channels in a thread."""
+def depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, taps: int = 0) -> DepthwiseTile:
+    """The tile of a map of `rows` rows of `pixels` pixels, of one phase in the data gradient.
+
+    A thread has 16 bytes of channels, or in the weight gradient as many as its sums for `taps` taps allow.
+    """
+    vector = 16 // dtype.itemsize
+    while vector > 1 and vector * taps > SUMS:
+        vector //= 2
     rows = power_of_two(rows, 1, DEPTHWISE_ROWS)
     if interpreting():  # few large programs: a call costs more than its elements
         return DepthwiseTile(rows, power_of_two(pixels, 1, 256), power_of_two(channels, 1, 128))
@@ -44,19 +50,6 @@ def _depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, v
     block = power_of_two(channels, vector, line if whole <= half else line // 2)
     run = power_of_two(pixels, max(1, 32 * vector // block), 128 * vector // block)
     return DepthwiseTile(rows, run, block, run * block // (32 * vector))
-
-
-def depthwise_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int) -> DepthwiseTile:
-    """The tile of the forward and the data gradient; `pixels` of one phase."""
-    return _depthwise_tile(dtype, channels, rows, pixels, 16 // dtype.itemsize)
-
-
-def depthwise_wgrad_tile(dtype: torch.dtype, channels: int, rows: int, pixels: int, taps: int) -> DepthwiseTile:
-    """The tile of the weight gradient: as many channels per thread as its sums allow."""
-    vector = 16 // dtype.itemsize
-    while vector > 1 and vector * taps > SUMS:
-        vector //= 2
-    return _depthwise_tile(dtype, channels, rows, pixels, vector)
 
 
 def depthwise_wgrad_splits(programs: int, tiles: int) -> int:
@@ -181,11 +174,11 @@ def _stem_tile(weight: Tensor, width: int, pixels: int, filters: int, taps: int,
     # One stage: with more, Triton (3.6, 3.7) may overwrite patches in registers while Hopper still multiplies them
     # (triton-lang/triton#9433).
     chip = capability(weight.device)
-    warps = 8 if chip else 4  # 256 threads: AMD's warps have 64
     # Two programs per multiprocessor, so that one gathers pixels while the other multiplies. With the limit of 128,
     # some registers would spill in these cases (Triton 3.6 or 3.7).
     limit = 255 if roomy or chip < 90 or weight.dtype.itemsize > 2 else 128
-    options = {"num_warps": warps, "num_stages": 1, **register_limit(weight.device, limit)}
+    # 256 threads: AMD's warps have 64.
+    options = {"num_warps": 8 if chip else 4, "num_stages": 1, **register_limit(weight.device, limit)}
     return StemTile(pixels, power_of_two(k, 16, filters), power_of_two(depth, 16, taps), options)
 
 

@@ -13,7 +13,8 @@ from .precision import dot_precision
 from .triton_private import HAS_DESCRIPTORS, compile_target, interpreting
 
 # Most dynamic shared memory a block may have, bytes, by capability.
-SHARED_LIMIT = {0: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+SHARED_LIMIT = dict.fromkeys((0, 75), 65_536) | dict.fromkeys((80, 87), 166_912)
+SHARED_LIMIT |= dict.fromkeys((86, 89, 120, 121), 101_376) | dict.fromkeys((90, 100, 103), 232_448)
 # Number of multiprocessors assumed for every chip, so that results do not depend on the chip.
 PROCESSORS = 132
 
@@ -43,6 +44,11 @@ def has_descriptors(device: torch.device) -> bool:
     return HAS_DESCRIPTORS and capability(device) >= 90
 
 
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether sums of products are in a separate memory, as on data-centre Blackwell; GeForce and GB10 have none."""
+    return 100 <= capability(device) < 120
+
+
 def shared_limit(device: torch.device) -> int:
     """Shared memory that one block may use, bytes; the smallest known limit on unknown chips."""
     return SHARED_LIMIT.get(capability(device), min(SHARED_LIMIT.values()))
@@ -54,7 +60,7 @@ def register_limit(device: torch.device, registers: int | None) -> dict[str, int
 
 
 def roomy_registers(device: torch.device, registers: int) -> dict[str, int | None]:
-    """The register limit on sm_100, where the assembler by default spills addresses to fit one more program."""
+    """The register limit on Blackwell, where the assembler by default spills addresses to fit one more program."""
     return register_limit(device, registers) if capability(device) >= 100 else {}
 
 
@@ -189,8 +195,8 @@ def matmul_config(
     if form == "pointer":
         maps = epilogue_maps + moments
         return _pointer_config(device, itemsize, lines * run, channels_out, depth, maps, taps, costly)
-    # On sm_100 sums are in a separate memory, of which a thread reads whole rows: statistics take registers.
-    summed = moments and capability(device) >= 100
+    # A thread reads whole rows of tensor memory: statistics take registers.
+    summed = moments and has_tensor_memory(device)
     plain = not (costly or summed)
     block_k = power_of_two(depth, 16, 128 // itemsize)
     wide = half and taps * depth >= (512 if epilogue_maps == 1 else 2048) and plain and epilogue_maps <= 2
@@ -230,14 +236,17 @@ def _pointer_config(
     """
     scattered = depth % 16 > 0 or channels_out % 16 > 0
     block_n = power_of_two(channels_out, 16, 64 if scattered or itemsize > 2 else 128)
-    block_m = power_of_two(pixels, 64, 64 if scattered or block_n <= 32 or (costly and epilogue_maps > 1) else 128)
+    # A multiprocessor of a GeForce has half of the shared memory: two smaller programs keep more of its warps busy.
+    blocks = 2 if 80 < capability(device) < 90 or capability(device) >= 120 else 1
+    low = scattered or block_n <= 32 or (costly and epilogue_maps > 1) or blocks == 2
+    block_m = power_of_two(pixels, 64, 64 if low else 128)
     short = scattered or (itemsize > 2 and taps > 1)
     block_k = power_of_two(depth, 16, max(16, (64 if short else 128) // itemsize))
     full = block_m * block_n * itemsize >= 128 * 64 * 2
     wide = block_m * block_n * itemsize > 128 * 64 * 2 or (full and epilogue_maps > 1)
     num_warps = 8 if scattered or wide else 4
-    stage = (block_m + block_n) * block_k * itemsize
-    return Config("pointer", block_m, block_n, block_k, num_warps, min(4, (shared_limit(device) - 3072) // stage))
+    stages = (shared_limit(device) // blocks - 3072) // ((block_m + block_n) * block_k * itemsize)
+    return Config("pointer", block_m, block_n, block_k, num_warps, max(1, min(4, stages)))
 
 
 def flattens(depth: int, taps: int) -> bool:
@@ -307,7 +316,7 @@ def wgrad_config(
     stage = (block_m * (1 if gate_act == "none" else 2) + block_n * taps) * block_k * itemsize
     # Two programs of four warps share a multiprocessor. In addition to the stages, dz passes through shared memory.
     room = shared_limit(device) * num_warps // 8 - block_m * block_k * itemsize - 4096
-    if described and itemsize == 4 and capability(device) >= 100:  # operands are transposed through two further stages
+    if described and itemsize == 4 and has_tensor_memory(device):  # operands are transposed through two further stages
         room -= 2 * stage
     return Config(form, block_m, block_n, block_k, num_warps, max(1, min(4, room // stage)))
 

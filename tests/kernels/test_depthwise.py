@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gigamorph.kernels import depthwise, tiles
 from gigamorph.kernels.conv2d import conv2d
-from gigamorph.kernels.tiles import depthwise_tile, depthwise_wgrad_tile
+from gigamorph.kernels.tiles import depthwise_tile
 from gigamorph.kernels.windows import ConvGeometry, output_size
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -384,7 +384,7 @@ def test_tiles_of_a_gpu(monkeypatch, dtype, channels, pixels):
     assert tile.pixels * tile.channels * dtype.itemsize == 16 * 32 * tile.num_warps
     assert tile.num_warps <= 4 and tile.rows == 4 and tile.channels * dtype.itemsize <= 128
     for taps in (1, 9, 25, 28):
-        tile = depthwise_wgrad_tile(dtype, channels, 100, pixels, taps)
+        tile = depthwise_tile(dtype, channels, 100, pixels, taps)
         vector = tile.pixels * tile.channels // (32 * tile.num_warps)
         assert 1 <= vector <= 16 // dtype.itemsize and vector * taps <= 56
 
