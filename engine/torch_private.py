@@ -158,12 +158,8 @@ if TYPE_CHECKING:
     from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
     from torch._ops import HigherOrderOperator as HigherOrderOperator
     from torch._prims_common import suggest_memory_format as suggest_memory_format
-    from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
-    from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
-    from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as UnsupportedFakeTensorException
-    from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
     from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
@@ -187,18 +183,6 @@ else:
     _SHAPES = "record and plan with tensors that have shapes and no memory"
     FakeTensor = _private(_FAKE + "FakeTensor", _SHAPES)
     FakeTensorMode = _private(_FAKE + "FakeTensorMode", _SHAPES)
-
-    class _NeverRaised(Exception):
-        """Stands for a class of errors that PyTorch does not have."""
-
-    def _error_class(name: str) -> Any:
-        without = "such a call is refused with PyTorch's own message"
-        return _private(_FAKE + name, "explain why a call cannot be recorded", without, _NeverRaised)
-
-    DataDependentOutputException = _error_class("DataDependentOutputException")
-    DynamicOutputShapeException = _error_class("DynamicOutputShapeException")
-    UnsupportedFakeTensorException = _error_class("UnsupportedFakeTensorException")
-    UnsupportedOperatorException = _error_class("UnsupportedOperatorException")
 
     _DISPATCH = "torch.utils._python_dispatch."
     TorchDispatchMode = _private(_DISPATCH + "TorchDispatchMode", "see the ops of a computation")

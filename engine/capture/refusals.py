@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import UnsupportedError
-from ..torch_private import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
 
 SPARSE = "makes a sparse tensor; make it dense"
 REFUSED = {
@@ -20,6 +16,9 @@ REFUSED = {
     "resize_as_": "changes the size of a tensor in place; make a new tensor",
     "native_group_norm": "calls native_group_norm with the image's size as numbers; use F.group_norm",
 }
+# Classes of PyTorch's errors about fake tensors. Without these names, such a call has PyTorch's own message.
+NEEDS_VALUES = ("DataDependentOutputException", "DynamicOutputShapeException")
+_NOT_FAKE = ("UnsupportedFakeTensorException", "UnsupportedOperatorException")
 BACKBONE = "accelerate the part that needs the memory: net.backbone = accelerate(net.backbone, ...)"
 # Texts that occur in errors about fake tensors.
 _FAKE = (
@@ -45,12 +44,12 @@ def data_dependent(where: str, call: str) -> UnsupportedError:
     )
 
 
-def as_refusal(error: Exception, where: str) -> Exception:
+def as_refusal(error: Any, where: str) -> Exception:
     """The network's own error unchanged; an error that only fake tensors raise becomes a refusal."""
-    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+    if type(error).__name__ in NEEDS_VALUES:
         return data_dependent(where, str(error.func))
     text = str(error).strip().splitlines()[:1] or [type(error).__name__]
-    if isinstance(error, (UnsupportedFakeTensorException, UnsupportedOperatorException)):
+    if type(error).__name__ in _NOT_FAKE:
         return UnsupportedError(f"{where} makes a call that cannot be recorded ({text[0]}); use plain PyTorch ops")
     if "Runtime assertion failed for expression" in str(error):  # an assumption of TorchDynamo about unknown sizes
         return data_dependent(where, "a size that depends on a mask")

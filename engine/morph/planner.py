@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..capture.refusals import NEEDS_VALUES
 from ..errors import MorphError
 from ..tiling.memory import format_bytes
-from ..torch_private import DataDependentOutputException
 from .copying import fill
 from .running import failures
 from .spaces import Space, Spaces, find_spaces
@@ -170,7 +170,9 @@ def _cost_after(
     with failures(f"the network cannot be run on images of {shape}"):
         try:
             stored = activation_bytes(_Counted(child, counter), shape, spaces.inputs.tensors[0])  # pyright: ignore[reportArgumentType]
-        except DataDependentOutputException as error:
+        except RuntimeError as error:
+            if type(error).__name__ not in NEEDS_VALUES:
+                raise
             raise MorphError(
                 "the forward depends on a value of a tensor (.item(), bool), so its cost cannot be counted without "
                 "computing it; use widen() without a plan"

@@ -72,7 +72,10 @@ FREE_ROOM_SHARE = 0.25
 # Peak of stock PyTorch's step on the CPU from its tensors' peak: a share, and bytes of its libraries and its heap. Ten
 # networks took at least 104 MiB more than their tensors at 512 to 1024 pixels, and ResNet-18 at 2048 took 165 MiB more.
 STOCK_SHARE, STOCK_BYTES = 1.03, 80 * 2**20
-# Tensors of a training step in NCHW up to which the whole image is computed at once on a CPU. With two threads, tiles
+# A budget of so many predicted peaks of stock, and a copy of the largest weight, is kept by a step on the whole image:
+# 18 networks took 0.65 to 0.98 of the peak, and VGG-11, with a weight of 392 MiB, 264 MiB more than it.
+ROOMY = 1.2
+# Maps of a training step in NCHW up to which the whole image is computed at once on a CPU. With two threads, tiles
 # take 1.04 times stock's time for ResNet-18 at 1024 pixels (500 MiB) and 1.12 for EfficientNet-B0 (1.3 GiB), but 2.3
 # times for GhostNetV2; at 1536 pixels with one thread 0.75, 0.65 and 1.2 times.
 WHOLE_BYTES = 768 * 2**20

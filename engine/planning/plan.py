@@ -169,9 +169,25 @@ class Plan:
         ]
         if self.untiled_bytes:
             lines[1] = "step", "training, the whole image at once"
-            lines.append(("predicted peak", format_bytes(self.untiled_bytes)))
-            return _text(lines)
-        lines += [
+        else:
+            lines += self._parts()
+        lines.append(("predicted peak", format_bytes(self.peak_bytes)))
+        if self.budget is not None:
+            lines.append(("budget", f"{format_bytes(self.budget)} ({'fits' if self.fits else 'does not fit'})"))
+        if self.choices:
+            lines.append(("work", f"{self.work:.2f} times that of stock PyTorch"))
+            if len(self.sides) > 1:
+                lines.append(("stored maps", self.choices[self.choice].name))
+        if self.stock_bytes is not None:
+            times = f"{self.stock_bytes / self.peak_bytes:.1f} times this"
+            lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} of tensors alone ({times})"))
+        if self.folded_bytes is not None:
+            lines.append(("norms folded", f"{format_bytes(self.folded_bytes)} in stock PyTorch"))
+        return "\n".join(f"{name:<15} {text}" for name, text in lines)
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """Tiles, and what the memory consists of."""
+        lines = [
             ("tile", f"{self.tile[0]} x {self.tile[1]}, {self.tiles[0]} x {self.tiles[1]} of them"),
             ("parameters", format_bytes(self.parameter_bytes)),
             ("halos", f"{format_bytes(self.halo_bytes)} {PLACES[self.halos]}" if self.training else "none stored"),
@@ -200,20 +216,4 @@ class Plan:
             )
         elif self.replay_bytes:
             lines.append(("replayed tiles", format_bytes(self.replay_bytes)))
-        lines.append(("predicted peak", format_bytes(self.peak_bytes)))
-        if self.budget is not None:
-            lines.append(("budget", f"{format_bytes(self.budget)} ({'fits' if self.fits else 'does not fit'})"))
-        if self.choices:
-            lines.append(("work", f"{self.work:.2f} times that of stock PyTorch"))
-            if len(self.sides) > 1:
-                lines.append(("stored maps", self.choices[self.choice].name))
-        if self.stock_bytes is not None:
-            times = f"{self.stock_bytes / self.peak_bytes:.1f} times this"
-            lines.append(("stock PyTorch", f"{format_bytes(self.stock_bytes)} of tensors alone ({times})"))
-        if self.folded_bytes is not None:
-            lines.append(("norms folded", f"{format_bytes(self.folded_bytes)} in stock PyTorch"))
-        return _text(lines)
-
-
-def _text(lines: list[tuple[str, str]]) -> str:
-    return "\n".join(f"{name:<15} {text}" for name, text in lines)
+        return lines

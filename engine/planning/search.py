@@ -26,6 +26,7 @@ from ..tiling.spatial_program import split_network
 from . import constants
 from .candidate_tiles import sides_worth_trying
 from .estimate import Estimator
+from .interstage import value_bytes
 from .lifetimes import stored_peak
 from .lower_bound import held_bytes, refuse_hopeless
 from .plan import Choice, Plan
@@ -67,20 +68,24 @@ class PlanSearch:
             BudgetError: if nothing fits.
         """
         request = self.request = replace(self.request, budget=budget)
-        refuse_hopeless(self._maps, self._nodes, request, shared=self.shard is not None)
         captures = self.device.type != "cpu" or buffers.executor(self.device) is not None
-        if request.training and budget is None and request.tile is None and not captures:
+        # Stock's peak, whose prediction takes time, is more than a third of all values.
+        ample = budget is None or sum(map(value_bytes, self._maps.program.values)) <= 3 * budget
+        if request.training and request.tile is None and not captures and ample:
             with contextlib.suppress(RuntimeError):  # an op that needs values: no limit
                 self.request = replace(request, stock=_in_process(self.stock_bytes))
+        whole = self._may_be_untiled()
+        if not whole:
+            refuse_hopeless(self._maps, self._nodes, request, shared=self.shard is not None)
         self._later = self._later or iter(strategies(self._maps, self._nodes, request.training, request.image_grad))
         while not self.options and (strategy := next(self._later, None)):
             self.add(strategy)
-        if self.options and self._may_be_untiled():  # its tiles need not be counted
+        if self.options and whole:  # its tiles need not be counted
             staged, strategy = self.options[0]
             sides = sides_worth_trying(staged, None, request.training)
             plan = self._estimate(0).plan(sides[0], request.halo_places(self.device)[0], None, count_tile=False)
-            whole = _in_process(self.folded_bytes or self.stock_bytes)
-            return replace(plan, maps=staged.place, away_bytes=strategy.away_bytes, untiled_bytes=whole)
+            peak = _in_process(self.folded_bytes or self.stock_bytes)
+            return replace(plan, budget=budget, maps=staged.place, away_bytes=strategy.away_bytes, untiled_bytes=peak)
         found = self.fit(0, coarse=True) if self.options else None
         if found is None:
             for strategy in self._later:
@@ -93,15 +98,18 @@ class PlanSearch:
         return replace(found, choices=tuple(self.tried))
 
     def _may_be_untiled(self) -> bool:
-        """Whether a step runs PyTorch's own ops on the whole image: on the CPU without a budget, with ample memory.
+        """Whether a step runs PyTorch's own ops on the whole image: on the CPU, with ample memory or budget.
 
         Tiles are NHWC. So they are faster than larger images in NCHW.
         """
         request, program = self.request, self._maps.program
         if request.stock is None or self.shard is not None or not request.in_memory:
             return False
-        by_pixel = program.values[program.image].order == (0, 2, 3, 1)
-        if request.stock != request.room(self.device) or not (by_pixel or self.stock_bytes <= constants.WHOLE_BYTES):
+        small = self.stock_bytes - held_bytes(self._maps, training=True) <= constants.WHOLE_BYTES
+        largest = max((value_bytes(value) for value in program.values if value.name is not None), default=0)
+        room = request.room(self.device) or 0
+        fits = request.stock == room if request.budget is None else constants.ROOMY * request.stock + largest <= room
+        if not fits or not (small or program.values[program.image].order == (0, 2, 3, 1)):
             return False
         special = any(op.group is not None or op.func is embed_tiles for op in program.ops)
         return not (special or program.assigned or program.stands_in)

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 
 from gigamorph import UnsupportedError
 from gigamorph.engine import torch_private
+from gigamorph.engine.capture.refusals import _NOT_FAKE, NEEDS_VALUES
 from gigamorph.engine.torch_private import NAMES, PrivateName
 
 ROOT = Path(__file__).parents[2]
@@ -91,8 +93,10 @@ def test_some_missing_names_are_replaced(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not target.any()
     assert without("torch._C._autograd._get_current_graph_task_keep_graph", monkeypatch).keeps_graph()
     assert without("torch._dynamo.eval_frame._stance", monkeypatch).stance() == "default"
-    error = without("torch._subclasses.fake_tensor.DynamicOutputShapeException", monkeypatch)
-    assert issubclass(error.DynamicOutputShapeException, Exception)
+
+
+def test_errors_that_are_found_by_name_have_it() -> None:
+    assert all(issubclass(getattr(fake_tensor, name), Exception) for name in (*NEEDS_VALUES, *_NOT_FAKE))
 
 
 def test_attributes_are_tried_on_an_example() -> None:

@@ -88,8 +88,16 @@ def test_dropout_draws_the_numbers_of_stock() -> None:
     assert max(compare(model.float().train(), x, seed=3, inference=False).values()) < 1e-4
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_an_ample_budget_means_the_whole_image(live: bool) -> None:
+    model, x = randomize(Shuffled()).double().train(live), image(2, 3, 40, 40)
+    fast = accelerate(copy.deepcopy(model), memory_budget="200MiB")
+    assert max(compare(model, x, fast=fast, inference=False).values()) <= 1e-12 and runs_whole(fast)
+    assert plan(model, x.shape, memory_budget="200MiB").untiled_bytes
+
+
 @pytest.mark.parametrize("options", [{"tile": 16}, {"memory_budget": "64MiB"}])
-def test_a_tile_or_budget_means_tiles(options: dict[str, object]) -> None:
+def test_a_tile_or_tight_budget_means_tiles(options: dict[str, object]) -> None:
     fast = accelerate(Shuffled(), **options)  # pyright: ignore[reportArgumentType]
     fast(image(2, 3, 40, 40, dtype=torch.float32)).sum().backward()
     assert not runs_whole(fast)

@@ -62,12 +62,12 @@ def test_a_bias_for_each_pair_is_counted_once() -> None:
     """Looks at a tensor's memory are no tensors, and what is only copied is not kept: beside a step that is counted."""
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *(Biased() for _ in range(DEPTH)), nn.AdaptiveAvgPool2d(1))
     net, image = net.double(), torch.randn(1, 1, SIDE, SIDE, dtype=torch.float64)
-    fast = accelerate(net, memory_budget="1GiB")
+    fast = accelerate(net, memory_budget="1GiB", tile=SIDE)
     fast(image)  # records
     with StorageMeter() as meter:
         meter.ignore(image, *net.parameters(), *net.buffers())
         fast(image).sum().backward()
-    made = plan(net, tuple(image.shape), "1GiB", dtype=torch.float64)
+    made = plan(net, tuple(image.shape), "1GiB", tile=SIDE, dtype=torch.float64)
     held = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
     predicted = made.peak_bytes - made.library_bytes - made.record_bytes - held
     bias = HEADS * SIDE**4 * 8

@@ -191,9 +191,10 @@ def test_sizes_that_are_none(size):
 
 
 def test_plan_reads_well():
-    text = str(plan(small_net(), (2, 1, 300, 400), "1GiB", dtype=torch.float64))
-    for word in ("2 x 1 x 300 x 400", "tile", "predicted peak", "budget", "stock PyTorch"):
-        assert word in text
+    for budget, step in (("64MiB", "tile"), ("1GiB", "the whole image at once")):
+        text = str(plan(small_net(), (2, 1, 300, 400), budget, dtype=torch.float64))
+        for word in ("2 x 1 x 300 x 400", step, "predicted peak", "budget", "(fits)", "stock PyTorch"):
+            assert word in text
 
 
 def test_a_refused_budget_is_told_what_is_enough() -> None:
@@ -245,7 +246,7 @@ def test_a_hopeless_budget_is_refused_before_choices_are_thought_about(monkeypat
 
 def test_a_stage_that_only_reduces_the_image_has_a_plan() -> None:
     net = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1)).train()
-    made = plan(net, (1, 300, 200), "100MiB")
+    made = plan(net, (1, 300, 200), "60MiB")
     assert len(made.sides) == 2 and made.tile_bytes > 300 * 200 * 4 / (made.tiles[0] * made.tiles[1])
     only_pools = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     assert plan(only_pools, (1, 3, 512, 512), "5MiB").tiles > (1, 1)

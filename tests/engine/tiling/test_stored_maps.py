@@ -183,7 +183,7 @@ def test_nothing_of_a_step_stays() -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Scan, "__init__", remember)
-            accelerate(Residual(), memory_budget="1GiB")(torch.randn(1, 1, 64, 64)).sum().backward()
+            accelerate(Residual(), memory_budget="60MiB")(torch.randn(1, 1, 64, 64)).sum().backward()
     finally:
         gc.enable()
     assert seen and not any(ref() is not None for ref in seen)
