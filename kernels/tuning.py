@@ -313,12 +313,13 @@ def wgrad_config(
     if gate_act not in ("none", *MASKS):  # the slope takes registers
         block_k = max(16, block_k // 2)
     num_warps = 8 if block_m == 128 or block_m * block_n * taps > 96 * 128 else 4
-    stage = (block_m * (1 if gate_act == "none" else 2) + block_n * taps) * block_k * itemsize
+    line = (block_m * (1 if gate_act == "none" else 2) + block_n * taps) * itemsize
+    block_k = max(16, min(block_k, 1 << ((shared_limit(device) - 8192) // line).bit_length() - 1))
     # Two programs of four warps share a multiprocessor. In addition to the stages, dz passes through shared memory.
     room = shared_limit(device) * num_warps // 8 - block_m * block_k * itemsize - 4096
     if described and itemsize == 4 and has_tensor_memory(device):  # operands are transposed through two further stages
-        room -= 2 * stage
-    return Config(form, block_m, block_n, block_k, num_warps, max(1, min(4, room // stage)))
+        room -= 2 * line * block_k
+    return Config(form, block_m, block_n, block_k, num_warps, max(1, min(4, room // (line * block_k))))
 
 
 def programs_at_once(num_warps: int) -> int:

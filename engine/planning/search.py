@@ -107,9 +107,9 @@ class PlanSearch:
             return False
         small = self.stock_bytes - held_bytes(self._maps, training=True) <= constants.WHOLE_BYTES
         largest = max((value_bytes(value) for value in program.values if value.name is not None), default=0)
-        room = request.room(self.device) or 0
-        fits = request.stock == room if request.budget is None else constants.ROOMY * request.stock + largest <= room
-        if not fits or not (small or program.values[program.image].order == (0, 2, 3, 1)):
+        need = request.stock if request.budget is None else constants.ROOMY * request.stock + largest
+        by_pixel = program.values[program.image].order == (0, 2, 3, 1)
+        if need > (request.room(self.device) or 0) or not (small or by_pixel):
             return False
         special = any(op.group is not None or op.func is embed_tiles for op in program.ops)
         return not (special or program.assigned or program.stands_in)
