@@ -22,7 +22,6 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -217,10 +216,14 @@ class Compiled:
             def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
                 return _dereference(held)._backend(module, examples)  # pyright: ignore
 
-            with mock.patch.dict(os.environ):
-                if os.environ.pop("TORCHDYNAMO_DISABLE", None) == "1":
-                    _warn_once("TORCHDYNAMO_DISABLE=1")
+            off = os.environ.pop("TORCHDYNAMO_DISABLE", None)  # with it, the whole image would run at once
+            try:
                 self._call = torch.compile(own, backend=backend, fullgraph=not self.pieces, dynamic=self.dynamic)
+            finally:
+                if off is not None:
+                    os.environ["TORCHDYNAMO_DISABLE"] = off
+            if off == "1":
+                _warn_once("TORCHDYNAMO_DISABLE=1")
         return self._call
 
     def _backend(self, module: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
