@@ -320,9 +320,9 @@ def accelerate(
             over the image (global pooling). Any layers may follow the reduction.
         memory_budget: bytes for one step (``"4GiB"``), including parameters and gradients. The budget is used fully:
             tiles whose graph still fits are not recomputed in the backward. None uses the free memory of a GPU. On the
-            CPU, None computes a training step on the whole image if the image is channels-last or small, and stock
-            PyTorch's step needs at most a fifth of the free memory. Otherwise, and in inference, it uses what the
-            preferred tile needs. It raises an error only if the free memory is exceeded.
+            CPU, a training step is computed on the whole image if the image is channels-last or small, and stock
+            PyTorch's step needs at most a fifth of the free memory, or five sixths of the budget. Otherwise, and in
+            inference, None uses what the preferred tile needs. It raises an error only if the free memory is exceeded.
         tile: side, or (height, width), of a tile in image pixels; None lets the plan choose.
         batch_norm: ``"frozen"`` holds every BatchNorm in evaluation mode, also after `train()`.
         halos: where the halos between tiles are stored for the backward: ``"device"``, ``"host"``, ``"disk"``, or

@@ -236,7 +236,7 @@ def _pointer_config(
     """
     scattered = depth % 16 > 0 or channels_out % 16 > 0
     block_n = power_of_two(channels_out, 16, 64 if scattered or itemsize > 2 else 128)
-    # A multiprocessor of a GeForce has half of the shared memory: two smaller programs keep more of its warps busy.
+    # A multiprocessor of a GeForce has 48 warps, of which two smaller programs keep more busy.
     blocks = 2 if 80 < capability(device) < 90 or capability(device) >= 120 else 1
     low = scattered or block_n <= 32 or (costly and epilogue_maps > 1) or blocks == 2
     block_m = power_of_two(pixels, 64, 64 if low else 128)

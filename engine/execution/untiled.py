@@ -1,8 +1,8 @@
 """A training step on the whole image by PyTorch's own ops, in the memory format of the caller's image.
 
-Each stage takes some milliseconds of Python per tile. Without a budget on the CPU, the plan selects this step where
-that is more than tiles save. The step stores what stock PyTorch stores and differs from it in three things: frozen
-norms are folded into convolutions, gradients of norms have the memory order of their maps
+Each stage takes some milliseconds of Python per tile. On the CPU, with ample memory or budget, the plan selects this
+step where that is more than tiles save. The step stores what stock PyTorch stores and differs from it in three things:
+frozen norms are folded into convolutions, gradients of norms have the memory order of their maps
 (`capture/gradient_fixes.py`), and blocks come from the arena, whose pages stay resident until the next step.
 """
 

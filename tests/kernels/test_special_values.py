@@ -49,8 +49,8 @@ def wgrad(x: Tensor, y: Tensor, gate: Tensor | None, act: str, weight: Tensor, g
 
 
 def stem_both(image: Tensor, first: Tensor, shift: Tensor, pooled: Tensor, act: str) -> Any:
-    y, spots = stem.stem(image, first, shift, ConvGeometry.of((2, 2), (1, 1, 1, 1)), (1, 1, 1, 1), act, True)
-    window = ConvGeometry.of((2, 2), (1, 1, 1, 1)), (1, 1, 1, 1)
+    window = POOL, (1, 1, 1, 1)
+    y, spots = stem.stem(image, first, shift, *window, act, True)
     return y, spots, *stem.stem_gradients(pooled, spots, image, first, shift, *window, act)
 
 
