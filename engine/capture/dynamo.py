@@ -420,7 +420,7 @@ def refusal(error: Exception, network: nn.Module | None = None) -> Exception:
 
 _REMEDIES = {
     "checkpoint_sequential": "call torch.utils.checkpoint.checkpoint for each part",
-    "copy.deepcopy() on tensors": "copy tensors by clone(), and modules when the network is made",
+    "copy.deepcopy()": "copy tensors by clone(), and modules when the network is made",
     "FakeQuantize": "its observers need statistics of whole maps: train the network by tiles before prepare_qat",
     "Observer": "its observers need statistics of whole maps: train the network by tiles before prepare_qat",
 }

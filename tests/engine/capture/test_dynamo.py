@@ -110,7 +110,8 @@ def test_symbolic_sizes_that_take_too_long_are_given_up(
         for size in (*SIZES, (52, 31), SIZES[0], (17, 23), (52, 31)):
             agree(stock, ours, twin, [size, size])
             counts.append(len(graphs))
-    assert counts == [1, 2, 3, 4, 5, 6, 6]  # the first size once more: its recording was not for this size alone
+    # The first size is recorded once more where its recording was not for this size alone (not in PyTorch 2.11).
+    assert counts in ([1, 2, 3, 4, 5, 6, 6], [1, 2, 3, 4, 4, 5, 5])
     assert "each image size is recorded separately" in caplog.text and "take too long to record" in caplog.text
 
 
