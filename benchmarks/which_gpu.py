@@ -26,7 +26,7 @@ from gigamorph.engine.planning.request import Request
 _OF_TIMM = [*(f"efficientnet_b{number}" for number in range(8)), "convnext_tiny", "convnext_small"]
 NETWORKS = ("resnet18", "resnet50", *(f"timm:{name}" for name in _OF_TIMM), "unet")
 SIZES = ((2294, 1914), (3328, 2560), (4096, 3328), (8192, 8192), (16384, 16384), (32768, 32768))
-MODES = {"live": "Training, live norms", "frozen": "Training, frozen norms", "inference": "Prediction"}
+MODES = {"live": "Training, norms in training mode", "frozen": "Training, frozen norms", "inference": "Prediction"}
 CARDS = (16, 24, 40, 80, 141)  # GiB
 MOST_WORK = 3
 _HEAD = """# Which GPU

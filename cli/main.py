@@ -20,7 +20,7 @@ from .streams import guarded
 _COMMANDS = {
     "bench": "Measure image size, time and memory of steps, compared with stock PyTorch and other methods.",
     "data": "Index, check, split, convert and preview images and public data sets; make phantoms.",
-    "demo": "Train on phantom mammograms at native resolution and write a report (four minutes on two CPU cores).",
+    "demo": "Train on phantom mammograms at native resolution and write a report (two minutes on two CPU cores).",
     "doctor": "Show hardware and versions, and known problems with their fixes.",
     "eval": "Measure predictions: AUC, operating points, calibration and subgroups, with intervals and a report.",
     "export": "Write a network as a Hugging Face folder for timm, or as ONNX, and check its outputs.",

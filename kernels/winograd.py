@@ -3,8 +3,8 @@
     y = act(conv(x, w) + bias + residual)
 
 A block of 2 x 2 outputs takes 16 products instead of 36, on channels-last maps, with weights that are transformed once
-(`pack`). The time is 0.55 to 0.9 of that of oneDNN's convolution. Its sums are shorter, so its error is smaller: 0.6 to
-0.8 of oneDNN's distance to float64. Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
+(`pack`). The time is 0.58 to 0.88 of that of oneDNN's convolution. Its sums are shorter, so its error is smaller: 0.71
+to 0.79 of oneDNN's distance to float64. Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016.
 
 An infinity or NaN in a block of 4 x 4 inputs reaches all outputs of the block, but in a convolution only those that
 read it. If an output is not finite, `conv3x3` returns None, and the caller uses a convolution.

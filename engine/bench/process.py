@@ -121,7 +121,7 @@ class Child(Process):
         return self.ask("start", task=dataclasses.asdict(task), peer=peer, settings=settings, cap=cap)
 
     def run(self, steps: int, warm: int = 0) -> Answer:
-        """Run steps; see `Work.run`."""
+        """Run steps; see `PeerWork.run`."""
         return self.ask("run", steps=steps, warm=warm)
 
 
@@ -135,7 +135,7 @@ def measure_in_new_process(
     longest: float = 600.0,
     lean: bool = False,
 ) -> Answer:
-    """Run steps of a peer in a new process; see `Child` and `Work.run`."""
+    """Run steps of a peer in a new process; see `Child` and `PeerWork.run`."""
     with Child(longest, lean) as child:
         answer = child.start(task, peer, settings, cap)
         return child.run(steps) if answer["status"] == OK else answer

@@ -67,8 +67,8 @@ def rows_line(rows: Mapping[str, Any]) -> str:
     """The first line of a report: the rows that were measured, left out, and used for fitting.
 
     Args:
-        rows: "measured" and "left_out", see `read.Parts`; and "fitted", if anything was, with "what" and the number of
-            "rows".
+        rows: "measured" and "left_out", see `read.TableParts`; and "fitted", if anything was, with "what" and the
+            number of "rows".
     """
 
     def by_split(counts: Mapping[str, int]) -> list[str]:

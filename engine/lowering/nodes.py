@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -241,10 +241,6 @@ class _NodeList:
     def _append(self, op: Op, node: Node) -> None:
         maps = self.maps
         if isinstance(node, Local):
-            if node.once is not None:
-                info = maps.program.values[op.inputs[0]]
-                node.drawn = maps.new_value(node.once(info.dtype, torch.device("meta")).shape, like=op.inputs[0])
-                self.nodes.append(vector((), node.drawn, partial(node.once, info.dtype, info.device)))
             maps.axes.update(zip(node.op.outputs, node.axes, strict=True))
             for value, (h, w) in zip(node.op.outputs, node.axes, strict=True):
                 if h == w and value not in maps.flat:
@@ -275,7 +271,8 @@ def in_region(node: Node, op: Op, kind: str) -> Node:
             return run(env, block)
 
     # With another name, no rewrite mistakes it for the op outside of the region.
-    return replace(node, op=replace(node.op, name=f"{node.op.name} in autocast"), run=in_its_own, unvalued=None)
+    op = replace(node.op, name=f"{node.op.name} in autocast")
+    return replace(node, op=op, run=in_its_own, memory=replace(node.memory, unvalued=None))
 
 
 def _live_nodes(maps: Maps, nodes: Sequence[Node | Op]) -> list[Node | Op]:
@@ -325,8 +322,8 @@ class _WholeMaps:
         if first is not None and any(v in self.maps for v in node.outputs) and not self.allowed:
             raise _refuse(
                 first,
-                f"'{first.name}' needs the whole map, and {op} goes on with one value for each position of it; "
-                'accelerate(..., fallback="untiled") allows that where the memory does',
+                f"'{first.name}' needs the whole map, and {op} needs one value for each position of its result; "
+                'accelerate(..., fallback="untiled") stores the whole map, if it fits in memory',
             )
 
 
@@ -335,7 +332,7 @@ def reads(node: Node | Op) -> list[int]:
     if isinstance(node, Reduction):
         return [node.value]
     if isinstance(node, Local):
-        return [*node.reads, *node.op.inputs, *([] if node.drawn is None else [node.drawn])]
+        return [*node.reads, *node.op.inputs]
     return list(node.op.inputs if isinstance(node, Whole) else node.inputs)
 
 

@@ -28,6 +28,7 @@ from ...kernels.choice import current_mode
 from ..torch_private import convolution_pointwise, reorder_convolution_weight
 from .conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op, leave_unscaled, scaled
 from .ops import Block, Env, Local
+from .ops.base import BlockMemory
 from .ops.window import split_padding
 from .stages import Packing, ProgramStage
 
@@ -192,8 +193,7 @@ def _replace(stage: ProgramStage, chain: ConvChain) -> None:
         chain.members[-1].axes,
         run,
         fill=None if gains else first.fill,  # it adds its own padding
-        leaves_room=gains,
-        spares=first.spares,
+        memory=BlockMemory(leaves_room=gains, spares=first.memory.spares),
     )
     stage.replace(chain.members, local)
 

@@ -69,7 +69,7 @@ def unvalued_runs(stage: ProgramStage, with_halo: set[int]) -> dict[int, Run]:
         For the output of each such op, the function that replaces the op's own.
     """
     stored = set(stage.stored)
-    runs = {local.op.outputs[0]: local.unvalued for local in stage.locals if local.op.outputs[0] in stored}
+    runs = {local.op.outputs[0]: local.memory.unvalued for local in stage.locals if local.op.outputs[0] in stored}
     if not any(runs.values()):
         return {}
     read = {r.value for r in stage.reductions if r.kind != "moments"} | with_halo

@@ -66,7 +66,8 @@ class ProgramStage:
         reductions: the reductions of the stage.
         stored: maps that the stage writes whole.
         vectors: the inputs of the stage that are not sources.
-        offsets: for a process's band (`shard.py`), by source: the first row of the band in the map, and the map's rows.
+        offsets: for a process's band (`tiling/spatial.py`), by source: the first row of the band in the map, and the
+            map's rows.
         packings: weights that ops read in packed form.
     """
 
@@ -119,8 +120,7 @@ class ProgramStage:
         found = {v: frozenset([v]) for v in (*self.sources, *self.vectors)}
         nothing: frozenset[int] = frozenset()
         for local in self.locals:
-            inputs = (*local.reads, *local.op.inputs, *(() if local.drawn is None else (local.drawn,)))
-            reached = nothing.union(*(found.get(v, nothing) for v in inputs))
+            reached = nothing.union(*(found.get(v, nothing) for v in (*local.reads, *local.op.inputs)))
             found.update((v, reached if values[v].takes_grad else nothing) for v in local.op.outputs)
         for reduction in self.reductions:
             reached = found.get(reduction.value, nothing)
@@ -140,7 +140,7 @@ class ProgramStage:
         inputs = tuple(value.value for value in given.values() if isinstance(value, Ref))
         again = apply_rule(replace(conv.op, args=(), kwargs=given, inputs=inputs), self.maps)
         assert isinstance(again, Local)
-        for name in ("op", "run", "unvalued", "axes", "reads", "fresh_grads"):
+        for name in ("op", "run", "axes", "reads", "memory"):
             setattr(conv, name, getattr(again, name))
 
 
@@ -225,8 +225,6 @@ def vector_inputs(stage: ProgramStage) -> list[int]:
     found: dict[int, None] = {}
     for local in stage.locals:
         found.update(dict.fromkeys(v for v in local.op.inputs if v not in stage.maps))
-        if local.drawn is not None:
-            found[local.drawn] = None
     return list(found)
 
 

@@ -8,6 +8,7 @@ PyTorch computes the gradients of weights. In inference, onednn.py calls the sam
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,11 +49,11 @@ def _replace(stage: ProgramStage, local: Local, chain: ConvChain) -> None:
         given = x, env[weight], None if bias is None else env[bias], env[packed], env[rotated]
         return (_Convolution.apply(*given, block.pad, valued),)  # pyright: ignore
 
-    assert local.unvalued is not None
+    unvalued = local.memory.unvalued
+    assert unvalued is not None
     local.fill = None  # it adds its own padding
-    local.run, local.unvalued = (
-        functools.partial(run, own, valued) for own, valued in ((local.run, True), (local.unvalued, False))
-    )
+    local.run = functools.partial(run, local.run, True)
+    local.memory = replace(local.memory, unvalued=functools.partial(run, unvalued, False))
 
 
 def _pack(for_input: bool, weight: Tensor) -> Tensor:

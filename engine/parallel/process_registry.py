@@ -153,7 +153,7 @@ def _is_late(error: BaseException) -> bool:
 
 def _advice(late: bool) -> str:
     longer = "; a longer --timeout waits longer" if late else ""
-    return f"{longer}; --resume goes on from the last checkpoint"
+    return f"{longer}; --resume continues from the last checkpoint"
 
 
 def _brief(error: BaseException) -> str:

@@ -306,7 +306,7 @@ def program_cost(staged: StagedProgram, training: bool, known: Mapping[int, floa
             again = (
                 cost
                 for cost, local in zip(costs, step.locals, strict=True)
-                if local.unvalued is None or set(local.op.outputs) & read
+                if local.memory.unvalued is None or set(local.op.outputs) & read
             )
             total += sum(again)
     return total

@@ -1,4 +1,4 @@
-"""Pass 2 of the scan: recomputes the tiles in reverse raster order with autograd on and differentiates them."""
+"""Pass 2 of the scan: recomputes the tiles in reverse row-major order with autograd on and differentiates them."""
 
 from __future__ import annotations
 

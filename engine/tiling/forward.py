@@ -1,4 +1,4 @@
-"""Pass 1 of the scan: computes the tiles in raster order without a graph, and stores the halos that pass 2 needs."""
+"""Pass 1 of the scan: computes the tiles in row-major order without a graph, and stores the halos that pass 2 needs."""
 
 from __future__ import annotations
 

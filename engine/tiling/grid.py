@@ -44,7 +44,7 @@ class GridAccumulator(Accumulator):
         assert reduction.grid is not None
         self.grid, self.axes, self.width = reduction.grid, axes, width
         self.pixels: Tensor | None = None  # moments: pixels accumulated per cell
-        self.places: Tensor | None = None  # maxima: index of the first in raster order, per cell
+        self.places: Tensor | None = None  # maxima: index of the first in row-major order, per cell
         self.rects: dict[tuple[int, int], Rect] = {}
 
     @property

@@ -1,7 +1,7 @@
 """Writes the blocks of a map, as tiles compute them, into an existing array or a new file.
 
-Blocks arrive in raster order in odd sizes. Tiled files are written in bands that are as high as a file tile and as wide
-as the map. A band stays in memory until its last block has arrived.
+Blocks arrive in row-major order in odd sizes. Tiled files are written in bands that are as high as a file tile and as
+wide as the map. A band stays in memory until its last block has arrived.
 """
 
 from __future__ import annotations

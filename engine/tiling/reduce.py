@@ -33,8 +33,8 @@ class Accumulator:
 
     Sums are accumulated in float64 from partial sums in at least float32. For a maximum, each tile's own maximum is
     stored, so that the gradient goes to the elements that stock PyTorch picks: all equal elements share it equally, or
-    the first in raster order (of several NaN the last) gets it. Moments are merged in float64 from each tile's mean and
-    sum of squared deviations (Chan, Golub and LeVeque).
+    the first in row-major order (of several NaN the last) gets it. Moments are merged in float64 from each tile's mean
+    and sum of squared deviations (Chan, Golub and LeVeque).
     """
 
     def __init__(self, reduction: Reduction, dtype: torch.dtype):

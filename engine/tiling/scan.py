@@ -1,13 +1,13 @@
 """The halo-carry scan: exact outputs and gradients from two passes over the tiles, in the memory of one tile.
 
-Pass 1 (`forward.py`) goes through the tiles in raster order without a graph. Each tile is a function
+Pass 1 (`forward.py`) goes through the tiles in row-major order without a graph. Each tile is a function
 
     (pixels, halo from above, halo from the left, parameters) -> (outputs, halo for below, halo for the right)
 
-and the halos that enter each tile are stored. Pass 2 (`backward.py`) goes through the tiles in reverse raster order. It
-recomputes a tile from its stored halos with autograd on, and differentiates the tile's outputs together with the halos
-that it passed on. The gradients of these halos come from the tiles below and to the right. Every activation is computed
-twice and every gradient once; no overlap is recomputed.
+and the halos that enter each tile are stored. Pass 2 (`backward.py`) goes through the tiles in reverse row-major order.
+It recomputes a tile from its stored halos with autograd on, and differentiates the tile's outputs together with the
+halos that it passed on. The gradients of these halos come from the tiles below and to the right. Every activation is
+computed twice and every gradient once; no overlap is recomputed.
 
 This module holds the settings and inputs that both passes share: pixel sources, device, dtype and storage.
 """
@@ -188,7 +188,7 @@ class Scan:
 
     @property
     def tiles(self) -> list[tuple[int, int]]:
-        """(row, column) of all tiles in raster order."""
+        """(row, column) of all tiles in row-major order."""
         return [(i, j) for i in range(self.tiled.rows.steps) for j in range(self.tiled.cols.steps)]
 
     @property

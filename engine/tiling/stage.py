@@ -72,7 +72,7 @@ class TiledStage:
             passes = found.issuperset(local.op.outputs)
             for value in private.intersection(local.reads):
                 if len(self.readers[value]) == 1 and (
-                    value in local.fresh_grads or (passes and value in local.reused_grads)
+                    value in local.memory.fresh_grads or (passes and value in local.memory.reused_grads)
                 ):
                     found.add(value)
         return found
@@ -123,7 +123,7 @@ class TiledStage:
         output = local.op.outputs[0]
         if (output, value) not in self._reads:
             pads = all(isinstance(access, Window) for access in local.reads[value])
-            spares = local.spares and value not in self.stage.sources
+            spares = local.memory.spares and value not in self.stage.sources
             height, width = (
                 [
                     _read(access, block, pads, own[1] if spares else 0)

@@ -191,7 +191,7 @@ class Tile:
             if lacks != _NONE:
                 pad = (max(pad[0], lacks[0]), max(pad[1], lacks[1]), max(pad[2], lacks[2]), max(pad[3], lacks[3]))
             windows.append(value)
-        margin = self._margin(output) if local.leaves_room else (0, 0)
+        margin = self._margin(output) if local.memory.leaves_room else (0, 0)
         run = self.tiled.in_place.get(output, local.run)
         if self.second_pass:
             run = self.tiled.unvalued.get(output, run)

@@ -254,7 +254,7 @@ def _card(
     found: dict[str, list[Any]],
 ) -> Card:
     masks = isinstance(data.target, MaskTarget)
-    budget = "what is free" if options.budget is None else format_bytes(options.budget)
+    budget = "the free memory" if options.budget is None else format_bytes(options.budget)
     return Card(
         title=f"{options.model} for {' and '.join(data.classes)}",
         model={
@@ -324,7 +324,7 @@ def preview_lines(net: Accelerated, data: Data, options: TrainOptions) -> Iterat
         raise BudgetError(f"{path}: {error}", error.needed_bytes) from error
     quick = time.monotonic() - started < _QUICK_PLAN
     log.debug("plan of the largest image\n%s", plan)
-    budget = "what is free" if options.budget is None else format_bytes(options.budget)
+    budget = "the free memory" if options.budget is None else format_bytes(options.budget)
     rows, columns = plan.tiles
     tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles of {plan.tile[0]} x {plan.tile[1]}"
     yield (
@@ -334,7 +334,7 @@ def preview_lines(net: Accelerated, data: Data, options: TrainOptions) -> Iterat
     steps, epochs = -(-count // options.accumulate), sum(s.epochs for s in options.stages) or options.epochs
     yield (
         f"{min(options.accumulate, count)} {samples} per optimizer step (accumulate), {steps} steps per epoch, "
-        f"{steps * epochs} in {epochs} epochs"
+        f"{steps * epochs} in {epochs} epoch{'s' * (epochs != 1)}"
     )
     if quick and not options.split_image:
         yield from larger_budget(planned, (1, *shape), plan)

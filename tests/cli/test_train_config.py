@@ -84,7 +84,7 @@ def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms
     assert run("train", phantoms, *given, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
     assert "largest of " in said and "160 x 128" in said and "of 64.0 MiB" in said
-    assert "4 images per optimizer step (accumulate), 1 steps per epoch, 1 in 1 epochs" in said
+    assert "4 images per optimizer step (accumulate), 1 steps per epoch, 1 in 1 epoch" in said
     options = options_of(tmp_path / "run")
     assert options["optimizer"]["lr"] == 1e-4 and options["epochs"] == 1 and options["memory_budget"] == 64 * 2**20
     assert options["optimizer"]["options"] == {"betas": [0.8, 0.99]} and options["average"] == 0.9

@@ -16,7 +16,7 @@ channels-last map is a convolution with a 1x1 filter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from ....kernels.pointwise import act_grad
 from ....kernels.windows import ConvGeometry, placed
 from ..conv_chains import ACTIVATIONS, ConvChain, find_chains, fused_op
 from ..ops import Block, Env, Local
-from ..ops.base import Rect
+from ..ops.base import BlockMemory, Rect
 from ..stages import ProgramStage
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -203,7 +203,8 @@ def _replace(stage: ProgramStage, spec: ConvSpec) -> None:
     linear = spec.act == "none" and spec.residual is None
     unvalued = partial(run, valued=False) if linear else None
     op, axes = fused_op(spec, "fused_conv2d"), spec.members[-1].axes
-    options = {"leaves_room": True, "unvalued": unvalued, "spares": True}
+    memory = BlockMemory(leaves_room=True, unvalued=unvalued, spares=True)
     if spec.residual != spec.x:
-        options |= {"fresh_grads": frozenset([spec.x]), "reused_grads": frozenset([spec.residual]) - {None}}
-    stage.replace(spec.members, Local(op, spec.reads(stage), axes, run, **options))
+        reused = frozenset([spec.residual]) - {None}
+        memory = replace(memory, fresh_grads=frozenset([spec.x]), reused_grads=reused)
+    stage.replace(spec.members, Local(op, spec.reads(stage), axes, run, memory=memory))

@@ -30,6 +30,7 @@ from ....kernels.conv2d import conv2d_backward, conv2d_forward, conv2d_moments
 from ....kernels.windows import ConvGeometry
 from ..conv_chains import activation_of, other_summand
 from ..ops import Block, Env, Local, VectorOp
+from ..ops.base import BlockMemory
 from ..stages import ProgramStage, only_readers, private_maps, readers_of
 from .affine import affine_of
 from .conv import DTYPES, ConvSpec, add_to_sums, as_autocast_wants, is_pixelwise, weight_sums
@@ -245,7 +246,8 @@ def _replace(stage: ProgramStage, chain: list[Local], spec: NormalizeSpec, conv:
         name, inputs = "fused_norm_conv", (*reads, *spec.vectors, *of_conv)
     op = replace(norm.op, name=name, args=(), kwargs={}, inputs=inputs, outputs=last.op.outputs)
     # With a residual, `adds` is off: its gradient is dy itself and would lack the added terms.
-    made = Local(op, reads, last.axes, run, leaves_room=True, adds=residual is None)
+    made = Local(op, reads, last.axes, run, adds=residual is None, memory=BlockMemory(leaves_room=True))
     if conv is not None:
-        made = Local(op, reads, last.axes, run_both, leaves_room=True, unvalued=partial(run_both, valued=False))
+        memory = BlockMemory(leaves_room=True, unvalued=partial(run_both, valued=False))
+        made = Local(op, reads, last.axes, run_both, memory=memory)
     stage.replace(chain, made)

@@ -52,8 +52,8 @@ class Block:
         pad: (top, bottom, left, right), to be added to the input so that a kernel without padding gives this block.
         sum_of: where gradients are wanted, returns the tensor that accumulates a vector's gradient over the tiles, for
             ops that add to it themselves. If it gets a summand, it takes ownership of it and adds it.
-        margin: rows above and columns to the left that an op with `Local.leaves_room` leaves free in memory around
-            its output, for the halos of later windows.
+        margin: rows above and columns to the left that an op leaves free in memory around its output, for the halos of
+            later windows (`BlockMemory.leaves_room`).
         shares: where moments of outputs are wanted, receives those that an op computed together with its output, by
             value: mean and squared deviations in the format of `Accumulator.share`.
         parts: for an op that gathers, receives in the backward the gradients of parts of the gathered map, with their
@@ -83,6 +83,27 @@ Env = Mapping[int, Tensor]
 Run = Callable[[Env, Block], tuple[Tensor, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockMemory:
+    """How the blocks of an op use memory; results do not depend on it.
+
+    Attributes:
+        leaves_room: whether the output is written into a buffer with the margin that `Block` asks for.
+        unvalued: `Local.run` for the second pass over a stored output: returns a tensor without values that autograd
+            can differentiate.
+        spares: whether a window may have unread rows and columns at its end, fewer than the stride. A block is then
+            passed unsliced: the gradient of a slice would cost a copy.
+        fresh_grads: maps whose gradient is new memory that the op shares with nobody.
+        reused_grads: maps whose gradient may be the tensor of the output's gradient, which the op no longer needs.
+    """
+
+    leaves_room: bool = False
+    unvalued: Run | None = None
+    spares: bool = False
+    fresh_grads: frozenset[int] = frozenset()
+    reused_grads: frozenset[int] = frozenset()
+
+
 @dataclass(slots=True)
 class Local:
     """One op computed block by block.
@@ -91,19 +112,13 @@ class Local:
         reads: for each map input, the accesses along height and width.
         axes: the image axes of each output.
         fill: the padding value if the op pads a window; the scan may then pass a window that is already padded.
-        leaves_room: whether the output is written into a buffer with the margin that `Block` asks for.
-        once: makes a vector that is drawn once per step (the mask of a channel dropout).
-        drawn: the value number under which `run` finds that vector.
-        unvalued: `run` for the second pass over a stored output: returns a tensor without values that autograd can
-            differentiate.
-        gathers: if set, `run` returns the gathered map again after its outputs, and later ops of the tile read that.
-        spares: whether a window may have unread rows and columns at its end, fewer than the stride. A block is then
-            passed unsliced: the gradient of a slice would cost a copy.
-        adds: whether the backward adds `Block.grad_terms` to the gradient of the output.
+        random: whether it draws random numbers for each block.
         skips: inputs that the op may leave unread depending on the image's values; their gradients are zeros then. An
             op that has computed something without a graph of it clears the set.
-        fresh_grads: maps whose gradient is new memory that the op shares with nobody.
-        reused_grads: maps whose gradient may be the tensor of the output's gradient, which the op no longer needs.
+        gathers: for fused ops: `run` returns the gathered map again after its outputs, and later ops of the tile read
+            that.
+        adds: for fused ops: whether the backward adds `Block.grad_terms` to the gradient of the output.
+        memory: how its blocks use memory.
     """
 
     op: Op
@@ -112,16 +127,10 @@ class Local:
     run: Run
     fill: float | None = None
     random: bool = False
-    leaves_room: bool = False
-    once: Callable[[torch.dtype, torch.device], Tensor] | None = None
-    drawn: int | None = None
-    unvalued: Run | None = None
-    gathers: GradientSum | None = None
-    spares: bool = False
-    adds: bool = False
     skips: Set[int] = frozenset()
-    fresh_grads: frozenset[int] = frozenset()
-    reused_grads: frozenset[int] = frozenset()
+    gathers: GradientSum | None = None
+    adds: bool = False
+    memory: BlockMemory = BlockMemory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,13 +407,6 @@ def need_nchw(op: Op, maps: Maps, value: int) -> None:
     """Refuse maps whose image axes are not the last two of four."""
     if len(maps.shape(value)) != 4 or maps.axes[value] != (2, 3):
         raise Refusal(f"'{op.name}' is applied across the image axes of a permuted map")
-
-
-def each_window(op: Op, maps: Maps, value: int) -> Local | None:
-    """A local op on images that are windows of a larger one, (N * windows, C, h, w); None for other inputs."""
-    if len(maps.shape(value)) != 4 or maps.axes[value] != (0, 0) or maps.inputs(op) != [value]:
-        return None
-    return Local(op, {value: maps.pointwise(value)}, ((0, 0),) * len(op.outputs), replay(op))
 
 
 def axes_after(axes: Axes, dims: Sequence[int], keepdim: bool) -> Axes:

@@ -13,7 +13,7 @@ from ...capture.program import Op
 from ...torch_private import tree_leaves
 from .base import Axes, Block, Env, Local, Maps, Node, Refusal, VectorOp, arguments, replay, rule
 from .names import ELEMENTWISE
-from .promote import over_resident, promoted, renamed, spread
+from .promote import over_resident, promoted, renamed, spread, vector
 
 
 def aligned_axes(op: Op, maps: Maps, rank: int) -> tuple[int, int]:
@@ -114,7 +114,7 @@ def dropout(op: Op, maps: Maps) -> Local | list[Node]:
 
 
 @rule("feature_dropout", "dropout1d", "dropout2d", "dropout3d")
-def channel_dropout(op: Op, maps: Maps) -> Local:
+def channel_dropout(op: Op, maps: Maps) -> Local | list[Node]:
     """One draw per sample and channel, shared by all positions: a vector, drawn once per step as PyTorch draws it."""
     value = op.inputs[0]
     given = arguments(op, "input p training inplace", p=0.5, training=True)
@@ -123,20 +123,19 @@ def channel_dropout(op: Op, maps: Maps) -> Local:
         raise Refusal(f"'{op.name}' has an image axis as channel dimension")
     if op.name == "dropout1d" or len(shape) != 4:
         raise Refusal(f"'{op.name}' needs a map of four dimensions, not {len(shape)}")
-    mask_shape = [1 if d > 1 else size for d, size in enumerate(shape)]
+    reads = {value: maps.pointwise(value)}
+    if not given["training"] or given["p"] <= 0:
+        return Local(op, reads, (axes,), replay(op))
+    mask, info = maps.new_value((*shape[:2], 1, 1), like=value), maps.program.values[value]
 
-    def once(dtype: torch.dtype, device: torch.device) -> Tensor:
-        return F.dropout2d(torch.ones(mask_shape, dtype=dtype, device=device), given["p"], given["training"])
+    def draw() -> Tensor:
+        ones = torch.ones((*shape[:2], 1, 1), dtype=info.dtype, device=info.device)
+        return F.dropout2d(ones, given["p"])
 
-    local = Local(op, {value: maps.pointwise(value)}, (axes,), replay(op))
-    if given["training"] and given["p"] > 0:
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (env[value] * env[mask],)
 
-        def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
-            assert local.drawn is not None
-            return (env[value] * env[local.drawn],)
-
-        local.run, local.once = run, once
-    return local
+    return [vector((), mask, draw), Local(replace(op, inputs=(value, mask)), reads, (axes,), run)]
 
 
 @rule("rand_like", "randn_like", "bernoulli", "rrelu")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ...capture.program import Op, bind
 from ..geometry import Gather, Window
-from .base import Block, Env, Local, Maps, Reduction, Refusal, arguments, each_window, need_nchw, pair, replay, rule
+from .base import Block, BlockMemory, Env, Local, Maps, Reduction, Refusal, arguments, need_nchw, pair, replay, rule
 from .constants import Constants
 from .resample import INTERPOLATE, bilinear, nearest, select, weighted
 
@@ -25,6 +25,13 @@ _LANES = 16  # channels that oneDNN's AVX-512 kernels process at a time
 
 
 Pair = tuple[int, int]
+
+
+def _each_window(op: Op, maps: Maps, value: int) -> Local | None:
+    """A local op on images that are windows of a larger one, (N * windows, C, h, w); None for other inputs."""
+    if len(maps.shape(value)) != 4 or maps.axes[value] != (0, 0) or maps.inputs(op) != [value]:
+        return None
+    return Local(op, {value: maps.pointwise(value)}, ((0, 0),) * len(op.outputs), replay(op))
 
 
 def _windows(
@@ -56,7 +63,7 @@ def conv2d(op: Op, maps: Maps) -> Local:
         plain = padding in ("same", "valid") or pair(padding) == (0, 0)
         if kernel == stride == (1, 1) and plain:  # one matrix for all pixels, whatever the image axes
             return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
-    windows = each_window(op, maps, value)
+    windows = _each_window(op, maps, value)
     if windows is not None:
         return windows
     need_nchw(op, maps, value)
@@ -88,8 +95,8 @@ def conv2d(op: Op, maps: Maps) -> Local:
         return (UnvaluedConv.apply(x, env[weight], bind(bias, env), block.size, *settings),)  # pyright: ignore
 
     windows = _windows(maps, op, value, kernel, stride, pad, dilation)
-    options = {"fill": 0.0, "unvalued": unvalued, "spares": True, "fresh_grads": frozenset([value])}
-    return Local(op, {value: windows}, ((2, 3),), run, **options)
+    memory = BlockMemory(unvalued=unvalued, spares=True, fresh_grads=frozenset([value]))
+    return Local(op, {value: windows}, ((2, 3),), run, fill=0.0, memory=memory)
 
 
 def _exceeds_workspace(x: Tensor) -> bool:
@@ -159,7 +166,7 @@ def conv3d(op: Op, maps: Maps) -> Local:
 def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     given = arguments(op, "input kernel_size stride padding dilation", padding=0, dilation=1)
     value = given["input"].value
-    windows = each_window(op, maps, value)
+    windows = _each_window(op, maps, value)
     if windows is not None:
         return windows
     need_nchw(op, maps, value)
@@ -240,7 +247,7 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     names = "input kernel_size stride padding ceil_mode count_include_pad divisor_override"
     given = arguments(op, names, padding=0, count_include_pad=True)
     value = given["input"].value
-    windows = each_window(op, maps, value)
+    windows = _each_window(op, maps, value)
     if windows is not None:
         return windows
     need_nchw(op, maps, value)
