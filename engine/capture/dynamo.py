@@ -391,7 +391,7 @@ def refusal(error: Exception, network: nn.Module | None = None) -> Exception:
     if isinstance(inner, GigamorphError):
         return inner
     text = str(error)
-    if "functorch" in text:
+    if "functorch tracing attempt" in text:
         return UnsupportedError(
             "torch.func (grad, vjp, jvp, vmap, ...) cannot transform an accelerated network, which computes by tiles; "
             "use first gradients (backward, torch.autograd.grad), or the network itself"

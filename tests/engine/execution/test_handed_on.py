@@ -591,9 +591,12 @@ AROUND: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Use, Callable[[
     "dict of a user's": (dict, _user_dict, _counted_up, lambda one: one["count"]),
 }
 
+WEAK = {"weak reference"} if torch.__version__ < "2.12" else set()  # older versions of Dynamo refuse to read it
 AROUND_REFUSED = {
     *("method", "frozenset"),
     *("view of keys", "view of values", "view of items", "view of an ordered dict"),
+    *(("method of a list", "partial") if torch.__version__ < "2.13" else ()),
+    *WEAK,
 }
 
 
@@ -702,6 +705,10 @@ def test_the_image_may_be_the_one_that_is_kept(kind: str) -> None:
             self.kept = make(x)
             return self.end(self.first(x), factor)
 
+    if kind in WEAK:
+        with pytest.raises(UnsupportedError, match="cannot be recorded"):
+            compare(Remembers(), {}, lambda net: [get(net.kept)])
+        return
     recorded = compare(Remembers(), {}, lambda net: [get(net.kept)], 8, "aaabbaba")
     assert recorded[:3] == [0, 1, 3] and (recorded[3:] == [] or kind in ("weak reference", "dict", "slots"))
 

@@ -535,7 +535,9 @@ TRACES = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TRACES)
-def test_traces_are_refused(name):
+def test_traces_are_refused(name, monkeypatch):
+    # In PyTorch 2.11 a failed export leaves its hook, which Dynamo does not record.
+    monkeypatch.setattr(torch.nn.modules.module, "_global_buffer_registration_hooks", OrderedDict())
     model, net = pair(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh()))
     with pytest.raises(UnsupportedError, match="network itself"):
         TRACES[name](net.eval(), image())
