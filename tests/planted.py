@@ -1,4 +1,4 @@
-"""Sixty faults of the kind that a careful programmer makes, planted one at a time: does the suite notice?
+"""Faults of the kind that a careful programmer makes, planted one at a time: does the suite notice?
 
     python tests/planted.py                   plant each fault, run the tests that should catch it, print a table
     python tests/planted.py --only NAME       one fault (may be given several times)
@@ -96,6 +96,22 @@ FAULTS = (
         "tests/kernels/test_live_norm.py",
         "GroupNorm's gradient on a GPU is wrong by what its statistics contribute.",
     ),
+    Fault(
+        "depthwise-tap-beyond-the-filter",
+        "kernels/depthwise_kernels.py",
+        "mask=wanted & (r0 + r < F.R), other=0.0",
+        "mask=wanted, other=0.0",
+        "tests/kernels/test_depthwise.py::test_values",
+        "A depthwise filter of more rows than are held at once is read beyond its end.",
+    ),
+    Fault(
+        "winograd-residual-in-any-memory-order",
+        "kernels/winograd.py",
+        "    residual = None if residual is None else _in_rows(residual)\n",
+        "",
+        "tests/kernels/test_winograd.py::test_a_residual_in_another_memory_order",
+        "A fused residual that is not channels-last in memory is read as if it were.",
+    ),
     # -- capture ---------------------------------------------------------------------------------------------------
     Fault(
         "permute-not-inverted",
@@ -171,6 +187,14 @@ FAULTS = (
         "tests/engine/lowering/test_folding.py",
         "After load_state_dict an accelerated network in eval mode predicts with the former weights.",
     ),
+    Fault(
+        "adaptive-pool-checks-rows-only",
+        "engine/lowering/ops/grids.py",
+        "if size[0] % count[0] == size[1] % count[1] == 0:",
+        "if size[0] % count[0] == 0:",
+        "tests/engine/lowering/test_grids.py::test_a_fine_grid_that_divides_the_rows_alone",
+        "A fine adaptive pooling whose cells divide the height alone cuts the width wrongly.",
+    ),
     # -- planning --------------------------------------------------------------------------------------------------
     Fault(
         "gradient-map-not-estimated",
@@ -187,6 +211,14 @@ FAULTS = (
         "divmod(int(tile_weights(tiled).argmax()), tiled.rows.steps)",
         "tests/engine/planning/test_simulate.py",
         "The plan of an image that is not square measures the wrong tile, or fails.",
+    ),
+    Fault(
+        "memory-of-inference-for-training",
+        "engine/planning/call_memory.py",
+        "return op.func, tuple(told), str(form), op.mutated != (), autocast, training\n",
+        "return op.func, tuple(told), str(form), op.mutated != (), autocast\n",
+        "tests/engine/planning/test_call_memory.py",
+        "A plan of training after one of inference leaves out what autograd saves of calls on whole maps.",
     ),
     # -- tiling ----------------------------------------------------------------------------------------------------
     Fault(
@@ -228,6 +260,22 @@ FAULTS = (
         '"g": 2**30,',
         "tests/engine/tiling/test_memory.py",
         "memory_budget='8GB' allows 7 % more than that.",
+    ),
+    Fault(
+        "first-maximum-by-order-of-tiles",
+        "engine/tiling/grid.py",
+        "better = (part > total) | ((part == total) & (note < places)) | (part",
+        "better = (part > total) | (part",
+        "tests/engine/lowering/test_grids.py::test_functions",
+        "The gradient of adaptive_max_pool2d goes to another of several equal pixels than in PyTorch.",
+    ),
+    Fault(
+        "half-a-tiff-remains",
+        "engine/tiling/map_files.py",
+        "        if not whole:\n            path.unlink(missing_ok=True)\n",
+        "",
+        "tests/engine/test_dense.py::test_a_map_that_fails_leaves_no_tiff",
+        "write_map that fails leaves an incomplete TIFF.",
     ),
     # -- execution -------------------------------------------------------------------------------------------------
     Fault(
@@ -298,6 +346,14 @@ FAULTS = (
         "tests/engine/images/test_header.py tests/engine/images/test_dicom.py",
         "A mammogram that names its side by PatientOrientation alone is taken for the other breast.",
     ),
+    Fault(
+        "file-read-without-its-lock",
+        "engine/images/rawfile.py",
+        "        with reading(self.path), self._lock:\n",
+        "        with reading(self.path):\n",
+        "tests/engine/images/test_rawfile.py",
+        "Threads that read regions of one .npy file get pixels of each other's position.",
+    ),
     # -- datasets --------------------------------------------------------------------------------------------------
     Fault(
         "split-seed-ignored",
@@ -331,6 +387,14 @@ FAULTS = (
         "tests/engine/datasets/test_masks.py",
         "Of an image that augmentation turns upside down, the mask stays as it was.",
     ),
+    Fault(
+        "frames-taken-for-repeated-rows",
+        "engine/datasets/check.py",
+        "            if (record.path, record.frame) == (first.path, first.frame):\n",
+        "            if record.path == first.path:\n",
+        "tests/engine/datasets/test_index_check.py::test_frames_with_the_same_pixels_are_not_one_row_twice",
+        "data check reports two frames with the same pixels as one row that occurs twice.",
+    ),
     # -- models ----------------------------------------------------------------------------------------------------
     Fault(
         "attention-along-the-wrong-axis",
@@ -339,6 +403,14 @@ FAULTS = (
         "(torch.softmax(rows[:, -1:], 1) * rows[:, :-1])",
         "tests/engine/models/test_views.py",
         "With --views attention all views count the same, and exams of more views have larger logits.",
+    ),
+    Fault(
+        "parts-of-one-storage-taken-for-tied",
+        "engine/models/weights.py",
+        "found.setdefault((place, value.storage_offset(), value.shape, value.stride()), [])",
+        "found.setdefault((place, value.shape, value.stride()), [])",
+        "tests/engine/models/test_weights.py",
+        "Weights of a network whose parameters are parts of one flat tensor cannot be loaded.",
     ),
     # -- morph -----------------------------------------------------------------------------------------------------
     Fault(
@@ -432,6 +504,14 @@ FAULTS = (
         "tests/engine/train/test_masks.py",
         "Images in which a class rightly is nowhere pull its mean Dice down.",
     ),
+    Fault(
+        "mean-error-over-all-numbers-at-once",
+        "engine/train/metrics.py",
+        "return float(np.nanmean(np.nanmean(np.abs(truth - [p.log_odds for p in predictions]), 0)))",
+        "return float(np.nanmean(np.abs(truth - [p.log_odds for p in predictions])))",
+        "tests/engine/train/test_metrics.py",
+        "val_mae weights a number by how many images have it, so another epoch is the best.",
+    ),
     # -- predict ---------------------------------------------------------------------------------------------------
     Fault(
         "last-breasts-dropped",
@@ -448,6 +528,14 @@ FAULTS = (
         "return log_odds[self.number] > self(self.threshold)",
         "tests/cli/test_train_predict.py::test_a_calibration_is_applied_to_probabilities_calls_and_pictures",
         "The image that the threshold was chosen at is not called.",
+    ),
+    Fault(
+        "ignored-pixels-count-as-predicted",
+        "engine/predict/masks.py",
+        "counts[1] += np.bincount(values[judged], minlength=classes)",
+        "counts[1] += np.bincount(values.ravel(), minlength=classes)",
+        "tests/engine/predict/test_mask_counts.py",
+        "Dice in predictions.csv is too low where a mask has ignored pixels.",
     ),
     # -- explain ---------------------------------------------------------------------------------------------------
     Fault(
@@ -533,6 +621,14 @@ FAULTS = (
         "tests/engine/mammography/recipes/test_cae.py",
         "Greedy training of an auto-encoder also moves the layers below, which should stay as they are.",
     ),
+    Fault(
+        "same-patches-in-every-image",
+        "engine/mammography/recipes/end2end/images.py",
+        "rng = np.random.default_rng([seed, number])",
+        "rng = np.random.default_rng(seed)",
+        "tests/engine/mammography/recipes/test_end2end_sampler.py",
+        "All images of end2end draw their patches with the same random numbers.",
+    ),
     # -- published, view, bench, cli -------------------------------------------------------------------------------
     Fault(
         "widened-image-out-of-place",
@@ -565,6 +661,30 @@ FAULTS = (
         "        least = enough[0]\n",
         "tests/cli/test_plan.py",
         "gigamorph plan recommends the largest budget as the least that is enough.",
+    ),
+    Fault(
+        "outline-margin-at-full-scale",
+        "engine/mammography/view/pyramid.py",
+        "        beyond = _LINE * factor\n",
+        "        beyond = _LINE\n",
+        "tests/engine/mammography/view/test_masks.py",
+        "Outlines of masks are thinner where tiles of the viewer meet, when zoomed out.",
+    ),
+    Fault(
+        "rate-counts-earlier-images",
+        "cli/runner.py",
+        "rate = (progress.image - self._first) / max(now - self._began, 1e-9)",
+        "rate = progress.image / max(now - self._began, 1e-9)",
+        "tests/cli/test_progress.py",
+        "predict --resume --json counts images of the earlier run in its rate, so seconds_left is too small.",
+    ),
+    Fault(
+        "named-last-layer-ignored",
+        "cli/morph.py",
+        '            own.setdefault("at", _last_layer(parent.network))\n',
+        '            own["at"] = _last_layer(parent.network)\n',
+        "tests/cli/test_morph.py::test_errors_are_one_line_and_nothing_is_written",
+        "gigamorph morph head --at NAME grows the last layer instead of the named one.",
     ),
 )
 

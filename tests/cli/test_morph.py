@@ -227,6 +227,7 @@ def test_a_damaged_file_is_one_line_and_nothing_is_written(folder, capsys):
         ("kernel", "a", "b.safetensors", ["--at", "conv1", "--kernel", 5], "conv1"),
         ("front", "a", "b.safetensors", ["--factor", 2, "--downsample", "antialias"], "cannot be exact"),
         ("head", "a", "b.safetensors", ["--outputs", 2], "already has 2 outputs"),
+        ("head", "a", "b.safetensors", ["--outputs", 9, "--at", "layer9"], "no module 'layer9'"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(command, source, target, more, message, folder, capsys):

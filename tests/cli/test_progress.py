@@ -1,4 +1,5 @@
 import io
+import json
 import logging
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from rich.console import Console
 
 from gigamorph.cli.progress import ProgressView, StageView
+from gigamorph.cli.runner import watching
 from gigamorph.engine.models import create_model
 from gigamorph.engine.morph.widen import widen
 from gigamorph.engine.train.progress import Meter
@@ -69,6 +71,15 @@ def test_a_resumed_epoch_estimates_from_its_own_images_only(clock):
         clock.now += 5
         meter.image_done()
     assert "image 91/100" in text.getvalue() and "0:45 left" in text.getvalue()
+
+
+def test_json_lines_of_a_resumed_run_estimate_from_its_own_images_only(clock, capsys):
+    with watching(as_json=True, device="cpu") as watch:
+        watch.meter.start("predict", 100, done=90)
+        clock.now += 5
+        watch.meter.image_done()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["done"], last["images_per_second"], last["seconds_left"]) == (91, 0.2, 45.0)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

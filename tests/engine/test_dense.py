@@ -360,6 +360,14 @@ def test_maps_that_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_map_that_fails_leaves_no_tiff(tmp_path):
+    net = accelerate(nn.Conv2d(1, 1, 3, padding=1), tile=16)
+    net.on_tile = lambda event: 1 // (event.total // 2 - event.done)
+    with pytest.raises(ZeroDivisionError):
+        write_map(net, torch.rand(1, 1, 64, 64), tmp_path / "map.tif")
+    assert not list(tmp_path.iterdir())
+
+
 def test_flattened_maps_are_refused(tmp_path):
     net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(2)).double()
     with pytest.raises(UnsupportedError, match="flattened into one"):

@@ -77,6 +77,7 @@ CASES = [
     Case((1, 1), (2, 2), act="gelu"),
     Case((9, 3), padding=(4, 4, 1, 1), size=(1, 2, 9, 5)),  # more filter rows than are held at once
     Case((9, 2), (2, 2), padding=(4, 4, 1, 0), size=(1, 2, 9, 5)),
+    Case((9, 3), padding=(4, 4, 1, 1), size=(1, 1, 9, 5)),  # its filter is read between guard bands, not from a copy
     Case((1, 9), padding=(0, 0, 4, 4)),
     Case((3, 3), padding=(1, 1, 1, 1), size=(1, 1, 1, 1)),
     Case((3, 3), padding=(1, 1, 1, 1), size=(1, 130, 2, 3)),  # more channels than a program takes

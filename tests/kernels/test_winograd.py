@@ -112,6 +112,13 @@ def test_a_plan_counts_what_it_takes():
     assert y is not None and y.is_meta and y.shape == (1, 32, 40, 30)
 
 
+def test_a_residual_in_another_memory_order():
+    x, weight, residual = torch.randn(1, 32, 8, 9), torch.randn(48, 32, 3, 3), torch.randn(1, 48, 8, 9)
+    y = winograd.conv3x3(x, winograd.pack(weight), 48, residual=residual)
+    assert y is not None
+    torch.testing.assert_close(y, F.conv2d(x, weight, padding=1) + residual, rtol=0, atol=1e-3)
+
+
 def test_a_residual_of_another_shape_is_refused():
     x, packed = torch.randn(1, 32, 8, 8), winograd.pack(torch.randn(32, 32, 3, 3))
     with pytest.raises(

@@ -345,6 +345,14 @@ def test_frames_that_no_run_takes_are_to_mend(tmp_path: Path) -> None:
     assert problems([Record(path, 0, "a", frame=1)]) == []
 
 
+def test_frames_with_the_same_pixels_are_not_one_row_twice(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4096, (1, 20, 30), dtype=np.uint16).repeat(2, 0)
+    path = lookalikes.dicom(tmp_path / "f.dcm", (20, 30), pixels=pixels, NumberOfFrames=2)
+    for frames, message in (((0, 1), f"has the pixels of {path}"), ((1, 1), "is in several rows of the table")):
+        [found] = problems([Record(path, 0, "a", frame=frame) for frame in frames])
+        assert (found.kind, found.message) == ("duplicate", message)
+
+
 def test_frames_are_all_read(real_data: Path, tmp_path: Path) -> None:
     path = real_data / "dicom" / "dbt_4frames_jpeg2000.dcm"
     shutil.copy(path, tmp_path / "copy.dcm")

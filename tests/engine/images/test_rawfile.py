@@ -1,12 +1,17 @@
 """Boxes of raw arrays: the same pixels however many rows are read at once, in few reads."""
 
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigamorph.engine.images import rawfile
-from gigamorph.engine.images.rawfile import RawPixels
+from gigamorph.engine.images.rawfile import FileBytes, RawPixels
 
 HEADER = b"seven b"
 
@@ -46,3 +51,16 @@ def test_rows_that_lie_close_are_read_at_once_and_others_alone(tmp_path, monkeyp
     reads.clear()
     pixels.read(10, 60, 300, 310)
     assert reads == [(1000 * row + 300, 10) for row in range(10, 60)]
+
+
+def test_no_thread_reads_at_the_position_of_another():
+    class Slow(io.BytesIO):
+        def seek(self, *args):
+            found = super().seek(*args)
+            time.sleep(0.005)
+            return found
+
+    file = FileBytes(Path("array.bin"))
+    file._file = Slow(bytes(range(8)))
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(lambda offset: file.read(offset, 1), range(8))] == [bytes([offset]) for offset in range(8)]

@@ -40,17 +40,22 @@ def up(x: Tensor, like: Tensor, mode: str = "bilinear") -> Tensor:
     return F.interpolate(x, like.shape[2:], mode=mode)
 
 
+def tied(x: Tensor) -> Tensor:
+    """Equal values, whose gradients show which of them was the maximum; `round` has none."""
+    return x - x.detach() + x.round().detach()
+
+
 FUNCTIONS = {
     "mean, dropped": gate(lambda x: x.mean(3)[..., None]),
     "mean of columns and channels": gate(lambda x: x.mean((1, 2), keepdim=True)),
     "sum": gate(lambda x: x.sum(2, keepdim=True)),
     "amax of ties": gate(lambda x: x.relu().amax(3, keepdim=True)),
     "amin": gate(lambda x: x.amin(2, keepdim=True)),
-    "max with unread indices": gate(lambda x: x.round().max(3, keepdim=True)[0]),
-    "min with unread indices": gate(lambda x: x.round().min(2, keepdim=True).values),
-    "max of all positions": gate(lambda x: x.round().flatten(2).max(2)[0][..., None, None]),
+    "max with unread indices": gate(lambda x: tied(x).max(3, keepdim=True)[0]),
+    "min with unread indices": gate(lambda x: tied(x).min(2, keepdim=True).values),
+    "max of all positions": gate(lambda x: tied(x).flatten(2).max(2)[0][..., None, None]),
     "maximum of maxima": gate(lambda x: x.max(3)[0].max(2)[0][..., None, None]),
-    "pooled maxima of ties": gate(lambda x: F.adaptive_max_pool2d(x.round(), (None, 1))),
+    "pooled maxima of ties": gate(lambda x: F.adaptive_max_pool2d(tied(x), (None, 1))),
     "var": lambda x: (x - x.mean(3, keepdim=True)) / (x.var(3, keepdim=True) + 1e-5).sqrt(),
     "std over channels as well": gate(lambda x: x.std((1, 3), keepdim=True)),
     "var_mean": lambda x: (x - torch.var_mean(x, 2, keepdim=True)[1]) * torch.var_mean(x, 2, keepdim=True)[0],
@@ -67,8 +72,8 @@ FUNCTIONS = {
     "a grid larger than the map": gate(lambda x: up(F.adaptive_avg_pool2d(x, (25, 20)), x, "nearest")),
     "cells that share rows": gate(lambda x: up(F.adaptive_avg_pool2d(x, (9, 7)).tanh(), x)),
     "cells of rows": gate(lambda x: up(F.adaptive_avg_pool2d(x, (None, 6)), x)),
-    "maxima in cells of rows": gate(lambda x: up(F.adaptive_max_pool2d(x.round(), (None, 6)), x)),
-    "maxima in cells": gate(lambda x: up(F.adaptive_max_pool2d(x.round(), (4, 6)), x)),
+    "maxima in cells of rows": gate(lambda x: up(F.adaptive_max_pool2d(tied(x), (None, 6)), x)),
+    "maxima in cells": gate(lambda x: up(F.adaptive_max_pool2d(tied(x), (4, 6)), x)),
     "a grid that divides": gate(lambda x: up(F.adaptive_avg_pool2d(x[:, :, :18, :12], (9, 6)), x, "nearest")),
     "the same size": gate(lambda x: F.adaptive_avg_pool2d(x, (None, None))),
     "an output that stays": gate(lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True)[0].mean((2, 3), True)),
@@ -104,6 +109,11 @@ class Head(nn.Module):
 )
 def test_heads(head):
     assert_exact(Head(head).double(), image(), tile=(5, 4))
+
+
+def test_a_fine_grid_that_divides_the_rows_alone():
+    net = Head(lambda x: F.adaptive_avg_pool2d(x, (33, 33)).tanh().mean((2, 3))).double()
+    assert_exact(net, image(1, 2, 66, 35), tile=(40, 64))
 
 
 def largest_small(model: nn.Module, height: int, width: int) -> int:

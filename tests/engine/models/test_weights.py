@@ -215,6 +215,14 @@ def test_weights_in_half_precision_and_without_counters_load(tmp_path):
     assert found.conv.weight.dtype == torch.float32 and torch.equal(found.conv.weight, state["conv.weight"].float())
 
 
+def test_parts_of_one_tensor_are_weights_of_their_own():
+    """As wrappers store them that put all parameters into one flat tensor."""
+    flat, found = torch.zeros(4), nn.Module()
+    found.first, found.second = nn.Parameter(flat[:2]), nn.Parameter(flat[2:])
+    load_exactly(found, {"first": torch.ones(2), "second": torch.full((2,), 2.0)}, Path("w.pt"))
+    assert flat.tolist() == [1, 1, 2, 2]
+
+
 def test_floats_of_8_bits_load_and_numbers_among_tensors_are_passed_over(tmp_path):
     state = {n: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v for n, v in network().state_dict().items()}
     torch.save({**state, "epoch": 3, "arch": "mine"}, tmp_path / "w.pt")

@@ -79,6 +79,14 @@ def test_the_numbers_that_kernels_allocate_inside_are_those_of_the_largest_row()
     assert max(one.forward for one in found) == 16 * SIDE * SIDE
 
 
+def test_inference_is_not_taken_for_training() -> None:
+    prepared, training = calls_of(accelerate(Net(HEADS["lp_pool"]), fallback="untiled"), SIDE)
+    staged = prepared.staged
+    values, wanted = staged.program.values, staged.wanted(False)
+    inference = [call_memory(step, values, False, wanted) for step in staged.steps if isinstance(step, Op)]
+    assert sum(one.kept for one in training) > 0 == sum(one.kept for one in inference)
+
+
 @pytest.mark.skipif(RELEASE < (2, 12), reason="PyTorch 2.11 cannot record a quantile")
 def test_small_calls_count_for_nothing() -> None:
     prepared, found = calls_of(accelerate(Net(HEADS["quantile"])), 32)

@@ -75,6 +75,12 @@ def test_of_three_classes_the_area_is_the_mean_and_the_breast_adds_up_to_one():
     assert expit(as_cases(rows, ("x", "y", "z")).at("exam").scores[0]) == pytest.approx([0.5, 0.4, 0.1])
 
 
+def test_the_error_of_numbers_is_the_mean_over_numbers_however_many_images_have_each():
+    truths = (0.0, 4.0), (0.0, np.nan)
+    rows = [Prediction(str(t), (1.0, 0.0), exclusive=False, numbers=True, truth=t) for t in truths]
+    assert scores(rows, ["a", "b"])["mae_image"] == 2.5
+
+
 def test_the_positive_class_is_so_by_its_name():
     """Sorted names number normal 1, which was taken for the positive class."""
     found = [Prediction("a.png", (1.0, -1.0), label=0), Prediction("b.png", (-2.0, 2.0), label=1)]

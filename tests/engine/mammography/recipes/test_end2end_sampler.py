@@ -21,6 +21,7 @@ from gigamorph.engine.mammography.recipes.end2end.images import (
     breast_box,
     lesions,
     sample,
+    sample_all,
 )
 from gigamorph.engine.mammography.recipes.sized import PaddedRegion
 
@@ -136,6 +137,14 @@ def test_windows_are_black_beyond_the_image():
         want = padded[:, top + 8 : top + 14, left + 8 : left + 14] if left < 12 else torch.zeros(1, 6, 6)
         assert torch.equal(got, want)
         assert torch.equal(PaddedRegion(source, top, left, 6).read(1, 4, 2, 6), want[:, 1:4, 2:6])
+
+
+def test_each_image_has_random_numbers_of_its_own(tmp_path):
+    np.save(tmp_path / "image.npy", np.random.default_rng(0).integers(20000, 65535, (64, 56), dtype=np.uint16))
+    twice = [Record(tmp_path / "image.npy", 0, "p")] * 2
+    places = sample_all(twice, twice, End2EndConfig(sampling=Sampling(16, background=4)), 3)
+    first, second = ([patch for image, patch in places if image == number] for number in (0, 1))
+    assert len(first) == len(second) == 4 and first != second
 
 
 def test_patches_of_three_channels_are_one_varied_and_repeated(tmp_path):

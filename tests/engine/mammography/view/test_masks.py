@@ -7,8 +7,9 @@ from predicted_masks import write_predicted
 
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.mammography.view.exams import read_exams
-from gigamorph.engine.mammography.view.pyramid import TILE
+from gigamorph.engine.mammography.view.pyramid import TILE, MaskTiles
 from gigamorph.engine.mammography.view.site import ViewerFiles
+from gigamorph.engine.predict.masks import ArrayMask
 from gigamorph.engine.report.figure import class_colour, outline_colour
 
 AREAS, OUTLINES = (
@@ -72,6 +73,14 @@ def test_masks_at_every_scale_where_the_image_is(folder):
     assert site.tiles_of(0).levels == 2 and TILE == 512
     with pytest.raises(IndexError):
         site.tiles_of(0, "other")
+
+
+def test_outlines_are_as_wide_where_tiles_meet():
+    mask = np.zeros((1, 1100, 1100), np.uint8)
+    mask[0, 450:1026, 450:1026] = 1
+    for level in (0, 1):
+        found = whole(MaskTiles(ArrayMask(mask), outlined=True), level)
+        assert (found == OUTLINES[outlined(highest(mask[0], 1 << level))]).all()
 
 
 def test_exams_of_masks_the_lowest_dice_first(folder, tmp_path):
