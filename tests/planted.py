@@ -270,12 +270,12 @@ FAULTS = (
         "The gradient of adaptive_max_pool2d goes to another of several equal pixels than in PyTorch.",
     ),
     Fault(
-        "half-a-tiff-remains",
+        "half-a-map-remains",
         "engine/tiling/map_files.py",
-        "        if not whole:\n            path.unlink(missing_ok=True)\n",
+        "        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)\n",
         "",
-        "tests/engine/test_dense.py::test_a_map_that_fails_leaves_no_tiff",
-        "write_map that fails leaves an incomplete TIFF.",
+        "tests/engine/test_dense.py::test_a_map_that_fails_leaves_no_file",
+        "write_map that fails leaves an incomplete file.",
     ),
     # -- execution -------------------------------------------------------------------------------------------------
     Fault(

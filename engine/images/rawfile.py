@@ -88,9 +88,10 @@ class FileBytes:
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `offset` on; `DataError` if the file is too short."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,16 @@ class _Shard:
 
 
 @contextlib.contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    """A file of half a map would look like a result."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def _npy(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iterator[Put]:
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
@@ -146,8 +157,9 @@ def _npy(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Itera
         if GIVES_BACK and rect[3] == shape[axes[1]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
-    yield put
-    array.flush()
+    with _removed_on_error(path):
+        yield put
+        array.flush()
 
 
 @contextlib.contextmanager
@@ -156,7 +168,8 @@ def _zarr(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
 
     chunks = [min(n, TILE) if d in axes else n for d, n in enumerate(shape)]
     array = zarr.create_array(str(path), shape=tuple(shape), chunks=tuple(chunks), dtype=dtype, overwrite=True)
-    yield _in_chunks(array, shape, axes, chunks[axes[0]])
+    with _removed_on_error(path):
+        yield _in_chunks(array, shape, axes, chunks[axes[0]])
 
 
 @contextlib.contextmanager
@@ -171,15 +184,10 @@ def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
         rows = np.moveaxis(band, axes, (0, 1))
         file.put(rows.reshape(*rows.shape[:2], channels))
 
-    whole = False
-    try:
-        yield _Shard(shape, axes, dtype, TILE, flush)
-        whole = True
-    finally:
-        file.close()
-        if not whole:
-            path.unlink(missing_ok=True)
-    file.check()
+    with _removed_on_error(path):
+        with contextlib.closing(file):
+            yield _Shard(shape, axes, dtype, TILE, flush)
+        file.check()
 
 
 class _TiffFile:

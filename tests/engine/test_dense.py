@@ -360,11 +360,12 @@ def test_maps_that_cannot_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_map_that_fails_leaves_no_tiff(tmp_path):
+@pytest.mark.parametrize("suffix", ["tif", "npy", "zarr"])
+def test_a_map_that_fails_leaves_no_file(tmp_path, suffix):
     net = accelerate(nn.Conv2d(1, 1, 3, padding=1), tile=16)
     net.on_tile = lambda event: 1 // (event.total // 2 - event.done)
     with pytest.raises(ZeroDivisionError):
-        write_map(net, torch.rand(1, 1, 64, 64), tmp_path / "map.tif")
+        write_map(net, torch.rand(1, 1, 64, 64), tmp_path / f"map.{suffix}")
     assert not list(tmp_path.iterdir())
 
 
