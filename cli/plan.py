@@ -113,7 +113,8 @@ def plan(
     from ..engine.planning.request import Request
     from ..engine.planning.simulate import is_here
     from ..engine.train.mask_target import WithLoss
-    from ..engine.train.options import AUTOCAST, Loss
+    from ..engine.train.options import Loss
+    from ..engine.train.run import AUTOCAST
     from .table import BudgetRow, show_budgets, show_largest, show_plan
 
     kind, memories = device

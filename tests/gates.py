@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_602,
-    ("engine", "kernels", "cli", "benchmarks"): 65_248,
+    ("engine", "kernels"): 57_539,
+    ("engine", "kernels", "cli", "benchmarks"): 65_186,
     ("benchmarks",): 4_122,
 }
 WORDS = {

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ..errors import BudgetError, DataError, GigamorphError
-from ..train.options import AUTOCAST, Precision
+from ..train.options import Precision
+from ..train.run import AUTOCAST
 from .decoders import Ahead, Opened, end_with
 from .job import Result, Start, Unit
 from .rows import Work

@@ -20,30 +20,12 @@ from ..datasets.tables import Record, columns_named, label_columns, read_table
 from ..errors import DataError
 from ..images.levels import White
 from ..images.pixels import Normalize
-from ..models.outputs import Views
 from .data import Data, samples_of
 from .folds import draw_folds
 from .mask_target import read_masks
+from .options import Kind, Labels
 from .pixels import normalize_of, unreadable
-from .target import Kind, Target
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The labels of a table that are learnt.
-
-    Attributes:
-        kind: see `Target`.
-        names: for "labels" and "numbers" the NAMEs of columns label_NAME; by default all.
-        classes: for "classes" and "ordinal" their names in order, by default those of `read_table`; for "masks" the
-            names of 0, 1, ...
-        views: how the views of an exam (patient, exam_id) are combined, see `Target`; None takes single images.
-    """
-
-    kind: Kind = "classes"
-    names: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    views: Views | None = None
+from .target import Target
 
 
 @dataclass(frozen=True)

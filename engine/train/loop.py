@@ -24,9 +24,8 @@ from .checkpoint import REMEDY, load_checkpoint, save_torch, stored_state
 from .loggers import logged, make_callbacks, make_loggers
 from .module import StageModule
 from .option_checks import check_stages
-from .options import LIGHTNING
 from .progress import Meter
-from .run import Run
+from .run import LIGHTNING, Run
 from .stages import Stage, freeze, restored
 from .state import State
 from .task import Task

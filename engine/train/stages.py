@@ -4,65 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
 
 from torch import nn
 
 from ..errors import GigamorphError
 from ..torch_private import BatchNorm
+from .options import Stage
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage, with a new optimizer; patterns are matched against names by `fnmatch`."""
-
-    name: str
-    epochs: int
-    lr: float
-    trainable: tuple[str, ...] = ("*",)
-    """Patterns of trainable parameters, or of modules with all their parameters; all others are frozen."""
-    frozen: tuple[str, ...] = ()
-    """Patterns of exceptions that are frozen."""
-    rates: tuple[tuple[str, float], ...] = ()
-    """Patterns of parameters with a learning rate that replaces ``lr``; the last matching pattern counts."""
-    weight_decay: float = 0.0
-    """Decay of weights, not of biases and norms. "adam" and "sgd" add it to the gradient, "adamw" decouples it."""
-    undecayed: tuple[str, ...] = ()
-    """Patterns of parameters without weight decay."""
-    optimizer: str = "adam"
-    """A class of `torch.optim` (case-insensitive), or ``timm:NAME``."""
-    momentum: float = 0.9
-    """Nesterov momentum of "sgd"; 0 for none."""
-    optimizer_options: dict[str, Any] = field(default_factory=dict)
-    """Additional arguments of the optimizer, such as betas."""
-    layer_decay: float = 1.0
-    """Factor of the learning rate of each part of the network (a block of layers, see `parts`), relative to the next
-    part; the last part has ``lr``."""
-    batch_size: int = 1
-    accumulate: int = 1
-    """Batches per optimizer step, whose losses are averaged."""
-    schedule: str = "constant"
-    """"constant"; "cosine" and "linear", which fall to zero; or others, see `optimizers.factor_of`."""
-    schedule_options: dict[str, Any] = field(default_factory=dict)
-    """Additional arguments of the schedule."""
-    warmup: float | None = None
-    """Fraction of the stage's steps in which the rate rises; None means 0.1, or 0 for "constant"."""
-    plateau: int | None = None
-    """Divide the rate by ten after this many epochs without a better score."""
-    patience: int | None = None
-    """End the stage after this many epochs without a better score."""
-    dropout: float | None = None
-    """Probability of all dropout layers; None leaves them unchanged."""
-    batch_norm: Literal["train", "eval", "trainable"] = "train"
-    """"eval": all layers use their running statistics, unchanged; "trainable": only layers with frozen weights do."""
-    clip: float | None = None
-    """Maximum norm of the gradients of a step."""
-    average: float | None = None
-    """Decay of an exponential moving average of the weights, which is then scored and saved as the best."""
 
 
 def trainable_names(module: nn.Module, stage: Stage) -> list[str]:

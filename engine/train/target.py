@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ from ..evaluate import odds
 from ..evaluate.cases import Array, Cases
 from ..evaluate.class_names import positive_number
 from ..models.outputs import Activation, Head, Outputs, Views
-from .options import Loss
+from .options import Kind, Loss
 
-Kind = Literal["classes", "labels", "ordinal", "numbers", "masks"]
 _ACTIVATIONS: dict[Kind, Activation] = {
     "classes": "softmax",
     "labels": "sigmoid",
