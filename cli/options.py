@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, fields
+from inspect import cleandoc
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import rich_click as click
 
 from ..engine.datasets.flips import FLIPS
 from ..engine.errors import GigamorphError
+from ..engine.train.options import TrainConfig
 from .messages import warn
 
 if TYPE_CHECKING:
@@ -27,6 +31,42 @@ def parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
             raise click.BadParameter(str(error), ctx, param) from error
 
     return callback
+
+
+def of_key(key: str, *flags: str, help: str = "", **more: Any) -> Any:
+    """Return the option of a key of `TrainConfig`: type, default, limits and help are those of the key.
+
+    Args:
+        key: as in a file, such as ``optimizer.lr``.
+        flags: instead of the last part of the key; one without dashes names the parameter.
+        help: more help.
+        more: other arguments of `click.option`.
+    """
+    *tables, key = key.split(".")
+    owner: Any = get_type_hints(TrainConfig)[tables[0]] if tables else TrainConfig
+    wanted, own = get_type_hints(owner)[key], next(one for one in fields(owner) if one.name == key)
+    wanted = get_args(wanted)[0] if get_origin(wanted) in (Union, UnionType) else wanted
+    text = f"{document(owner, key)} {help}".strip()
+    settings: dict[str, Any] = {} if own.default in (None, MISSING) else {"default": own.default}
+    if get_origin(wanted) is Literal:
+        settings["type"] = click.Choice(get_args(wanted))
+    elif wanted is bool:
+        settings = {"is_flag": True}
+    elif get_origin(wanted) in (tuple, dict):
+        settings, text = {"multiple": True}, f"{text} Repeatable."
+    elif wanted in (int, float):
+        least = own.metadata.get("limits", (None,))[0]
+        settings["type"] = click.IntRange(least) if wanted is int else click.FloatRange(least)
+    return click.option(*(flags or (f"--{key.replace('_', '-')}",)), help=text, **{**settings, **more})
+
+
+def document(owner: type, key: str) -> str:
+    """Return the documentation of a field as a sentence, from the docstring of its class or of the base that has it."""
+    for text in (cleandoc(base.__doc__ or "") for base in owner.__mro__):
+        if match := re.search(rf"^    {key}: (.+(?:\n        .+)*)", text, re.MULTILINE):
+            words = " ".join(match[1].replace("`", "").split())
+            return words[0].upper() + words[1:]
+    return ""  # Python runs without docstrings (-OO)
 
 
 @parsed
@@ -182,29 +222,12 @@ def model(command: Any) -> Any:
     return _model(trust(command))
 
 
-memory_budget: Any = click.option(
-    "--memory-budget",
-    metavar="SIZE",
-    callback=parse_budget,
-    help="Memory for a step, as in 4GiB; by default the free memory.",
-)
-batch_norm: Any = click.option(
-    "--batch-norm",
-    type=click.Choice(["frozen"]),
-    help="Keep the running statistics of BatchNorm layers: needs less memory and time than those of the whole image.",
-)
-precision: Any = click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="Autocast type."
-)
-device: Any = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    callback=_parse_device,
-    help="Device to compute on.",
-)
-channels: Any = click.option("--channels", type=click.Choice([1, 3]), default=1, help="Input channels of the model.")
-channel_count: Any = click.option("--channels", type=click.IntRange(1), default=1, help="Input channels of the model.")
+memory_budget: Any = of_key("memory_budget", metavar="SIZE", type=str, callback=parse_budget)
+batch_norm: Any = of_key("batch_norm")
+precision: Any = of_key("precision")
+device: Any = of_key("device", callback=_parse_device)
+channels: Any = of_key("data.channels")
+channel_count: Any = of_key("data.channels", type=click.IntRange(1))
 classes_count: Any = click.option("--classes", type=click.IntRange(1), default=2, help="Outputs of the model.")
 mean: Any = click.option(
     "--mean",
@@ -213,24 +236,9 @@ mean: Any = click.option(
     help="Grey value that maps to zero, from 0 (black) to 1 (white); one number, or one per channel.",
 )
 std: Any = click.option("--std", default="1", callback=parse_numbers, help="Standard deviation that is scaled to one.")
-voi: Any = click.option(
-    "--voi", default="auto", help="Grey scale of DICOM images: auto, none, minmax, window:I or lut:I."
-)
-white: Any = click.option(
-    "--white",
-    callback=_parse_white,
-    metavar="LEVEL",
-    help="White level of PNG, TIFF and other non-DICOM files: a number, as in 4095 for 12 bits in a 16-bit PNG, or "
-    "auto for the bits that each image uses; by default the largest value of the file's type.",
-)
-for_processing: Any = click.option("--for-processing", is_flag=True, help="Accept DICOM images marked FOR PROCESSING.")
-augment: Any = click.option(
-    "--augment",
-    metavar="LIST",
-    callback=_parse_augment,
-    help="Augment training images at random up to the given limits, with commas between: flip, rotate=10 (degrees), "
-    "scale=0.1, shear=5 (degrees), translate=64 (pixels), elastic=20 (pixels), gamma=0.2, contrast=0.1, "
-    "brightness=0.05, noise=0.01.",
-)
-seed: Any = click.option("--seed", type=click.IntRange(0), default=0, help="Random seed.")
+voi: Any = of_key("data.voi")
+white: Any = of_key("data.white", callback=_parse_white, metavar="LEVEL", type=str)
+for_processing: Any = of_key("data.for_processing")
+augment: Any = of_key("data.augment", metavar="LIST", callback=_parse_augment)
+seed: Any = of_key("seed")
 workers: Any = click.option("--workers", type=click.IntRange(1), help="Processes; by default one per CPU.")

@@ -69,113 +69,41 @@ def _parse_time(value: str) -> float:
 )
 @click.option("--print-config", is_flag=True, help="Print the whole configuration with defaults, and exit.")
 @options.model
-@click.option("--weights", type=click.Path(), help="Start from these weights: a safetensors or torch file.")
-@click.option(
-    "--init",
-    metavar="SOURCE",
-    help="Fine-tune a weights file; a folder of gigamorph import, with its model and, unless given, --channels, "
-    "--mean, --std and --voi; or timm:NAME, with the pretrained weights that timm fetches.",
-)
-@click.option(
-    "--freeze",
-    multiple=True,
-    metavar="PATTERN",
-    help="Freeze modules, as in layer1 or blocks.[0-2], including their BatchNorm statistics. Repeatable.",
-)
-@click.option(
-    "--task",
-    type=click.Choice(["classes", "labels", "ordinal", "numbers", "masks"]),
-    default="classes",
-    help="classes: one of several classes; labels: any of the columns label_NAME; ordinal: ordered classes; numbers: "
-    "values of label_NAME; masks: a class for each pixel, in the files of mask_path.",
-)
+@options.of_key("weights", type=click.Path())
+@options.of_key("init", metavar="SOURCE")
+@options.of_key("freeze", metavar="PATTERN")
+@options.of_key("data.task")
 @options.columns
-@click.option("--label", "labels", multiple=True, metavar="NAME", help="For --task labels or numbers: column to learn.")
-@click.option(
-    "--views",
-    type=click.Choice(["mean", "max", "attention"]),
-    help="Use all images of an exam (patient_id, exam_id) as one sample, and combine its views like this.",
-)
+@options.of_key("data.labels", "--label", "labels", metavar="NAME")
+@options.of_key("data.views")
 @options.memory_budget
 @options.batch_norm
 @options.channels
-@click.option(
-    "--mean",
-    default="0",
-    callback=_parse_scale,
-    help="Grey value that maps to zero, from 0 (black) to 1 (white); one number, or one per channel. auto for --mean "
-    "and --std measures both on a sample of the training images.",
-)
-@click.option("--std", default="1", callback=_parse_scale, help="Standard deviation that maps to one; or auto.")
+@options.of_key("data.mean", default="0", callback=_parse_scale, type=str)
+@options.of_key("data.std", default="1", callback=_parse_scale, type=str)
 @options.voi
 @options.for_processing
 @options.white
 @options.augment
-@click.option(
-    "--downsample",
-    type=click.IntRange(1),
-    default=1,
-    help="Average this many pixels in both directions, as a baseline with lower resolution.",
-)
-@click.option("--skip-bad", is_flag=True, help="Read all images first, and leave out unreadable ones.")
-@click.option(
-    "--folds",
-    type=click.IntRange(2),
-    metavar="N",
-    help="Cross-validation by patient: N runs, in fold1 ...; predict accepts OUT as the mean of their networks.",
-)
-@click.option("--epochs", type=click.IntRange(1), default=20)
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, help="Learning rate.")
-@click.option(
-    "--lr-of",
-    "rates",
-    multiple=True,
-    metavar="PATTERN=RATE",
-    callback=_parse_rates,
-    help="Learning rate of some modules, as in classifier=1e-3. Repeatable; the last match counts.",
-)
-@click.option("--weight-decay", type=click.FloatRange(0), default=1e-4)
-@click.option("--accumulate", type=click.IntRange(1), default=8, help="Images per optimizer step.")
+@options.of_key("data.downsample")
+@options.of_key("data.skip_bad")
+@options.of_key("data.folds", metavar="N")
+@options.of_key("epochs")
+@options.of_key("optimizer.lr", type=click.FloatRange(0, min_open=True))
+@options.of_key("optimizer.rates", "--lr-of", "rates", metavar="PATTERN=RATE", callback=_parse_rates)
+@options.of_key("optimizer.weight_decay")
+@options.of_key("accumulate")
 @options.precision
-@click.option("--class-weights", is_flag=True, help="Weigh classes in the loss by the inverse of their frequency.")
-@click.option("--patience", type=click.IntRange(1), help="Stop after this many epochs without a better validation AUC.")
-@click.option("--seed", type=click.IntRange(0), default=0)
+@options.of_key("loss.class_weights")
+@options.of_key("patience")
+@options.seed
 @options.device
-@click.option(
-    "--devices",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Train on this many GPUs, or CPU processes: one image on each at a time, with averaged gradients.",
-)
-@click.option("--split-image", is_flag=True, help="Split each image between the devices instead, in bands of rows.")
-@click.option(
-    "--devices-per-image",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Split each image between N of the devices, and average gradients over the groups.",
-)
-@click.option(
-    "--timeout",
-    metavar="TIME",
-    default="2h",
-    callback=_parse_time,
-    help="Time limit for waiting on other processes, as in 90s, 30min or 2h; the error names the missing process.",
-)
-@click.option(
-    "--log",
-    multiple=True,
-    metavar="NAME",
-    callback=options.named,
-    help="Logger in addition to log.csv: csv, tensorboard, wandb, mlflow, or module:name for Lightning. Repeatable.",
-)
-@click.option(
-    "--callback",
-    "callbacks",
-    multiple=True,
-    metavar="MODULE:NAME",
-    callback=options.named,
-    help="Lightning callback. Repeatable.",
-)
+@options.of_key("devices", metavar="N")
+@options.of_key("split_image")
+@options.of_key("devices_per_image", metavar="N")
+@options.of_key("timeout", metavar="TIME", type=str, default="2h", callback=_parse_time, help="As in 90s, 30min or 2h.")
+@options.of_key("log", metavar="NAME", callback=options.named)
+@options.of_key("callbacks", "--callback", "callbacks", metavar="MODULE:NAME", callback=options.named)
 @click.option(
     "--resume",
     is_flag=True,

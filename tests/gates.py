@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINES = {
     ("engine", "kernels"): 57_539,
-    ("engine", "kernels", "cli", "benchmarks"): 65_186,
+    ("engine", "kernels", "cli", "benchmarks"): 65_109,
     ("benchmarks",): 4_122,
 }
 WORDS = {

@@ -154,7 +154,7 @@ class Optimizer(UpdateOptions, _OptimizerName):
     Attributes:
         name: a class of `torch.optim` (case-insensitive), or ``timm:NAME``.
         lr: learning rate.
-        rates: learning rate of some modules or parameters, by patterns; the last match counts.
+        rates: learning rate of some modules, as in classifier=1e-3; the last match counts.
         options: additional arguments of the optimizer, such as betas.
 
     Raises:
@@ -245,16 +245,15 @@ class TrainOptions(LoopOptions, _Network):
 
     Attributes:
         weights: start from these weights: a safetensors or torch file.
-        memory_budget: bytes, or a string like "8GiB"; None uses the free memory.
+        memory_budget: memory for a step, as in 4GiB, or bytes; by default the free memory.
         batch_norm: keep the running statistics of BatchNorm layers: needs less memory and time than those of the whole
             image.
-        epochs: times that each image is used.
+        epochs: passes over the training images.
         precision: autocast type.
         seed: random seed.
         device: device to compute on.
-        freeze: freeze modules or parameters, as in layer1 or blocks.[0-2], including their BatchNorm statistics.
-        split_image: split each image between the devices, in bands of rows, instead of one image on each; or between
-            this many of them.
+        freeze: freeze modules, as in layer1 or blocks.[0-2], including their BatchNorm statistics.
+        split_image: split each image between the devices instead, in bands of rows.
         sampling: "all": each image once per epoch; "balanced": equally many, drawn so that all classes are equally
             frequent.
         stages: consecutive stages, instead of a single one of ``epochs``.
@@ -268,7 +267,7 @@ class TrainOptions(LoopOptions, _Network):
     seed: int = limited(0, 0, 2**32)  # the range of scikit-learn, which draws folds
     device: str = "cpu"
     freeze: tuple[str, ...] = ()
-    split_image: bool | int = False
+    split_image: bool | int = False  # a number splits it between that many of the devices
     sampling: Literal["all", "balanced"] = "all"
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
@@ -345,9 +344,9 @@ class DataOptions:
     """How the images of a table are prepared, and which of its labels are learnt.
 
     Attributes:
-        task: classes: one of several classes; labels: any of the columns label_NAME; ordinal: ordered classes; numbers:
-            values of label_NAME; masks: a class for each pixel, in the files of mask_path.
-        labels: for "labels" and "numbers": the columns' names without label_; all columns by default.
+        task: "classes": one of several classes; "labels": any of the columns label_NAME; "ordinal": ordered classes;
+            "numbers": values of label_NAME; "masks": a class for each pixel, in the files of mask_path.
+        labels: columns to learn for the tasks labels and numbers, without label_; by default all.
         classes: names of the classes in their order; by default those of the table, sorted. For "masks" the names of
             the values 0 (background), 1, ...; by default as many as the masks have.
         columns: other names of the table's columns: {"label": "cancer"} reads its column cancer as label.
@@ -357,6 +356,11 @@ class DataOptions:
         std: standard deviation that maps to one; or auto.
         voi: grey scale of DICOM images: auto, none, minmax, window:I or lut:I.
         for_processing: accept DICOM images marked FOR PROCESSING.
+        white: white level of PNG, TIFF and other non-DICOM files: a number, as in 4095 for 12 bits in a 16-bit PNG, or
+            auto for the bits that each image uses; by default the largest value of the file's type.
+        augment: augment training images at random up to the given limits, with commas between: flip, rotate=10
+            (degrees), scale=0.1, shear=5 (degrees), translate=64 (pixels), elastic=20 (pixels), gamma=0.2,
+            contrast=0.1, brightness=0.05, noise=0.01.
         downsample: average this many pixels in both directions, as a baseline with lower resolution.
         skip_bad: read all images first, and leave out unreadable ones.
         views: use all images of an exam (patient_id, exam_id) as one sample, and combine its views like this: by the
@@ -398,7 +402,7 @@ class TrainConfig(TrainOptions):
             std and voi; or timm:NAME, with the pretrained weights that timm fetches.
         devices: train on this many GPUs, or CPU processes: one image on each at a time, with averaged gradients.
         devices_per_image: split each image between N of the devices, and average gradients over the groups.
-        timeout: time limit in seconds for waiting on other processes; the error names the missing process.
+        timeout: time limit for waiting on other processes; the error names the missing process.
         log: logger in addition to log.csv: csv, tensorboard, wandb, mlflow, or module:name for Lightning.
         callbacks: Lightning callback, as module:name.
 
@@ -410,7 +414,7 @@ class TrainConfig(TrainOptions):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int | None = limited(None, 1)
     devices_per_image: int | None = limited(None, 1)
-    timeout: float = limited(7200.0, 1)
+    timeout: float = limited(7200.0, 1)  # seconds
     log: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ()
     data: DataOptions = field(default_factory=DataOptions)

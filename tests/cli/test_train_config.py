@@ -64,6 +64,10 @@ def test_the_command_line_and_the_file_have_the_same_defaults(phantoms, capsys):
     assert {**again["data"], "mean": 0.0, "std": 1.0} == told["data"] and again["optimizer"] == told["optimizer"]
 
 
+def test_every_option_has_a_help():
+    assert not [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
+
+
 def test_files_options_and_keys_in_their_order_and_the_saved_file_again(phantoms, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(
         "\ufeff"  # as editors of Windows begin a file
