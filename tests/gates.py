@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_539,
-    ("engine", "kernels", "cli", "benchmarks"): 65_109,
+    ("engine", "kernels"): 57_536,
+    ("engine", "kernels", "cli", "benchmarks"): 65_106,
     ("benchmarks",): 4_122,
 }
 WORDS = {

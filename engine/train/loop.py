@@ -195,8 +195,12 @@ def _fit(
 
 
 def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]:
-    plain = [{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(stage).items()} for stage in stages]
+    plain = [_plain(stage) for stage in stages]
     return {"seed": run.seed, "precision": run.precision, "processes": at_once, "stages": plain}
+
+
+def _plain(stage: Stage) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(stage).items()}
 
 
 def _resumed(task: Task, stored: dict[str, Any], record: dict[str, Any], path: str) -> State:
@@ -214,6 +218,7 @@ def _resumed(task: Task, stored: dict[str, Any], record: dict[str, Any], path: s
 
 def _extends(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> bool:
     """Whether the stages equal the earlier ones, except for more epochs of the last one."""
+    before = [_plain(Stage("", 1, 0.0)) | stage for stage in before]  # older versions lack newer options
     return [*before[:-1], {**before[-1], "epochs": max(before[-1]["epochs"], now[-1]["epochs"])}] == now
 
 

@@ -122,6 +122,12 @@ def part_of(name: str) -> str:
 
 Factor = Callable[[int], float]
 
+# Of the fraction of the steps after the warm-up.
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
 # According to PyTorch's documentation these are stepped after each batch, all others after each epoch.
 _PER_STEP = {"onecyclelr", "cycliclr"}
 # These need functions, other schedules, or a score (see `Stage.plateau`).
@@ -148,7 +154,7 @@ def factor_of(stage: Stage, steps_of_epoch: int) -> Factor:
     share = (0.0 if stage.schedule == "constant" else 0.1) if stage.warmup is None else stage.warmup
     if not 0 <= share < 1:
         raise GigamorphError(f"warmup must be a fraction of the steps, at least 0 and below 1, not {share}")
-    own = {"constant": _constant, "cosine": _cosine, "linear": _linear}.get(stage.schedule)
+    own = _SHAPES.get(stage.schedule)
     # As in the published recipes, a warm-up has at least one step.
     warmup = max(1, int(steps * share)) if share else 0
     if own is not None:
@@ -161,18 +167,6 @@ def factor_of(stage: Stage, steps_of_epoch: int) -> Factor:
     named = _of_timm if stage.schedule.startswith("timm:") else _of_torch
     after = named(stage, steps_of_epoch)
     return lambda step: after(step) * min((step + 1) / warmup if warmup else 1.0, 1.0)
-
-
-def _constant(done: float) -> float:
-    return 1.0
-
-
-def _cosine(done: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _linear(done: float) -> float:
-    return 1 - done
 
 
 def _of_torch(stage: Stage, steps_of_epoch: int) -> Factor:

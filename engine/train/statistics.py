@@ -109,17 +109,12 @@ class Average:
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
         """Context in which the network has the averaged values."""
-        own = self._floating_values()
-        former = {name: value.clone() for name, value in own.items()}
+        former = {name: value.clone() for name, value in self._floating_values().items()}
         try:
-            with torch.no_grad():
-                for name, value in own.items():
-                    value.copy_(self.values[name])
+            self.module.load_state_dict(self.values, strict=False)
             yield
         finally:
-            with torch.no_grad():
-                for name, value in own.items():
-                    value.copy_(former[name])
+            self.module.load_state_dict(former, strict=False)
 
     def stored(self) -> dict[str, Any]:
         """The state for a checkpoint."""

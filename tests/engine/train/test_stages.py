@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -148,6 +149,18 @@ def test_complete_run_is_not_trained_again(whole, tmp_path):
     scores = [row["score"] for row in trained.rows]
     assert trained.best_score == max(scores) and trained.best_epoch == 1 + scores.index(max(scores))
     assert again.score() == pytest.approx(trained.best_score, abs=1e-12)  # the best weights are in the module
+
+
+def test_a_run_of_a_version_that_lacked_an_option_goes_on(whole, tmp_path):
+    stored = load_checkpoint(whole[0] / "last.ckpt")
+    for stage in stored["gigamorph"]["settings"]["stages"]:
+        del stage["layer_decay"]
+    shutil.copytree(whole[0], tmp_path / "older")
+    torch.save(stored, tmp_path / "older" / "last.ckpt")
+    run = Run(tmp_path / "older", seed=4, resume=True)
+    with pytest.raises(GigamorphError, match="different stages"):
+        run_stages(Squares(), [replace(stage, layer_decay=0.5) for stage in STAGES], run)
+    assert len(run_stages(Squares(fail_at=1), STAGES, run).rows) == 5
 
 
 def test_a_folder_is_not_overwritten_nor_resumed_with_other_settings(whole):
