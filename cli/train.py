@@ -176,11 +176,11 @@ def _required(data: str | None, out: str | None) -> tuple[str, Path]:
 
 def _make_config(ctx: click.Context, given: dict[str, Any], echo: Printer) -> TrainConfig:
     """Merge the values of the file (of a resumed run, its own), of the options and of -o; later ones win."""
-    from ..engine.config import parse_value, put, read_values
+    from ..engine.config import nested_keys, parse_value, put, read_values
     from ..engine.train.config import TrainConfig, make_config, read_saved
     from ..engine.trust import trust_named
 
-    values, defaults = dict[str, Any](), TrainConfig()
+    values = dict[str, Any]()
     source = given["config"]
     if source is not None:
         values = read_values(source)
@@ -189,12 +189,9 @@ def _make_config(ctx: click.Context, given: dict[str, Any], echo: Printer) -> Tr
         values = read_saved(source)
     for name, value in given.items():
         if name not in _NOT_IN_FILE and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            table = next(
-                (f"{one}." for one in ("data", "optimizer", "loss") if hasattr(getattr(defaults, one), name)), ""
-            )
             if name == "columns":
                 value = {**values.get("data", {}).get("columns", {}), **value}
-            put(values, table + name, _plain(name, value))
+            put(values, next(iter(nested_keys(TrainConfig, name)), name), _plain(name, value))
     for setting in given["settings"]:
         key, value = parse_value(setting)
         if key in ("model", "log", "callbacks"):  # typed by the user, as in the option

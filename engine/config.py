@@ -235,7 +235,7 @@ def _build(cls: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
     known = [own.name for own in fields(cls) if own.init]
     for key in values:
         if key not in known:
-            meant = "" if prefix else "".join(f" (did you mean {one}?)" for one in _nested_keys(cls, key))
+            meant = "" if prefix else "".join(f" (did you mean {one}?)" for one in nested_keys(cls, key))
             raise GigamorphError(f"{source}: unknown key '{prefix}{key}'{meant}; known keys: {', '.join(known)}")
     for own in fields(cls):
         default = own.default if own.default_factory is MISSING else own.default_factory()
@@ -252,7 +252,7 @@ def _build(cls: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
         raise GigamorphError(f"{source}: {error}") from error
 
 
-def _nested_keys(cls: Any, key: str) -> list[str]:
+def nested_keys(cls: Any, key: str) -> list[str]:
     """Dotted keys with this name in the tables of a configuration."""
     tables = {name: own for name, own in _types_of(cls).items() if is_dataclass(own)}
     return [f"{name}.{key}" for name, own in tables.items() if key in {one.name for one in fields(own)}]

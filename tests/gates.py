@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINES = {
     ("engine", "kernels"): 57_536,
-    ("engine", "kernels", "cli", "benchmarks"): 65_106,
+    ("engine", "kernels", "cli", "benchmarks"): 65_103,
     ("benchmarks",): 4_122,
 }
 WORDS = {

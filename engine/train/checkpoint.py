@@ -24,6 +24,7 @@ from ..images.pixels import Normalize
 from ..models.checkpoints import WeightFile, is_state, read_state
 from ..models.outputs import Views
 from ..models.weights import first_line
+from .options import Kind
 from .state import State
 
 
@@ -99,7 +100,7 @@ class _Options:
 @dataclass(frozen=True)
 class _Target:
     names: tuple[str, ...]
-    kind: Literal["classes", "labels", "ordinal", "numbers", "masks"]
+    kind: Kind
     center: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
     views: Views | None = None

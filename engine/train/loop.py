@@ -195,8 +195,8 @@ def _fit(
 
 
 def _settings(stages: Sequence[Stage], run: Run, at_once: int) -> dict[str, Any]:
-    plain = [_plain(stage) for stage in stages]
-    return {"seed": run.seed, "precision": run.precision, "processes": at_once, "stages": plain}
+    own = {"seed": run.seed, "precision": run.precision, "processes": at_once}
+    return {**own, "stages": [_plain(stage) for stage in stages]}
 
 
 def _plain(stage: Stage) -> dict[str, Any]:

@@ -291,13 +291,12 @@ class TrainOptions(LoopOptions, _Network):
         Args:
             validated: whether there are validation images, which `plateau` and `patience` need.
         """
-        own = self.optimizer
+        own, made = self.optimizer, list[Stage]()
         shared = _shared(own, UpdateOptions) | _shared(self.schedule, ScheduleOptions) | _shared(self, LoopOptions)
         shared["momentum"] = Stage.momentum if own.momentum is None else own.momentum
         shared["clip"] = own.clip or None
         if not validated:
             shared["plateau"] = shared["patience"] = None
-        made = []
         for number, part in enumerate(self.stages or [StageOptions(self.epochs, "train")]):
             frozen = self.freeze if part.freeze is None else part.freeze
             stage = Stage(
