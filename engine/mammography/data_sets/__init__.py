@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ...datasets.tables.generic import missing_files, skip_absent
 from ...datasets.tables.schema import Record, Table
 from ...errors import DataError
 from . import cbis_ddsm, cdd_cesm, chestxray14, cmmd, csaw_cc, embed, inbreast, mini_mias, nyu, rsna, vindr_mammo
-from .files import DataSet, Files
+from .files import DataSet, Files, Records
 
 _MODULES = (cbis_ddsm, inbreast, vindr_mammo, rsna, embed, csaw_cc, cmmd, cdd_cesm, mini_mias, nyu, chestxray14)
 DATA_SETS: dict[str, DataSet] = {module.DATA_SET.name: module.DATA_SET for module in _MODULES}
@@ -72,7 +71,7 @@ def _is_there(files: Files, data_set: DataSet) -> bool:
     return path is not None and (not data_set.columns or set(data_set.columns) <= set(read_rows(path).header))
 
 
-def _unique(path: str | Path, records: Sequence[Record]) -> list[Record]:
+def _unique(path: str | Path, records: Records) -> list[Record]:
     """The records without duplicate images and findings; `DataError` if two rows of an image disagree."""
     found: dict[tuple[Path, int | None], Record] = {}
     for record in records:

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from ...datasets.tables import values
-from ...datasets.tables.schema import Finding, Record
+from ...datasets.tables.schema import Finding
 from ...errors import DataError
 from ...parsing import parse_json
-from .files import DataSet, Files, unlabelled_record
+from .files import DataSet, Files, Records, unlabelled_record
 
 _TABLES = (
     "Radiology manual annotations.xlsx",
@@ -22,7 +22,7 @@ _FOLDERS = {"DM": "Low energy images of CDD-CESM", "CESM": "Subtracted images of
 _PATHOLOGY = "Pathology Classification/ Follow up"
 
 
-def read(files: Files) -> list[Record]:
+def read(files: Files) -> Records:
     """One record per image; several rows of an image (one per lesion) are merged."""
     table = files.rows(*_TABLES, sheet="all")
     table.require("Image_name", "Patient_ID", "Side", "Type", "View", _PATHOLOGY)
@@ -31,31 +31,27 @@ def read(files: Files) -> list[Record]:
     for row in table.rows:
         if row["Image_name"]:
             images.setdefault(row["Image_name"], []).append(row)
-    records = []
     for name, rows in images.items():
         first = rows[0]
         classes = {row[_PATHOLOGY].lower() for row in rows if row[_PATHOLOGY]}
         grades = [g for row in rows for part in row.get("BIRADS", "").split("$") if (g := values.birads(part))]
         findings = [text.strip() for row in rows for text in row.get("Findings", "").split("$") if text.strip()]
         folder = _FOLDERS.get(first["Type"].upper(), "")
-        records.append(
-            unlabelled_record(
-                path=files.expect(f"{folder}/{name}.jpg"),
-                patient_id=first["Patient_ID"],
-                laterality=values.side(first["Side"]),
-                view=first["View"].upper(),
-                exam_id=first["Patient_ID"],
-                density=next((d for row in rows if (d := values.density(row.get("Breast density (ACR)", "")))), None),
-                birads=max(grades, default=None),
-                manufacturer=first.get("Machine") or None,
-                labels={"malignant": float("malignant" in classes), "abnormal": float(bool(classes - {"normal"}))}
-                if classes
-                else {},
-                findings=tuple(outlines.get(name, ())),
-                extra={"type": first["Type"], "findings_text": ", ".join(dict.fromkeys(findings))},
-            )
+        yield unlabelled_record(
+            path=files.expect(f"{folder}/{name}.jpg"),
+            patient_id=first["Patient_ID"],
+            laterality=values.side(first["Side"]),
+            view=first["View"].upper(),
+            exam_id=first["Patient_ID"],
+            density=next((d for row in rows if (d := values.density(row.get("Breast density (ACR)", "")))), None),
+            birads=max(grades, default=None),
+            manufacturer=first.get("Machine") or None,
+            labels={"malignant": float("malignant" in classes), "abnormal": float(bool(classes - {"normal"}))}
+            if classes
+            else {},
+            findings=tuple(outlines.get(name, ())),
+            extra={"type": first["Type"], "findings_text": ", ".join(dict.fromkeys(findings))},
         )
-    return records
 
 
 def _outlines(files: Files) -> dict[str, list[Finding]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...datasets.tables import values
-from ...datasets.tables.schema import Box, Finding, Record
+from ...datasets.tables.schema import Box, Finding
 from ...errors import DataError
-from .files import DataSet, Files, unlabelled_record
+from .files import DataSet, Files, Records, unlabelled_record
 
 FINDINGS = (
     "Atelectasis",
@@ -28,7 +28,7 @@ FINDINGS = (
 _TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "nih_Data_Entry_2017_v2020.csv")
 
 
-def read(files: Files) -> list[Record]:
+def read(files: Files) -> Records:
     """One record per row of Data_Entry_2017.csv, of either release.
 
     The commas in two column names are not quoted, so "OriginalImage[Width,Height]" is read as two columns.
@@ -37,28 +37,24 @@ def read(files: Files) -> list[Record]:
     table.require("Image Index", "Finding Labels", "Patient ID", "View Position")
     splits = _splits(files)
     boxes = _boxes(files)
-    records = []
     for place, row in zip(table.places, table.rows, strict=True):
         found = set(row["Finding Labels"].split("|")) - {"No Finding"}
         if found - set(FINDINGS):
             raise DataError(f"{table.path}, {place}: unknown finding {sorted(found - set(FINDINGS))[0]!r}; correct it")
         name = row["Image Index"]
-        records.append(
-            unlabelled_record(
-                path=files.expect(f"images/{name}"),
-                patient_id=row["Patient ID"],
-                split=splits.get(name),
-                view=row["View Position"],
-                exam_id=f"{row['Patient ID']}_{row.get('Follow-up #', '')}",
-                labels={"finding": float(bool(found)), **{kind: float(kind in found) for kind in FINDINGS}},
-                findings=tuple(boxes.get(name, ())),
-                extra={
-                    "age": row.get("Patient Age", "").rstrip("Y").lstrip("0") or "0",
-                    "sex": row.get("Patient Gender") or row.get("Patient Sex", ""),
-                },
-            )
+        yield unlabelled_record(
+            path=files.expect(f"images/{name}"),
+            patient_id=row["Patient ID"],
+            split=splits.get(name),
+            view=row["View Position"],
+            exam_id=f"{row['Patient ID']}_{row.get('Follow-up #', '')}",
+            labels={"finding": float(bool(found)), **{kind: float(kind in found) for kind in FINDINGS}},
+            findings=tuple(boxes.get(name, ())),
+            extra={
+                "age": row.get("Patient Age", "").rstrip("Y").lstrip("0") or "0",
+                "sex": row.get("Patient Gender") or row.get("Patient Sex", ""),
+            },
         )
-    return records
 
 
 def _splits(files: Files) -> dict[str, str]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from ...datasets.tables import values
-from ...datasets.tables.schema import Record
 from ...errors import DataError
 from ...images.header import DicomInfo, read_headers
-from .files import DataSet, Files, unlabelled_record
+from .files import DataSet, Files, Records, unlabelled_record
 
 _KINDS = ("normal", "benign", "malignant")
 _TABLES = ("CMMD_clinicaldata_revision.xlsx", "CMMD_clinicaldata_revision.csv")
 
 
-def read(files: Files) -> list[Record]:
+def read(files: Files) -> Records:
     """One record per DICOM file; images of a breast that is not in the table have no label."""
     table = files.rows(*_TABLES)
     table.require("ID1", "LeftRight", "classification")
@@ -27,7 +26,8 @@ def read(files: Files) -> list[Record]:
         if _KINDS.index(kind) > _KINDS.index(known["classification"].lower()):  # a row for each finding
             breasts[row["ID1"], side] = row
     paths = files.matching([".dcm"]) if files.path.is_dir() else []
-    records = []
+    if not paths:
+        raise DataError(f"{files.path}: contains no .dcm files, which have side and view; download them")
     for path, info in zip(paths, read_headers(paths), strict=True):
         # An unreadable file is reported when it is opened.
         header = info if isinstance(info, DicomInfo) else None
@@ -35,20 +35,15 @@ def read(files: Files) -> list[Record]:
         side = header.laterality if header else None
         row = breasts.get((patient, side), {})
         extra = {name: row[name] for name in ("abnormality", "subtype", "Age") if row.get(name)}
-        records.append(
-            unlabelled_record(
-                path=path,
-                patient_id=patient,
-                laterality=side,
-                view=header.view if header else None,
-                exam_id=patient,
-                labels={"malignant": float(row["classification"].lower() == "malignant")} if row else {},
-                extra=extra,
-            )
+        yield unlabelled_record(
+            path=path,
+            patient_id=patient,
+            laterality=side,
+            view=header.view if header else None,
+            exam_id=patient,
+            labels={"malignant": float(row["classification"].lower() == "malignant")} if row else {},
+            extra=extra,
         )
-    if not records:
-        raise DataError(f"{files.path}: contains no .dcm files, which have side and view; download them")
-    return records
 
 
 DATA_SET = DataSet(

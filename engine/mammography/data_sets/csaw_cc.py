@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from ...datasets.tables import values
-from ...datasets.tables.schema import Finding, Record
-from .files import DataSet, Files, unlabelled_record
+from ...datasets.tables.schema import Finding
+from .files import DataSet, Files, Records, unlabelled_record
 
 _TABLE = "CSAW-CC_breast_cancer_screening_data.csv"
 _KEPT = (
@@ -22,30 +22,26 @@ _KEPT = (
 )
 
 
-def read(files: Files) -> list[Record]:
+def read(files: Files) -> Records:
     """One record per row, with a mask if FILE_mask.png exists."""
     table = files.rows(_TABLE)
     table.require("anon_patientid", "imagelaterality", "viewposition", "anon_filename", "x_case", "x_cancer_laterality")
-    records = []
     for row in table.rows:
         side = values.side(row["imagelaterality"])
         cancer = _cancer(row, side)
         name = PurePosixPath(row["anon_filename"].replace("\\", "/")).name
         mask = files.find(f"{PurePosixPath(name).stem}_mask.png")
-        records.append(
-            unlabelled_record(
-                path=files.expect(name if name.lower().endswith(".dcm") else f"{name}.dcm"),
-                patient_id=row["anon_patientid"],
-                laterality=side,
-                view=row["viewposition"].upper(),
-                exam_id=f"{row['anon_patientid']}_{row.get('exam_year', '')}",
-                manufacturer=row.get("dicom_manufacturer") or None,
-                labels={} if cancer is None else {"cancer": cancer},
-                findings=(Finding(kind="tumour", mask=mask, pathology="malignant"),) if mask else (),
-                extra={name: row[name] for name in _KEPT if row.get(name)},
-            )
+        yield unlabelled_record(
+            path=files.expect(name if name.lower().endswith(".dcm") else f"{name}.dcm"),
+            patient_id=row["anon_patientid"],
+            laterality=side,
+            view=row["viewposition"].upper(),
+            exam_id=f"{row['anon_patientid']}_{row.get('exam_year', '')}",
+            manufacturer=row.get("dicom_manufacturer") or None,
+            labels={} if cancer is None else {"cancer": cancer},
+            findings=(Finding(kind="tumour", mask=mask, pathology="malignant"),) if mask else (),
+            extra={name: row[name] for name in _KEPT if row.get(name)},
         )
-    return records
 
 
 def _cancer(row: dict[str, str], side: str | None) -> float | None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from ...datasets.tables import values
 from ...datasets.tables.generic import identifier
-from ...datasets.tables.schema import Box, Finding, Record
+from ...datasets.tables.schema import Box, Finding
 from ...errors import DataError
 from ...parsing import parse_literal
-from .files import DataSet, Files, unlabelled_record
+from .files import DataSet, Files, Records, unlabelled_record
 
 _METADATA = ("EMBED_OpenData_metadata.csv", "EMBED_OpenData_metadata_reduced.csv")
 _CLINICAL = ("EMBED_OpenData_clinical.csv", "EMBED_OpenData_clinical_reduced.csv")
@@ -20,12 +20,11 @@ _KEPT = ("study_date_anon", "StudyDescription", "FinalImageType", "spot_mag", "m
 _SCREENSHOTS = ("ROI_SSC", "ROI_SS")
 
 
-def read(files: Files) -> list[Record]:
+def read(files: Files) -> Records:
     """One record per image, without the screenshots with radiologists' drawings (ROI_SSC, ROI_SS)."""
     table = files.rows(*_METADATA)
     table.require("empi_anon", "acc_anon", "anon_dicom_path", "ImageLateralityFinal", "ViewPosition")
     clinical = _clinical(files)
-    records = []
     for place, row in zip(table.places, table.rows, strict=True):
         if row.get("FinalImageType") in _SCREENSHOTS:
             continue
@@ -34,22 +33,19 @@ def read(files: Files) -> list[Record]:
         found = [item for item in clinical.get(exam, []) if side is None or item["side"] in (side, "")]
         cancer = _cancer(found)
         grades = {_ASSESSMENTS[item["asses"]] for item in found if item["asses"] in _ASSESSMENTS}
-        records.append(
-            unlabelled_record(
-                path=files.expect(row["anon_dicom_path"]),
-                patient_id=identifier(row["empi_anon"]),
-                laterality=side,
-                view=row["ViewPosition"].upper() or None,
-                exam_id=exam,
-                density=next((d for item in found if (d := values.density(item["density"]))), None),
-                birads=next((grade for grade in _ASSESSMENTS.values() if grade in grades), None),
-                manufacturer=row.get("Manufacturer") or None,
-                labels={} if cancer is None else {"cancer": cancer},
-                findings=_boxes(row.get("ROI_coords", ""), f"{table.path}, {place}"),
-                extra={name: row[name] for name in _KEPT if row.get(name)},
-            )
+        yield unlabelled_record(
+            path=files.expect(row["anon_dicom_path"]),
+            patient_id=identifier(row["empi_anon"]),
+            laterality=side,
+            view=row["ViewPosition"].upper() or None,
+            exam_id=exam,
+            density=next((d for item in found if (d := values.density(item["density"]))), None),
+            birads=next((grade for grade in _ASSESSMENTS.values() if grade in grades), None),
+            manufacturer=row.get("Manufacturer") or None,
+            labels={} if cancer is None else {"cancer": cancer},
+            findings=_boxes(row.get("ROI_coords", ""), f"{table.path}, {place}"),
+            extra={name: row[name] for name in _KEPT if row.get(name)},
         )
-    return records
 
 
 def _clinical(files: Files) -> dict[str, list[dict[str, str]]]:

@@ -13,6 +13,7 @@ from ...datasets.tables.cells import Rows, read_rows
 from ...datasets.tables.schema import Record
 from ...errors import DataError
 
+Records = Iterable[Record]
 unlabelled_record = functools.partial(Record, label=-1)
 """A record with `labels` but without `label`, which is one of them."""
 
@@ -104,7 +105,7 @@ class DataSet:
     """Label columns with the meaning of 1 and 0; the first is the label by default."""
     split: str
     """The official split."""
-    read: Callable[[Files], list[Record]]
-    """Returns all images of its tables in their order, with `labels` filled in and `label` -1; files need not exist."""
+    read: Callable[[Files], Records]
+    """Iterates over all images of its tables in order, with `labels` filled in and `label` -1; files need not exist."""
     columns: tuple[str, ...] = ()
     """Columns that identify the table if its name is not specific."""

@@ -7,20 +7,19 @@ import re
 from pathlib import Path
 
 from ...datasets.tables import values
-from ...datasets.tables.schema import Finding, Record
+from ...datasets.tables.schema import Finding
 from ...errors import DataError
-from .files import DataSet, Files, unlabelled_record
+from .files import DataSet, Files, Records, unlabelled_record
 
 _POINT = re.compile(r"\(\s*([-\d.eE+]+)\s*,\s*([-\d.eE+]+)\s*\)")
 
 
-def read(files: Files) -> list[Record]:
+def read(files: Files) -> Records:
     """One record per row of INbreast.csv or .xls; findings from AllXML."""
     table = files.rows("INbreast.csv", "INbreast.xls", "INbreast.xlsx")
     table.require("File Name", "Laterality", "View", "Bi-Rads")
     images = {path.name.split("_")[0]: path for path in files.matching([".dcm"]) if "_MG_" in path.name}
     outlines = {path.stem: path for path in files.matching([".xml"])}
-    records = []
     for row in table.rows:
         number = row["File Name"].split("_")[0].removesuffix(".dcm")
         if not number.isdecimal():  # notes below the table
@@ -30,20 +29,17 @@ def read(files: Files) -> list[Record]:
         parts = image.name.split("_") if image else []
         patient = parts[1] if len(parts) > 2 else number
         grade = values.birads(row["Bi-Rads"])
-        records.append(
-            unlabelled_record(
-                path=image or files.folder / "AllDICOMs" / f"{number}.dcm",
-                patient_id=patient,
-                laterality=values.side(row["Laterality"]),
-                view=row["View"].upper() or None,
-                exam_id=f"{patient}_{row.get('Acquisition date', '')}",
-                density=values.density(row.get("ACR", "")),
-                birads=grade,
-                labels=_labels(grade),
-                findings=_outlines(outlines[number]) if number in outlines else (),
-            )
+        yield unlabelled_record(
+            path=image or files.folder / "AllDICOMs" / f"{number}.dcm",
+            patient_id=patient,
+            laterality=values.side(row["Laterality"]),
+            view=row["View"].upper() or None,
+            exam_id=f"{patient}_{row.get('Acquisition date', '')}",
+            density=values.density(row.get("ACR", "")),
+            birads=grade,
+            labels=_labels(grade),
+            findings=_outlines(outlines[number]) if number in outlines else (),
         )
-    return records
 
 
 def _labels(grade: str | None) -> dict[str, float]:

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from ...datasets.tables import values
-from ...datasets.tables.schema import Record
 from ...errors import DataError
-from .files import DataSet, Files, unlabelled_record
+from .files import DataSet, Files, Records, unlabelled_record
 
 _LABELS = ("cancer", "biopsy", "invasive", "difficult_negative_case")
 _KEPT = ("site_id", "age", "implant", "machine_id")
 
 
-def read(files: Files) -> list[Record]:
+def read(files: Files) -> Records:
     """One record per row of train.csv or, if it is missing, of test.csv, which has no labels."""
     table = files.rows("train.csv", "test.csv")
     table.require("patient_id", "image_id", "laterality", "view")
     folder = f"{table.path.name.split('.')[0]}_images"
-    records = []
     for place, row in zip(table.places, table.rows, strict=True):
         labels = {name: _truth(row[name], name, f"{table.path}, {place}") for name in _LABELS if row.get(name)}
-        records.append(
-            unlabelled_record(
-                path=files.expect(f"{folder}/{row['patient_id']}/{row['image_id']}.dcm"),
-                patient_id=row["patient_id"],
-                laterality=values.side(row["laterality"]),
-                view=row["view"].upper(),
-                exam_id=row["patient_id"],
-                density=values.density(row.get("density", "")),
-                birads=values.birads(row.get("BIRADS", "").removesuffix(".0")),
-                labels={name: value for name, value in labels.items() if value is not None},
-                extra={name: row[name] for name in _KEPT if row.get(name)},
-            )
+        yield unlabelled_record(
+            path=files.expect(f"{folder}/{row['patient_id']}/{row['image_id']}.dcm"),
+            patient_id=row["patient_id"],
+            laterality=values.side(row["laterality"]),
+            view=row["view"].upper(),
+            exam_id=row["patient_id"],
+            density=values.density(row.get("density", "")),
+            birads=values.birads(row.get("BIRADS", "").removesuffix(".0")),
+            labels={name: value for name, value in labels.items() if value is not None},
+            extra={name: row[name] for name in _KEPT if row.get(name)},
         )
-    return records
 
 
 def _truth(cell: str, name: str, place: str) -> float | None:

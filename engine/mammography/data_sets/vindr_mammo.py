@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ...datasets.tables import values
 from ...datasets.tables.generic import SPLIT_NAMES
-from ...datasets.tables.schema import Box, Finding, Record
+from ...datasets.tables.schema import Box, Finding
 from ...errors import DataError
 from ...parsing import parse_literal
-from .files import DataSet, Files, unlabelled_record
+from .files import DataSet, Files, Records, unlabelled_record
 
 
-def read(files: Files) -> list[Record]:
+def read(files: Files) -> Records:
     """One record per row of breast-level_annotations.csv; boxes from finding_annotations.csv.
 
     The data set has no patients; each exam is of a different one, so the study is used as the patient.
@@ -19,29 +19,25 @@ def read(files: Files) -> list[Record]:
     table.require("study_id", "image_id", "laterality", "view_position", "breast_birads", "split")
     findings = _findings(files)
     makers = _manufacturers(files)
-    records = []
     for place, row in zip(table.places, table.rows, strict=True):
         grade = values.birads(row["breast_birads"])
         suspicious = values.suspicious(grade)
         split = row["split"].lower()
         if split not in SPLIT_NAMES:
             raise DataError(f"{table.path}, {place}: split {row['split']!r} must be training or test")
-        records.append(
-            unlabelled_record(
-                path=files.expect(f"images/{row['study_id']}/{row['image_id']}.dicom"),
-                patient_id=row["study_id"],
-                split=SPLIT_NAMES[split],
-                laterality=values.side(row["laterality"]),
-                view=row["view_position"].upper(),
-                exam_id=row["study_id"],
-                density=values.density(row.get("breast_density", "")),
-                birads=grade,
-                manufacturer=makers.get(row["image_id"]),
-                labels={} if suspicious is None else {"suspicious": suspicious},
-                findings=tuple(findings.get(row["image_id"], ())),
-            )
+        yield unlabelled_record(
+            path=files.expect(f"images/{row['study_id']}/{row['image_id']}.dicom"),
+            patient_id=row["study_id"],
+            split=SPLIT_NAMES[split],
+            laterality=values.side(row["laterality"]),
+            view=row["view_position"].upper(),
+            exam_id=row["study_id"],
+            density=values.density(row.get("breast_density", "")),
+            birads=grade,
+            manufacturer=makers.get(row["image_id"]),
+            labels={} if suspicious is None else {"suspicious": suspicious},
+            findings=tuple(findings.get(row["image_id"], ())),
         )
-    return records
 
 
 def _findings(files: Files) -> dict[str, list[Finding]]:
