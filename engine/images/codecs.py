@@ -66,7 +66,7 @@ def most_encoded(decoded: int) -> int:
 
 
 def is_known(syntax: str) -> bool:
-    """Whether `decode` supports this transfer syntax; pydicom decodes the others."""
+    """Whether `decode` supports this transfer syntax, as it does all compressed ones that pydicom decodes."""
     return syntax in _JPEG | _JPEG_LS | JPEG_2000 | {RLE}
 
 

@@ -21,8 +21,6 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
-from pydicom.pixels import pixel_array
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -237,9 +235,9 @@ class StoredFrames:
     def _pixels(self, index: int) -> np.ndarray:
         if self.offset is not None:
             return self._uncompressed(index)
-        if codecs.is_known(self.syntax):
-            return codecs.decode(self._data(index), self.syntax, self.frame, str(self.path))
-        return self._by_pydicom(index)
+        if not codecs.is_known(self.syntax):
+            raise DataError(f"{self.path}: pixel data cannot be decoded ({UID(self.syntax).name}); convert it")
+        return codecs.decode(self._data(index), self.syntax, self.frame, str(self.path))
 
     def _data(self, index: int) -> bytes:
         """The code stream of a frame: the joined values of its items."""
@@ -280,16 +278,6 @@ class StoredFrames:
         if self.planar:
             return pixels.reshape(frame.samples, frame.rows, frame.columns).transpose(1, 2, 0)
         return pixels.reshape(frame.shape)
-
-    def _by_pydicom(self, index: int) -> np.ndarray:
-        codecs.check_size(self.frame.nbytes, self.path.stat().st_size, str(self.path))
-        with library_errors(f"{self.path}: pixel data cannot be decoded", "convert it"):
-            with DicomFile(self.path) as file:
-                ds, _ = read_header(file, self.path)
-            # Keep all bits: pydicom would interpret signs and unused bits, which the table does here.
-            ds.BitsStored, ds.HighBit, ds.PixelRepresentation = ds.BitsAllocated, ds.BitsAllocated - 1, 0
-            ds.NumberOfFrames, ds.PixelData = 1, encapsulate([self._data(index)], has_bot=False)
-            return pixel_array(ds, raw=True)
 
 
 def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> StoredFrames:
