@@ -15,7 +15,6 @@ import pytest
 from image_files import write_dicom
 
 from gigamorph.engine.datasets.check import check_images
-from gigamorph.engine.datasets.convert import names_of
 from gigamorph.engine.datasets.grey import kind_of_file
 from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.datasets.tables import Record, missing_masks, read_table, write_table
@@ -27,6 +26,7 @@ from gigamorph.engine.mammography.data_sets import detect, read_data_set
 from gigamorph.engine.mammography.data_sets.files import Files
 from gigamorph.engine.mammography.data_sets.nyu import read_pickle
 from gigamorph.engine.models.checkpoints import Inert
+from gigamorph.engine.predict.convert import names_of
 from gigamorph.engine.train.inputs import training_data
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import lookalikes
 import pytest
 
-from gigamorph.engine.datasets.convert import Conversion
 from gigamorph.engine.datasets.tables import Finding, Record, read_table, write_table
 from gigamorph.engine.errors import DataError
 from gigamorph.engine.images.affine import Affine
 from gigamorph.engine.mammography.data_sets import read_data_set
+from gigamorph.engine.predict.convert import Conversion
 
 VINDR = "study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density,split"
 
