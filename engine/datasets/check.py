@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -196,12 +196,11 @@ def _size(fact: _Facts) -> str:
     return f"{fact.info.rows} x {fact.info.columns} " if fact.info else ""
 
 
-def _duplicates(good: Sequence[tuple[Record, _Facts]], labels: Mapping[int, str]) -> list[Problem]:
+def _duplicates(good: Sequence[tuple[Record, _Facts]], labels: Mapping[int, str]) -> Iterator[Problem]:
     groups: dict[bytes, list[tuple[Record, _Facts]]] = defaultdict(list)
     for record, fact in good:
         if not fact.blank:
             groups[fact.digest].append((record, fact))
-    problems = []
     for group in groups.values():
         first, first_fact = group[0]
         for record, fact in group[1:]:
@@ -209,13 +208,12 @@ def _duplicates(good: Sequence[tuple[Record, _Facts]], labels: Mapping[int, str]
             if (record.path, record.frame) == (first.path, first.frame):
                 text = "is in several rows of the table"
             if record.split != first.split:
-                problems.append(Problem(record.path, "leak", f"{text}, in splits {first.split} and {record.split}"))
+                yield Problem(record.path, "leak", f"{text}, in splits {first.split} and {record.split}")
             elif _patient(record, fact) != _patient(first, first_fact):
-                problems.append(Problem(record.path, "duplicate", f"{text}, under another patient"))
+                yield Problem(record.path, "duplicate", f"{text}, under another patient")
             else:
                 other = labels.get(id(record)) != labels.get(id(first))
-                problems.append(Problem(record.path, "duplicate", f"{text}, with another label" if other else text))
-    return problems
+                yield Problem(record.path, "duplicate", f"{text}, with another label" if other else text)
 
 
 def _patient(record: Record, fact: _Facts) -> str:
@@ -224,26 +222,24 @@ def _patient(record: Record, fact: _Facts) -> str:
     return own or record.patient_id
 
 
-def _leaks(records: Sequence[Record], good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+def _leaks(records: Sequence[Record], good: Sequence[tuple[Record, _Facts]]) -> Iterator[Problem]:
     of_patient: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         of_patient[record.patient_id].append(record)
-    problems = []
     for patient, splits in leaks(records).items():
         for split in splits[1:]:
             path = next(record.path for record in of_patient[patient] if record.split == split)
-            problems.append(Problem(path, "leak", f"its patient is in {' and '.join(splits)}"))
-    return problems + _patients_under_two_names(good)
+            yield Problem(path, "leak", f"its patient is in {' and '.join(splits)}")
+    yield from _patients_under_two_names(good)
 
 
-def _patients_under_two_names(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+def _patients_under_two_names(good: Sequence[tuple[Record, _Facts]]) -> Iterator[Problem]:
     """Images of one patient by their headers, and of two patients by the table."""
     of_header: dict[str, dict[str, Record]] = defaultdict(dict)
     for record, fact in good:
         # In a table without patients, each image is a patient.
         if fact.info and fact.info.patient_id and Path(record.patient_id).name != record.path.name:
             of_header[fact.info.patient_id].setdefault(record.patient_id, record)
-    problems = []
     for names in of_header.values():
         first, *others = names.values()
         if len(names) > _PLACEHOLDER:
@@ -252,8 +248,7 @@ def _patients_under_two_names(good: Sequence[tuple[Record, _Facts]]) -> list[Pro
             text = f"has the PatientID of {first.path}, but another patient in the table"
             if record.split != first.split:
                 text = f"{text}; they are in {first.split} and {record.split}"
-            problems.append(Problem(record.path, "leak" if record.split != first.split else "patient", text))
-    return problems
+            yield Problem(record.path, "leak" if record.split != first.split else "patient", text)
 
 
 def _labels_by_kind(records: Sequence[Record], labels: Sequence[str]) -> list[str]:
@@ -266,23 +261,21 @@ def _labels_by_kind(records: Sequence[Record], labels: Sequence[str]) -> list[st
     return list(filter(None, found))
 
 
-def _disagreements(good: Sequence[tuple[Record, _Facts]]) -> list[Problem]:
+def _disagreements(good: Sequence[tuple[Record, _Facts]]) -> Iterator[Problem]:
     usual = _usual_sides(good)
-    problems = []
     for record, fact in good:
         info = fact.info
         side = record.laterality or (info.laterality if info else None)
         if info and record.laterality and info.laterality and record.laterality != info.laterality:
             text = f"is {record.laterality} in the table, {info.laterality} in the header"
-            problems.append(Problem(record.path, "laterality", text))
+            yield Problem(record.path, "laterality", text)
         if info and record.view and info.view and record.view != info.view:
-            problems.append(Problem(record.path, "view", f"is {record.view} in the table, {info.view} in the header"))
+            yield Problem(record.path, "view", f"is {record.view} in the table, {info.view} in the header")
         expected = _expected_side(fact) or usual.get(side or "")
         if expected and fact.brighter and fact.brighter != expected:
             why = "PatientOrientation puts" if _expected_side(fact) else f"other {side} images have"
             text = f"{why} the breast on the {expected}, the pixels on the {fact.brighter}: mirrored or mislabelled"
-            problems.append(Problem(record.path, "laterality", text))
-    return problems
+            yield Problem(record.path, "laterality", text)
 
 
 def _expected_side(fact: _Facts) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,18 +144,16 @@ def _sampled(source: ImageSource) -> GreyRange | None:
     return GreyRange(source, least, most, bright, float((values >= 1).mean()))
 
 
-def _misfits(mean: Sequence[float], std: Sequence[float], least: float, most: float) -> list[str]:
-    found = []
+def _misfits(mean: Sequence[float], std: Sequence[float], least: float, most: float) -> Iterator[str]:
     scale = f"grey values of the images are {least:.3g} to {most:.3g} (0 black, 1 white)"
     for value in mean:
         if value != 0 and not least <= value <= most:
-            found.append(f"mean {value:g} is outside the grey range; {scale}: divide it by the value of white")
+            yield f"mean {value:g} is outside the grey range; {scale}: divide it by the value of white"
             break
     for value in std:
         if value != 1 and value > max(most - least, 1e-6):
-            found.append(f"std {value:g} exceeds the grey range; {scale}: divide it by the value of white")
+            yield f"std {value:g} exceeds the grey range; {scale}: divide it by the value of white"
             break
-    return found
 
 
 def kind_of_file(path: Path) -> str:

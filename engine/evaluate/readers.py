@@ -14,7 +14,7 @@ with I modalities and J readers. Hillis, Berbaum and Metz (2008) give the formul
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -381,14 +381,12 @@ def write_reader_report(out: str | Path, study: ReaderStudy, source: Mapping[str
     )
 
 
-def reader_headline(study: ReaderStudy) -> list[str]:
+def reader_headline(study: ReaderStudy) -> Iterator[str]:
     """A summary line for each modality and difference, and each kind of generalisation."""
-    lines = []
     for words, analysis in _analyses(study):
         for name, one in (*analysis.modalities.items(), *analysis.differences.items()):
             p = "" if one.p is None else f", p {format_p(one.p)}"
-            lines.append(f"{words}: {name}: AUC {_with_interval(one)}{p}")
-    return lines
+            yield f"{words}: {name}: AUC {_with_interval(one)}{p}"
 
 
 def _analyses(study: ReaderStudy) -> list[tuple[str, Analysis]]:

@@ -123,7 +123,7 @@ def read_table(
         left_out = set(masks)
         rows = [(str(file), {"image_path": str(file)}) for file in files if file not in left_out]
     elif path.is_dir():
-        rows = _folder_rows(path)
+        rows = list(_folder_rows(path))
     elif path.is_file():
         rows = list(_csv_rows(path, labels, label))
     else:
@@ -319,7 +319,7 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> Iterator[tuple[str
         yield place, row
 
 
-def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
+def _folder_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     if made_by(path) == CONVERTED and (path / "table.csv").is_file():
         raise DataError(
             f"{path}: contains the output of gigamorph {CONVERTED}, not a sub-folder per class; use its table, "
@@ -327,8 +327,10 @@ def _folder_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
         )
     folders = _sub_folders(path)
     if folders and all(folder.name.lower() in SPLIT_NAMES for folder in folders):
-        return [row for folder in folders for row in _class_rows(folder, _sub_folders(folder), folder.name)]
-    return _class_rows(path, folders, "")
+        for folder in folders:
+            yield from _class_rows(folder, _sub_folders(folder), folder.name)
+    else:
+        yield from _class_rows(path, folders, "")
 
 
 def _sub_folders(path: Path) -> list[Path]:
@@ -338,8 +340,7 @@ def _sub_folders(path: Path) -> list[Path]:
     return [folder for folder in there if not is_left_out(folder)]
 
 
-def _class_rows(path: Path, folders: list[Path], split: str) -> list[tuple[str, dict[str, str]]]:
-    rows = []
+def _class_rows(path: Path, folders: list[Path], split: str) -> Iterator[tuple[str, dict[str, str]]]:
     for folder in folders:
         if len(folders) > 1 and names_masks(folder.name):
             raise DataError(
@@ -361,9 +362,7 @@ def _class_rows(path: Path, folders: list[Path], split: str) -> list[tuple[str, 
             inside = file.relative_to(folder).parts
             # Equal stems in two splits or classes are different patients, unless folders name the patients.
             patient = inside[0] if len(inside) > 1 else str(file)
-            row = {"image_path": str(file), "label": folder.name, "patient_id": patient, "split": split}
-            rows.append((str(file), row))
-    return rows
+            yield str(file), {"image_path": str(file), "label": folder.name, "patient_id": patient, "split": split}
 
 
 def _class_names(labels: list[str], classes: Sequence[str] | None, path: Path) -> list[str]:

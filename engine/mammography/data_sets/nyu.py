@@ -9,6 +9,7 @@ Layout and meaning are those of the README files of the three repositories.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,11 @@ def _labels(path: Path, exam: dict[str, Any], number: int, side: str) -> dict[st
     return found
 
 
-def _masks(files: Files, path: Path, exam: dict[str, Any], number: int, view: str, index: int) -> list[Finding]:
-    found = []
+def _masks(files: Files, path: Path, exam: dict[str, Any], number: int, view: str, index: int) -> Iterator[Finding]:
     for kind in ("malignant", "benign"):
         names = _file_names(path, number, exam, f"{view}_{kind}_seg")
         if index < len(names) and (mask := files.find(_png(names[index]))) is not None:
-            found.append(Finding(mask=mask, pathology=kind))
-    return found
+            yield Finding(mask=mask, pathology=kind)
 
 
 def _file_names(path: Path, number: int, exam: dict[str, Any], key: str) -> list[str]:
