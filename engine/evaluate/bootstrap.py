@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from .checks import Array
+
 Statistics = Callable[[Array], Mapping[str, Array]]
 """Weights (resamples, rows) -> values (resamples,) by name, NaN where undefined."""
 _AT_ONCE = 2**19  # weights in memory at a time, to fit into the cache

@@ -18,9 +18,8 @@ from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
-from .checks import labels_and_probabilities, labels_and_scores, some
+from .checks import Array, labels_and_probabilities, labels_and_scores, some
 
-Array = NDArray[np.float64]
 BINS = 15
 
 

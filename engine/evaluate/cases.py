@@ -12,9 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from ..datasets.unknown_views import unplaced
 from ..errors import DataError
 from . import odds
-from .checks import NotANumber
+from .checks import Array, NotANumber
 
-Array = NDArray[np.float64]
 Kind = Literal["binary", "classes", "labels", "numbers"]
 Level = Literal["image", "breast", "exam"]
 LEVELS = {

@@ -13,9 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import labels_and_scores
+from .checks import Array, labels_and_scores
 
-Array = NDArray[np.float64]
 Places = NDArray[np.int64]
 # Tolerance for rounding of a rate that should be exactly on the limit.
 _SLACK = 1e-9

@@ -17,22 +17,20 @@ from scipy.ndimage import find_objects, label
 
 from ..datasets.dataset import open_record
 from ..datasets.masks import Classes, FileMask, highest, highest_of
-from ..datasets.tables import Finding, Record, read_table
+from ..datasets.tables import Box, Finding, Record, read_table
 from ..datasets.tables.cells import Rows
 from ..datasets.views import DownsampledSource
 from ..errors import DataError
 from ..images.pixels import PixelSource
 from ..report.figure import class_colour, open_axes, outline_colour, png
 from ..report.page import TextTable
-from .dice import DICE, SHARE, classes_of_masks, dice_of, patients_of
+from .dice import DICE, SHARE, Array, classes_of_masks, dice_of, patients_of
 from .join import ImageRecords
 from .report import format_value, write_results
 
-Array = NDArray[np.float64]
 LISTED, PICTURED = 20, 6
 _SIDE = 520
 """Maximum pixels on the longer side of a drawn image."""
-Box = tuple[int, int, int, int]
 
 
 def write_dice_report(out: str | Path, rows: Rows, found: dict[str, Any], table: str | Path | None = None) -> Path:
@@ -104,13 +102,10 @@ def _worst(rows: Rows, names: Sequence[str], values: Array, order: Sequence[int]
         cells = {
             f"Dice, {name}": "" if np.isnan(one) else f"{one:.3f}" for name, one in zip(names, values[n], strict=True)
         }
-        shares = {f"% of the image, {name}": _percent(row.get(SHARE + name, "")) for name in names}
+        found = {name: row.get(SHARE + name, "") for name in names}
+        shares = {f"% of the image, {name}": cell and f"{100 * float(cell):.3g}" for name, cell in found.items()}
         listed.append({**who, **cells, **shares})
     return TextTable.of(listed)
-
-
-def _percent(cell: str) -> str:
-    return f"{100 * float(cell):.3g}" if cell else ""
 
 
 def _pictures(rows: Rows, numbers: Sequence[int], table: Path) -> dict[str, bytes]:

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .bootstrap import Resamples
+from .bootstrap import Array, Resamples
 
-Array = NDArray[np.float64]
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _SLACK = 1e-9
 

@@ -16,10 +16,9 @@ from . import odds, roc
 from .bootstrap import Resamples, Spread
 from .calibration import Binned, in_the_large, reliability, slope_and_intercept
 from .cases import Cases
-from .checks import classes_of
+from .checks import Array, classes_of
 from .curves import WeightedCurves, ratio
 
-Array = NDArray[np.float64]
 Measure = dict[str, Any]
 """value, or None and why; bootstrap, its 95 % interval [low, high] over patients, and standard_error, or None and why;
 exact, an exact interval if there is no bootstrap interval."""

@@ -8,19 +8,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from ..errors import DataError
 from ..report.figure import open_axes, png
 from ..report.page import TextTable
 from ..versions import versions
-from .bootstrap import Resamples, listed
+from .bootstrap import Array, Resamples, listed
 from .cases import Cases, counted_patients
 from .evaluate import Settings, at_levels
 from .report import format_value, write_results
 
-Array = NDArray[np.float64]
 _ROUNDING = 1e-12
 _UNDEFINED = "not defined: one row, or numbers that are all the same"
 NAMES = {

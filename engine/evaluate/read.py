@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..datasets.splits import check_leaks
 from ..datasets.tables import SPLITS, Record, read_table
@@ -21,12 +20,11 @@ from ..datasets.unknown_views import unplaced, unplaced_line
 from ..errors import DataError
 from ..parsing import parse_json
 from . import odds
-from .cases import Cases, Level
+from .cases import Array, Cases, Level
 from .class_names import in_order, positive_of
 from .froc import Marked
 from .join import KEYS, frame_of, join, place_of
 
-Array = NDArray[np.float64]
 ODDS, PROBABILITY, SCORE, VALUE, LABEL = "log_odds_", "p_", "score_", "value_", "label_"
 ImageKey = tuple[str, str]
 """Path and frame; "" if frames are not distinguished."""

@@ -27,11 +27,10 @@ from ..errors import DataError
 from ..report.page import TextTable
 from . import roc
 from .cases import Cases
-from .checks import numbers, truth_of
+from .checks import Array, numbers, truth_of
 from .compare import known_keys
 from .report import format_p, write_results
 
-Array = NDArray[np.float64]
 Covariance = Literal["delong", "jackknife"]
 
 

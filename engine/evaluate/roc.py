@@ -18,10 +18,9 @@ from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score
 
 from ..errors import DataError
-from .checks import UndefinedError, by_class, classes_of, labels_and_scores
+from .checks import Array, UndefinedError, by_class, classes_of, labels_and_scores
 from .curves import WeightedCurves
 
-Array = NDArray[np.float64]
 _Z95 = float(norm.ppf(0.975))
 
 

@@ -49,12 +49,7 @@ class StageFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        scan: Scan,
-        how: ExecutionMode,
-        saved: OffloadedTensors,
-        sources: dict[int, int],
-        *tensors: Tensor,
+        ctx: Any, scan: Scan, how: ExecutionMode, saved: OffloadedTensors, sources: dict[int, int], *tensors: Tensor
     ):
         """`sources` maps value numbers to indices of source tensors in `tensors`; vectors follow them."""
         ctx.how, ctx.sources, ctx.turn = how, sources, locks.current()

@@ -89,10 +89,11 @@ def decode(data: bytes, syntax: str, frame: Frame, name: str) -> np.ndarray:
     check_size(frame.nbytes, len(data), name)
     if syntax == RLE and frame.nbytes > _RLE_RATIO * len(data):
         raise DataError(f"{name}: {len(data)} RLE bytes cannot contain {frame.nbytes} bytes of pixels; it is damaged")
-    declared = _declared(data, syntax) if syntax != RLE else (frame.rows, frame.columns, frame.samples)
+    wanted = frame.rows, frame.columns, frame.samples
+    declared = wanted if syntax == RLE else jpeg_2000_size(data) if syntax in JPEG_2000 else jpeg_size(data)
     if declared is None:
         raise DataError(f"{name}: the code stream has no header with its size; it is damaged")
-    if declared != (frame.rows, frame.columns, frame.samples):
+    if declared != wanted:
         raise DataError(
             f"{name}: the code stream is {declared[0]} x {declared[1]} with {declared[2]} samples, not "
             f"{frame.rows} x {frame.columns} with {frame.samples} as in the header; it is damaged"
@@ -150,11 +151,6 @@ def _rle(data: bytes, frame: Frame) -> np.ndarray:
         pixels[number // width, :, :, width - 1 - number % width] = plane
     words = pixels.view(f"<u{width}")[..., 0]
     return words[0] if frame.samples == 1 else np.ascontiguousarray(words.transpose(1, 2, 0))
-
-
-def _declared(data: bytes, syntax: str) -> tuple[int, int, int] | None:
-    """(rows, columns, samples) in the code stream; None if it lacks them."""
-    return jpeg_2000_size(data) if syntax in JPEG_2000 else jpeg_size(data)
 
 
 def has_end_marker(data: bytes) -> bool:

@@ -251,9 +251,8 @@ class SlidePixels(TiledPixels):
             if voi == "minmax":
                 raise DataError(f"{self.path}: cannot use voi='minmax', which reads the whole slide; choose another")
             for_display = not info.for_processing
-            built = grayscale.build(
-                ds, voi=voi, frame=min(self._frames_used()), for_display=for_display, name=self.name
-            )
+            first = self._index if isinstance(self._index, int) else min(self._index.values())
+            built = grayscale.build(ds, voi=voi, frame=first, for_display=for_display, name=self.name)
             self.table, self.full, scale = built.table, built.full, built.steps
             self._absent = int(np.argmin(built.table))
         which = f", plane {self.plane} of {planes}" if planes > 1 else ""
@@ -268,9 +267,6 @@ class SlidePixels(TiledPixels):
             return np.full((self.shape[0], *self.tile_size), self._absent, self.dtype)
         pixels = self._frames.decode(index)
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-    def _frames_used(self) -> list[int]:
-        return [self._index] if isinstance(self._index, int) else list(self._index.values())
 
 
 def _tile_frames(

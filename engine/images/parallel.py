@@ -21,11 +21,7 @@ _FEW = 32
 
 
 def run_parallel(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    *,
-    workers: int | None = None,
-    chunk: int = 1,
+    function: Callable[[Item], Result], items: Sequence[Item], *, workers: int | None = None, chunk: int = 1
 ) -> Iterator[tuple[int, Result | DataError]]:
     """Iterate over (index, function(item)) of all items, in order of completion.
 

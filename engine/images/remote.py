@@ -184,11 +184,8 @@ class RemoteFile:
             return self.fetch(start, end)
         with self._lock:  # two threads must not fetch the same block
             if self._blocks is None:
-                self._blocks = BlockCache(block, self._fetch_block, size, _HELD)
+                self._blocks = BlockCache(block, lambda first, last: self.fetch(first, min(last, size)), size, _HELD)
             return self._blocks._fetch(start, end)
-
-    def _fetch_block(self, start: int, end: int) -> bytes:
-        return self.fetch(start, min(end, self.size))
 
     def fetch(self, start: int, end: int) -> bytes:
         """Fetch the bytes from `start` to `end`, without the cache."""

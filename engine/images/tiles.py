@@ -11,7 +11,6 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -97,7 +96,9 @@ class TileGrid:
                 )
             goal[...] = part
 
-        indices = list(self._overlapping(top, bottom, left, right))
+        height, width = self.size
+        rows, columns = range(top // height, -(-bottom // height)), range(left // width, -(-right // width))
+        indices = list(itertools.product(rows, columns))
         missing = [index for index in indices if self.cache.get((self.owner, index)) is None]
         if len(missing) < 2:
             list(map(paste, indices))
@@ -105,10 +106,6 @@ class TileGrid:
             with ThreadPoolExecutor(min(8, available_cpus()), "gigamorph-tiles") as pool:
                 list(pool.map(paste, indices))
         return out
-
-    def _overlapping(self, top: int, bottom: int, left: int, right: int) -> Iterator[tuple[int, int]]:
-        height, width = self.size
-        return itertools.product(range(top // height, -(-bottom // height)), range(left // width, -(-right // width)))
 
     def _tile(self, image: TiledPixels, row: int, column: int) -> np.ndarray:
         key = (self.owner, (row, column))

@@ -176,13 +176,6 @@ class _LimitedBytes(BytesBytesCodec):
     codec: Any
     limit: int
 
-    @property
-    def is_fixed_size(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.codec.is_fixed_size
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.codec.to_dict()
-
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
         return self.codec.compute_encoded_size(input_byte_length, chunk_spec)
 
@@ -201,9 +194,6 @@ class _Limited(Codec):
 
     def __init__(self, codec: Any, limit: int) -> None:
         self.codec, self.limit, self.codec_id = codec, limit, codec.codec_id
-
-    def get_config(self) -> dict[str, Any]:
-        return self.codec.get_config()
 
     def encode(self, buf: Any) -> Any:
         return self.codec.encode(buf)

@@ -63,7 +63,8 @@ def write_tables(
     header = _header(classes, outputs)
     called = [] if calibration is None else ["called"]
     images = _collecting(_images(index, results, calibration, identifiers, outputs), labelled)
-    rows = ([*_row(one, classes, index.reading), *_called(one, calibration)] for one in images)
+    calls = [] if calibration is None else [calibration.calls]
+    rows = ([*_row(one, classes, index.reading), *(int(call(one.log_odds)) for call in calls)] for one in images)
     write_csv(out / "predictions.csv", [header[0], *index.reading, *header[1:], *called], rows)
     levels: tuple[Level, ...] = ("breast", "exam")
     for level in levels:
@@ -216,10 +217,6 @@ def exam_of(row: Row, result: dict[str, Any], index: RunDatabase, identifiers: b
 
 def _names_patient(row: Row) -> bool:
     return Path(row.record.patient_id).name != row.record.path.name
-
-
-def _called(found: Prediction, calibration: Calibration | None) -> list[int]:
-    return [] if calibration is None else [int(calibration.calls(found.log_odds))]
 
 
 def _header(classes: Sequence[str], outputs: Outputs | None) -> list[str]:

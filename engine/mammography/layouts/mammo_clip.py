@@ -11,7 +11,6 @@ over 0.25053555408335154. Source: src/codebase.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +125,8 @@ def parts(state: WeightFile) -> list[Part]:
     """Return the tower, with the classifier if there is one."""
     width = len(state.tensors[f"{_TOWER}_bn1.weight"])
     size = "b2" if width == 1408 else "b5"
-    head = _classifier(state.tensors)
+    # The weight of the linear layer after the tower, if there is one.
+    head = next((n for n, t in state.tensors.items() if n.startswith("classifier.") and t.ndim == 2), "")
     others = ("text_encoder.", "image_projection.", "text_projection.", "logit_scale")
     return [
         Part(
@@ -141,8 +141,3 @@ def parts(state: WeightFile) -> list[Part]:
             licence="Creative Commons: CC BY 4.0 or CC BY-NC-SA 4.0, see batmanlab/Mammo-CLIP",
         )
     ]
-
-
-def _classifier(tensors: Mapping[str, Tensor]) -> str:
-    """Return the name of the weight of the linear layer after the tower; "" if there is none."""
-    return next((n for n, t in tensors.items() if n.startswith("classifier.") and t.ndim == 2), "")

@@ -109,8 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.OK, _TYPES.get(Path(name or "index.html").suffix, _TEXT), body)
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    do_HEAD = do_GET  # noqa: N815
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Send the error as a line in the body, not the status line, because file names may contain any characters."""
