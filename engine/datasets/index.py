@@ -174,21 +174,13 @@ _FIELDS = {
     "any": r"[^/]*?",
 }
 _FIELD = re.compile(r"\{(\w*)\}")
-COMMON = (
-    "{patient}_{laterality}-{view}",
-    "{patient}_{laterality}_{view}",
-    "{patient}_{laterality}{view}",
-    "{patient}-{laterality}-{view}",
-    "{patient}.{laterality}_{view}",
-    "{patient}_{view}_{laterality}",
-    "{any}_{patient}_MG_{laterality}_{view}_ANON",
-    "{patient}/{laterality}-{view}",
-    "{patient}/{laterality}_{view}",
-    "{patient}/{laterality}{view}",
-    "{patient}/{view}_{laterality}",
-    "{patient}_{laterality}-{view}_{any}",
-    "{patient}_{laterality}_{view}_{any}",
-    "{patient}.{laterality}_{view}{any}",
+COMMON = tuple(
+    "{patient}_{laterality}-{view} {patient}_{laterality}_{view} {patient}_{laterality}{view} "
+    "{patient}-{laterality}-{view} {patient}.{laterality}_{view} {patient}_{view}_{laterality} "
+    "{any}_{patient}_MG_{laterality}_{view}_ANON "
+    "{patient}/{laterality}-{view} {patient}/{laterality}_{view} {patient}/{laterality}{view} "
+    "{patient}/{view}_{laterality} "
+    "{patient}_{laterality}-{view}_{any} {patient}_{laterality}_{view}_{any} {patient}.{laterality}_{view}{any}".split()
 )
 """Patterns that are tried if none is given; the first that fits every name is used."""
 

@@ -15,15 +15,9 @@ from ..errors import UnsupportedError
 
 # The network's own dictionaries: parent modules, optimizers and `state_dict` find the same tensors, and hooks on
 # `state_dict` act on both, whichever of the two they were registered on.
-_SHARED = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
+_SHARED = tuple(
+    "_parameters _buffers _modules _non_persistent_buffers_set _state_dict_hooks _state_dict_pre_hooks "
+    "_load_state_dict_pre_hooks _load_state_dict_post_hooks".split()
 )
 
 # Methods that act on the proxy itself: its call and its hooks.

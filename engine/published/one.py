@@ -24,19 +24,7 @@ from .reference import compute, fixed_image, verified
 
 _PROBABILITIES = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid"}
 # Operations that move, reshape or copy values without changing them.
-_MOVEMENTS = (
-    "View",
-    "UnsafeView",
-    "Reshape",
-    "Squeeze",
-    "Unsqueeze",
-    "Select",
-    "Slice",
-    "Index",
-    "Clone",
-    "ToCopy",
-    "Alias",
-)
+_MOVEMENTS = tuple("View UnsafeView Reshape Squeeze Unsqueeze Select Slice Index Clone ToCopy Alias".split())
 
 
 def endings(network: nn.Module, image: Tensor, rows: int) -> list[str]:

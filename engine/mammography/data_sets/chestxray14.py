@@ -9,21 +9,9 @@ from ...datasets.tables.schema import Box, Finding
 from ...errors import DataError
 from .files import DataSet, Files, Records, unlabelled_record
 
-FINDINGS = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Consolidation",
-    "Edema",
-    "Effusion",
-    "Emphysema",
-    "Fibrosis",
-    "Hernia",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pleural_Thickening",
-    "Pneumonia",
-    "Pneumothorax",
+FINDINGS = tuple(
+    "Atelectasis Cardiomegaly Consolidation Edema Effusion Emphysema Fibrosis Hernia Infiltration Mass Nodule "
+    "Pleural_Thickening Pneumonia Pneumothorax".split()
 )
 _TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "nih_Data_Entry_2017_v2020.csv")
 

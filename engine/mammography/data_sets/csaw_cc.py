@@ -10,14 +10,7 @@ from .files import DataSet, Files, Records, unlabelled_record
 
 _TABLE = "CSAW-CC_breast_cancer_screening_data.csv"
 _KEPT = (
-    "exam_year",
-    "x_age",
-    "x_type",
-    "x_lymphnode_met",
-    "rad_timing",
-    "rad_r1",
-    "rad_r2",
-    "rad_recall",
+    *("exam_year", "x_age", "x_type", "x_lymphnode_met", "rad_timing", "rad_r1", "rad_r2", "rad_recall"),
     "libra_percentdensity",
 )
 
