@@ -14,19 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from pydicom import uid as uids
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.multival import MultiValue
-from pydicom.uid import (
-    UID,
-    ExplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    RLELossless,
-)
 
 from ..errors import DataError
 from . import codecs, grayscale
@@ -146,7 +136,7 @@ class DicomPixels(StoredPixels):
     def steps(self) -> tuple[str, ...]:
         """The steps from the file to grey values, in order."""
         frames = self._frames
-        name = UID(frames.syntax).name
+        name = uids.UID(frames.syntax).name
         bits = f"{frames.bits} of {frames.frame.bits_allocated} bits"
         which = f", frame {self.frame} of {frames.count}" if frames.count > 1 else ""
         return (f"DICOM, {name}, {bits}{which}", *self._grey().steps)
@@ -256,7 +246,7 @@ class SlidePixels(TiledPixels):
             self.table, self.full, scale = built.table, built.full, built.steps
             self._absent = int(np.argmin(built.table))
         which = f", plane {self.plane} of {planes}" if planes > 1 else ""
-        self.steps = (f"DICOM slide, {UID(frames.syntax).name}, {frames.bits} bits{which}", *scale)
+        self.steps = (f"DICOM slide, {uids.UID(frames.syntax).name}, {frames.bits} bits{which}", *scale)
         self._grid = TileGrid(self.tile_size)
 
     def tile(self, row: int, column: int) -> np.ndarray:
@@ -301,7 +291,12 @@ def _tile_frames(
     return planes[sorted(planes)[chosen]], chosen, len(planes)
 
 
-_SOF = {0xC0: JPEGBaseline8Bit, 0xC1: JPEGExtended12Bit, 0xC3: JPEGLosslessSV1, 0xF7: JPEGLSLossless}
+_SOF = {
+    0xC0: uids.JPEGBaseline8Bit,
+    0xC1: uids.JPEGExtended12Bit,
+    0xC3: uids.JPEGLosslessSV1,
+    0xF7: uids.JPEGLSLossless,
+}
 
 
 @dataclass(frozen=True)
@@ -326,7 +321,7 @@ class StoreFrames(StoredFrames):
         return self._shaped(pixels)
 
 
-def syntax_of(data: bytes, frame: codecs.Frame, name: str) -> UID:
+def syntax_of(data: bytes, frame: codecs.Frame, name: str) -> uids.UID:
     """The transfer syntax of a frame that a store sends without one, or another syntax with the same decoder.
 
     Raises:
@@ -334,13 +329,13 @@ def syntax_of(data: bytes, frame: codecs.Frame, name: str) -> UID:
     """
     size = frame.rows, frame.columns, frame.samples
     if data[:3] == b"\xff\xd8\xff" and codecs.jpeg_size(data) == size:
-        return _SOF.get(codecs.jpeg_process(data) or 0, JPEGLossless)
+        return _SOF.get(codecs.jpeg_process(data) or 0, uids.JPEGLossless)
     if (data[:4] == b"\xff\x4f\xff\x51" or data[4:8] == b"jP  ") and codecs.jpeg_2000_size(data) == size:
-        return JPEG2000Lossless
+        return uids.JPEG2000Lossless
     if frame.nbytes <= len(data) <= frame.nbytes + 1:
-        return ExplicitVRLittleEndian
+        return uids.ExplicitVRLittleEndian
     if data[:8] == struct.pack("<2I", frame.samples * frame.bits_allocated // 8, 64):
-        return RLELossless
+        return uids.RLELossless
     raise DataError(
         f"{name}: {len(data)} bytes from its store are not a frame of {frame.rows} x {frame.columns} pixels with "
         f"{frame.samples} samples; download the file"
@@ -358,7 +353,7 @@ def locate_in_store(instance: Instance) -> tuple[Dataset, StoreFrames]:
         frame = frame_of(ds, instance)
     first = instance.frame(1)
     syntax = syntax_of(first, frame, f"{instance}/frames/1")
-    lossy = syntax in (JPEGBaseline8Bit, JPEGExtended12Bit)
+    lossy = syntax in (uids.JPEGBaseline8Bit, uids.JPEGExtended12Bit)
     if lossy and (codecs.jpeg_bits(first) < int(ds.BitsStored) or str(ds.get("LossyImageCompression", "")) == "00"):
         raise DataError(f"{instance}: its store sends frames with additional lossy compression; download the file")
     ds.file_meta = FileMetaDataset()

@@ -19,16 +19,9 @@ from typing import Any, Self
 
 import numpy as np
 from pydicom import dcmread
+from pydicom import uid as uids
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
-from pydicom.uid import (
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    MediaStorageDirectoryStorage,
-)
 
 from ..errors import DataError
 from . import codecs
@@ -102,12 +95,12 @@ def read_header(file: DicomFile, path: Path) -> tuple[Dataset, io.BufferedIOBase
         stream = _inflated_header(file, path)
         ds = dcmread(stream, stop_before_pixels=True, force=True)
         if stream is not file:
-            ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+            ds.file_meta.TransferSyntaxUID = uids.DeflatedExplicitVRLittleEndian
         elif "TransferSyntaxUID" not in ds.file_meta:  # a data set without prefix and meta information
             implicit, _little = ds.original_encoding
-            ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            ds.file_meta.TransferSyntaxUID = uids.ImplicitVRLittleEndian if implicit else uids.ExplicitVRLittleEndian
         missing = [key for key in ("Rows", "Columns", "BitsAllocated", "BitsStored") if ds.get(key) is None]
-        index = ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage
+        index = ds.file_meta.get("MediaStorageSOPClassUID") == uids.MediaStorageDirectoryStorage
     if missing and index:
         raise DataError(f"{path}: is a DICOMDIR, the index of a medium, not an image; pass the folder of its images")
     if missing:
@@ -119,7 +112,7 @@ def _inflated_header(file: DicomFile, path: Path) -> io.BufferedIOBase:
     """The file or, if it is deflated, the first part of the inflated data set."""
     head = file.read(4096)
     file.seek(0)
-    if DeflatedExplicitVRLittleEndian.encode() not in head:
+    if uids.DeflatedExplicitVRLittleEndian.encode() not in head:
         return file
     # The first element of the meta information is its length (PS3.10 7.1).
     if head[128:140] != b"DICM\2\0\0\0UL\4\0" or len(head) < 144:
@@ -173,7 +166,7 @@ class StoredFrames:
     """First byte and end of each frame's items in the file, if compressed; int64 (count, 2)."""
 
     @classmethod
-    def of(cls, ds: Dataset, path: Path, frame: codecs.Frame, syntax: UID, **positions: Any) -> Self:
+    def of(cls, ds: Dataset, path: Path, frame: codecs.Frame, syntax: uids.UID, **positions: Any) -> Self:
         """The frames that a header describes (see `frame_of`), with the fields on their positions."""
         return cls(
             path=path,
@@ -195,11 +188,11 @@ class StoredFrames:
     @property
     def stored_dtype(self) -> np.dtype:
         """The dtype of uncompressed frames in the file."""
-        return self.dtype.newbyteorder(">" if self.syntax == ExplicitVRBigEndian else "<")
+        return self.dtype.newbyteorder(">" if self.syntax == uids.ExplicitVRBigEndian else "<")
 
     @property
     def compressed(self) -> bool:
-        return UID(self.syntax).is_encapsulated
+        return uids.UID(self.syntax).is_encapsulated
 
     @property
     def by_region(self) -> bool:
@@ -236,7 +229,7 @@ class StoredFrames:
         if self.offset is not None:
             return self._uncompressed(index)
         if not codecs.is_known(self.syntax):
-            raise DataError(f"{self.path}: pixel data cannot be decoded ({UID(self.syntax).name}); convert it")
+            raise DataError(f"{self.path}: pixel data cannot be decoded ({uids.UID(self.syntax).name}); convert it")
         return codecs.decode(self._data(index), self.syntax, self.frame, str(self.path))
 
     def _data(self, index: int) -> bytes:
@@ -283,7 +276,7 @@ class StoredFrames:
 def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> StoredFrames:
     """Locate the frames; `stream` is at the position of `read_header`. `DataError` if the file is too short."""
     syntax, frame, count = (
-        UID(str(ds.file_meta.TransferSyntaxUID)),
+        uids.UID(str(ds.file_meta.TransferSyntaxUID)),
         frame_of(ds, path),
         int(ds.get("NumberOfFrames") or 1),
     )
@@ -291,8 +284,8 @@ def locate_frames(ds: Dataset, file: DicomFile, stream: Any, path: Path) -> Stor
     if high != stored - 1 and syntax.is_encapsulated and syntax != codecs.RLE:
         # A code stream has the values themselves, not words with additional bits.
         raise DataError(f"{path}: {stored} bits stored and high bit {high} contradict each other; correct the header")
-    big = syntax == ExplicitVRBigEndian
-    start, length, vr = _pixel_element(stream, big, syntax == ImplicitVRLittleEndian, path)
+    big = syntax == uids.ExplicitVRBigEndian
+    start, length, vr = _pixel_element(stream, big, syntax == uids.ImplicitVRLittleEndian, path)
     ranges = None
     if syntax.is_encapsulated:
         if length != 0xFFFFFFFF:

@@ -9,16 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from ..datasets.tables import Record
-from ..datasets.tables.folders import (
-    SUFFIXES,
-    LeftOutMasks,
-    images_without_masks,
-    iter_image_files,
-    masks_among,
-    stem_of,
-    suffix_of,
-)
+from ..datasets.tables import Record, folders
 from ..datasets.tables.generic import TABLES, stream_table
 from ..errors import DataError
 from ..images.dicomweb import Instance, is_dicomweb, parse_location, search
@@ -57,7 +48,7 @@ class Row:
     @property
     def stem(self) -> str:
         """The name of output files of the image, without a suffix."""
-        return stem_of(self.record.path)
+        return folders.stem_of(self.record.path)
 
     @property
     def pixels(self) -> int:
@@ -80,7 +71,7 @@ def rows_of(
     source: str | Path | Record,
     classes: Sequence[str] | None,
     unknown: Counter[str],
-    left: LeftOutMasks,
+    left: folders.LeftOutMasks,
     skip: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of a table, the images of a folder (also of an fsspec file system, or a DICOMweb store), or one image.
@@ -108,11 +99,11 @@ def rows_of(
         below = "" if skip is None else os.path.join(os.path.abspath(skip), "")
 
         def files(warn: bool) -> Iterator[Path]:
-            for path in iter_image_files(Path(source), warn):
+            for path in folders.iter_image_files(Path(source), warn):
                 if not below or not os.path.abspath(path).startswith(below):
                     yield path
 
-        for path in images_without_masks(files, Path(source), left):
+        for path in folders.images_without_masks(files, Path(source), left):
             found = True
             yield Row(Record(path, -1, _as_utf8(str(path)), patient_known=False))
         if not found:
@@ -180,12 +171,12 @@ def _url_row(record: Record, url: str) -> Row:
     return Row(replace(record, path=Path(url), patient_id=patient), url)
 
 
-def _urls(url: str, left: LeftOutMasks) -> Iterator[str]:
+def _urls(url: str, left: folders.LeftOutMasks) -> Iterator[str]:
     """The images below a folder of an fsspec file system, or the URL of a single image."""
     if is_table(url.partition("::")[0]):
         raise DataError(f"{url}: tables must be local files; download it")
     own, mark, rest = url.partition("::")
-    if suffix_of(Path(own.partition("?")[0])) in SUFFIXES - {".zarr", ""}:
+    if folders.suffix_of(Path(own.partition("?")[0])) in folders.SUFFIXES - {".zarr", ""}:
         yield url  # reading it will show whether it exists, as for a table's images
         return
     try:
@@ -199,11 +190,11 @@ def _urls(url: str, left: LeftOutMasks) -> Iterator[str]:
     except Exception as error:  # each file system has its own errors
         raise DataError(f"{url}: cannot be listed ({describe_error(error)})") from error
     protocol = own.partition("://")[0]
-    found = [name for name in names if suffix_of(Path(name)) in SUFFIXES]
+    found = [name for name in names if folders.suffix_of(Path(name)) in folders.SUFFIXES]
     if not found:
         raise DataError(f"{url}: contains no images; check the URL")
     images = [PurePosixPath(name.strip("/")) for name in found]
-    masks = set(masks_among(images, PurePosixPath(path.strip("/"))))
+    masks = set(folders.masks_among(images, PurePosixPath(path.strip("/"))))
     left.count, left.first = len(masks), min(masks, default=None)
     for name in (name for name, image in zip(found, images, strict=True) if image not in masks):
         place = name if protocol in ("file", "local") else name.lstrip("/")

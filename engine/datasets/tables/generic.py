@@ -17,20 +17,8 @@ from ...errors import DataError
 from ...images.levels import White, parse_white
 from ...parsing import is_whole, parse_json
 from ..unknown_views import GROUP_COLUMNS, unplaced, unplaced_line
-from . import values
+from . import folders, values
 from .cells import EXCEL, PARQUET, is_number, no_number, stream_rows
-from .folders import (
-    CONVERTED,
-    Unlisted,
-    image_files,
-    is_left_out,
-    log,
-    made_by,
-    masks_among,
-    names_masks,
-    walk,
-    warn_of_unread,
-)
 from .schema import LABEL_PREFIX, SPLITS, Finding, Record, Table
 
 TABLES = (".csv", ".tsv", ".txt", ".csv.gz", PARQUET, *EXCEL)
@@ -118,8 +106,8 @@ def read_table(
     """
     path, masks = Path(path), []
     if path.is_dir() and not labels:
-        files = image_files(path)
-        masks = masks_among(files, path)
+        files = folders.image_files(path)
+        masks = folders.masks_among(files, path)
         left_out = set(masks)
         rows = [(str(file), {"image_path": str(file)}) for file in files if file not in left_out]
     elif path.is_dir():
@@ -320,41 +308,42 @@ def _csv_rows(path: Path, labels: bool, label: str | None) -> Iterator[tuple[str
 
 
 def _folder_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    if made_by(path) == CONVERTED and (path / "table.csv").is_file():
+    if folders.made_by(path) == folders.CONVERTED and (path / "table.csv").is_file():
         raise DataError(
-            f"{path}: contains the output of gigamorph {CONVERTED}, not a sub-folder per class; use its table, "
+            f"{path}: contains the output of gigamorph {folders.CONVERTED}, not a sub-folder per class; use its table, "
             f"{path / 'table.csv'}"
         )
-    folders = _sub_folders(path)
-    if folders and all(folder.name.lower() in SPLIT_NAMES for folder in folders):
-        for folder in folders:
+    below = _sub_folders(path)
+    if below and all(folder.name.lower() in SPLIT_NAMES for folder in below):
+        for folder in below:
             yield from _class_rows(folder, _sub_folders(folder), folder.name)
     else:
-        yield from _class_rows(path, folders, "")
+        yield from _class_rows(path, below, "")
 
 
 def _sub_folders(path: Path) -> list[Path]:
     there = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if len(there) > 1 and all(made_by(folder) == CONVERTED for folder in there):  # each class was converted separately
+    # Each class may have been converted separately.
+    if len(there) > 1 and all(folders.made_by(folder) == folders.CONVERTED for folder in there):
         return there
-    return [folder for folder in there if not is_left_out(folder)]
+    return [folder for folder in there if not folders.is_left_out(folder)]
 
 
-def _class_rows(path: Path, folders: list[Path], split: str) -> Iterator[tuple[str, dict[str, str]]]:
-    for folder in folders:
-        if len(folders) > 1 and names_masks(folder.name):
+def _class_rows(path: Path, below: list[Path], split: str) -> Iterator[tuple[str, dict[str, str]]]:
+    for folder in below:
+        if len(below) > 1 and folders.names_masks(folder.name):
             raise DataError(
                 f"{folder}: has the name of a folder of masks, but would be a class; rename or move it, or make a "
                 "table of the images: gigamorph data index"
             )
         # Links to the folder of another class are not followed.
         files, unread = [], Counter[str]()
-        for entry in walk(folder, {os.path.realpath(other) for other in (path, *folders)}, unread):
-            if isinstance(entry, Unlisted):  # training must not skip images silently
+        for entry in folders.walk(folder, {os.path.realpath(other) for other in (path, *below)}, unread):
+            if isinstance(entry, folders.Unlisted):  # training must not skip images silently
                 raise entry.error
             files.append(entry)
-        warn_of_unread(folder, unread)
-        masks = masks_among(files, folder)
+        folders.warn_of_unread(folder, unread)
+        masks = folders.masks_among(files, folder)
         if masks:
             found = "1 file has the name of a mask" if len(masks) == 1 else f"{len(masks)} files have names of masks"
             raise DataError(f"{folder}: {found}, the first {masks[0]}; move masks out of the folders of classes")
@@ -520,7 +509,7 @@ def _without_copies(path: Path, rows: list[tuple[str, dict[str, str]]]) -> list[
     copies = [place for place, row in rows if first.setdefault(tuple(row.values()), (place, row))[0] != place]
     if copies:
         what = "1 row is a copy" if len(copies) == 1 else f"{len(copies)} rows are copies"
-        log.warning("%s: %s of an earlier row and left out, the first in %s", path, what, copies[0])
+        folders.log.warning("%s: %s of an earlier row and left out, the first in %s", path, what, copies[0])
     return list(first.values())
 
 
@@ -541,7 +530,7 @@ def _warn_of_unplaced(path: Path, places: Sequence[str], records: Sequence[Recor
     for column in GROUP_COLUMNS:
         if found := unplaced(patients, [getattr(record, column) or "" for record in records]):
             first = f"{records[found[0]].path}, {places[found[0]]}"
-            log.warning("%s: %s", path, unplaced_line(column, len(found), first))
+            folders.log.warning("%s: %s", path, unplaced_line(column, len(found), first))
 
 
 def _refuse_missing(path: Path, records: list[Record]) -> None:
