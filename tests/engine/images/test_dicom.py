@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from image_files import BIG, DEFLATED, EXPLICIT, JPEG, LOSSLESS, LOSSY, RLE, encode, item, picture, sequence
 from pydicom import config, dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.pixels import apply_voi_lut, apply_windowing
+from pydicom.pixels import apply_voi_lut, apply_windowing, get_decoder
 from pydicom.sequence import Sequence
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, AllTransferSyntaxes, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from gigamorph.engine.datasets.index import index_folder
 from gigamorph.engine.errors import DataError
+from gigamorph.engine.images import codecs
 from gigamorph.engine.images.dicom import open_dicom
 from gigamorph.engine.images.header import read_info
 from gigamorph.engine.images.open import open_pixels
@@ -186,6 +187,22 @@ def test_a_table_of_offsets_that_lies_is_not_believed(write_dicom: Write) -> Non
     path.write_bytes(bytes(data))
     for frame in range(3):
         np.testing.assert_array_equal(open_dicom(path, frame=frame).read(0, 37, 0, 53)[0], pixels[frame])
+
+
+def test_a_compressed_syntax_without_a_decoder_is_refused(write_dicom: Write) -> None:
+    path = write_dicom(picture(12), JPEG + "70")
+    path.write_bytes(path.read_bytes().replace((JPEG + "70").encode(), (JPEG + "92").encode()))
+    with pytest.raises(DataError, match=r"pixel data cannot be decoded \(JPEG 2000 Part 2 .*\); convert it"):
+        open_dicom(path).read(0, 37, 0, 53)
+
+
+@pytest.mark.parametrize("syntax", [one for one in AllTransferSyntaxes if one.is_encapsulated])
+def test_pydicom_decodes_no_compressed_syntax_that_we_refuse(syntax: UID) -> None:
+    try:
+        get_decoder(syntax)
+    except NotImplementedError:
+        return
+    assert codecs.is_known(syntax)
 
 
 def test_bytes_in_big_endian_words(write_dicom: Write) -> None:
