@@ -7,7 +7,7 @@ image that it waits for: the image and the parameters have level 0, a result red
     image  ->  stage: conv  ->  statistics of it  ->  stage: norm, ... -> pooled  ->  classifier
 
 One pass over the tiles computes everything of one level (`ProgramStage`). The *sources* of a stage are the image and
-maps that an earlier stage has stored. A map that a later stage reads is stored or (as `split` decides) computed again
+maps that an earlier stage has stored. A map that a later stage reads is stored or (see `Divider.split`) computed again
 from its sources. Ordinary PyTorch computes the vectors between stages, so autograd joins the stages: each is one
 function of its sources and vectors. A network whose only reduction is the last pooling is a single stage.
 """
@@ -15,9 +15,10 @@ function of its sources and vectors. A network whose only reduction is the last 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,31 +223,11 @@ def only_readers(stage: ProgramStage) -> dict[int, Local]:
 
 def vector_inputs(stage: ProgramStage) -> list[int]:
     """The vectors that local ops read."""
-    found: dict[int, None] = {}
-    for local in stage.locals:
-        found.update(dict.fromkeys(v for v in local.op.inputs if v not in stage.maps))
-    return list(found)
+    return list(dict.fromkeys(v for local in stage.locals for v in vectors_read(local, stage.maps)))
 
 
-def levels(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> dict[int, int]:
-    """The level of every value; parameters and constants, which may be missing, have level 0.
-
-    Args:
-        cuts: maps that local ops must read in a later stage than the one that makes them.
-    """
-    level = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
-    seams = handed_out(maps)
-    for node in nodes:
-        whole = isinstance(node, (Reduction, Whole))
-        waits = [
-            level.get(v, 0)
-            + (v in cuts or v in seams if isinstance(node, Local) else whole and v in maps)
-            + (v in seams and isinstance(node, Reduction))
-            for v in reads(node)
-            if v not in maps or not isinstance(node, (Op, VectorOp))
-        ]
-        level.update(dict.fromkeys(makes(node), max(waits, default=0)))
-    return level
+def vectors_read(local: Local, maps: Maps) -> list[int]:
+    return [v for v in local.op.inputs if v not in maps]
 
 
 def handed_out(maps: Maps) -> frozenset[int]:
@@ -260,18 +241,6 @@ def needed_whole(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     """Maps that must be stored: those that ops read whole, and the program's outputs."""
     found = {v for node in nodes if isinstance(node, Whole) for v in maps.inputs(node.op)}
     return found | {v for v in maps.program.results() if v in maps}
-
-
-def crossing(maps: Maps, nodes: Sequence[Node | Op], cuts: Container[int] = ()) -> list[int]:
-    """Maps that a later level reads, or broadcasts, in program order: they are stored, or computed again there."""
-    level = levels(maps, nodes, cuts)
-    read_at: dict[int, int] = {}
-    for node in nodes:
-        if isinstance(node, Local):
-            for value in node.reads:
-                read_at[value] = max(read_at.get(value, 0), level[node.op.outputs[0]])
-    made = [v for node in nodes if isinstance(node, Local) for v in node.op.outputs]
-    return before_spreading(maps, nodes, [v for v in made if read_at.get(v, 0) > level[v]])
 
 
 _COPIES = frozenset(
@@ -317,41 +286,132 @@ def _is_cheap(maps: Maps, local: Local) -> bool:
     return inside and (name in _COPIES or (name in _SUMS and set(local.op.inputs) <= set(local.reads)))
 
 
-def split(maps: Maps, nodes: Sequence[Node | Op], stored: Container[int], cuts: Container[int] = ()) -> StagedProgram:
-    """The steps of a sorted program.
+class Divider:
+    """Divides a sorted program into stages; what all divisions share is computed once.
 
     Args:
-        stored: which of the `crossing` maps are stored; the others are computed again by each stage that reads them.
-        cuts: see `levels`.
+        maps: the program's maps.
+        nodes: the program's nodes, see `sort`.
     """
-    level, seams = levels(maps, nodes, cuts), handed_out(maps)
-    whole = needed_whole(maps, nodes)
-    makers = {v: (n, node) for n, node in enumerate(nodes) if isinstance(node, Local) for v in node.op.outputs}
-    stored_maps = [v for v in (maps.program.image, *maps.program.inputs, *makers) if v in whole or v in stored]
-    reductions = [node for node in nodes if isinstance(node, Reduction)]
-    last = max([level[v] for v in level], default=0)
-    steps: list[Op | VectorOp | ProgramStage] = []
-    late, deferred = _only_for_state(maps, nodes), _deferred_levels(maps, nodes, level)
-    between: dict[int, list[Op | VectorOp]] = {}  # by level
-    for node in nodes:
-        if not isinstance(node, (Local, Reduction)) and id(node) not in late:
+
+    def __init__(self, maps: Maps, nodes: Sequence[Node | Op]):
+        self.maps, self.nodes = maps, nodes
+        self._seams, whole = handed_out(maps), needed_whole(maps, nodes)
+        self._begin = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
+        self._waits = [(isinstance(node, Local), list(self._waits_for(node)), makes(node)) for node in nodes]
+        self._makers = {v: n for n, node in enumerate(nodes) if isinstance(node, Local) for v in node.op.outputs}
+        self._given = [v for v in maps.axes if v not in self._makers]
+        self._vectors = {n: vectors_read(nodes[n], maps) for n in self._makers.values()}  # pyright: ignore
+        self._storable = [(v, v in whole) for v in (*self._begin, *self._makers)]
+        self._reductions = [node for node in nodes if isinstance(node, Reduction)]
+        late = _only_for_state(maps, nodes)
+        others = [node for node in nodes if not isinstance(node, (Local, Reduction))]
+        self._last = [node for node in others if isinstance(node, (Op, VectorOp)) and id(node) in late]
+        self._others = [node for node in others if id(node) not in late]
+        self._movable, self._uses = _movable(maps, nodes)
+
+    def _waits_for(self, node: Node | Op) -> Iterator[tuple[int, int]]:
+        """The values that a node reads, each with the number of levels between that value and the node."""
+        for v in reads(node):
+            if isinstance(node, Local):
+                yield v, int(v in self._seams)
+            elif isinstance(node, (Reduction, Whole)):
+                yield v, (v in self.maps) + (v in self._seams and isinstance(node, Reduction))
+            elif v not in self.maps:
+                yield v, 0
+
+    def levels(self, cuts: Container[int] = ()) -> dict[int, int]:
+        """The level of every value; parameters and constants, which may be missing, have level 0.
+
+        Args:
+            cuts: maps that local ops must read in a later stage than the one that makes them.
+        """
+        level = dict(self._begin)
+        for local, waits, outputs in self._waits:
+            after = [level.get(v, 0) + (more or (local and v in cuts)) for v, more in waits]
+            level.update(dict.fromkeys(outputs, max(after, default=0)))
+        return level
+
+    def crossing(self, cuts: Container[int] = ()) -> list[int]:
+        """Maps that a later level reads, or broadcasts, in program order: they are stored, or computed again there."""
+        level = self.levels(cuts)
+        read_at: dict[int, int] = {}
+        for node in self.nodes:
+            if isinstance(node, Local):
+                for value in node.reads:
+                    read_at[value] = max(read_at.get(value, 0), level[node.op.outputs[0]])
+        return before_spreading(self.maps, self.nodes, [v for v in self._makers if read_at.get(v, 0) > level[v]])
+
+    def split(self, stored: Container[int], cuts: Container[int] = ()) -> StagedProgram:
+        """The steps of the program.
+
+        Args:
+            stored: which of the `crossing` maps are stored; each stage that reads another computes it again.
+            cuts: see `levels`.
+        """
+        level = self.levels(cuts)
+        steps: dict[int, list[Op | VectorOp | ProgramStage]] = {}  # by level
+        deferred = self._deferred_levels(level)
+        for node in self._others:
             now = deferred.get(id(node), level.get(next(iter(makes(node)), -1), 0))
-            between.setdefault(now, []).append(node.op if isinstance(node, Whole) else node)
-    for now in range(last + 1):
-        steps += between.get(now, [])
-        here = [r for r in reductions if level[r.value] + (r.value in seams) == now]
-        written = [v for v in stored_maps if level[v] == now]
-        if here or written:
-            given = (v for v in maps.axes if v not in makers and level.get(v, 0) <= now)
-            available = {*given, *(v for v in stored_maps if level[v] < now)}
-            steps.append(_stage(maps, makers, here, written, available))
-    steps += [node for node in nodes if isinstance(node, (Op, VectorOp)) and id(node) in late]
-    staged = StagedProgram(maps.program, maps, steps)
-    if not staged.stages:
-        raise UnsupportedError(
-            "the model's output does not depend on the image; call the model itself, without accelerate"
-        )
-    return staged
+            steps.setdefault(now, []).append(node.op if isinstance(node, Whole) else node)  # pyright: ignore
+        given, written, reduced = ({} for _ in range(3))
+        for v in self._given:
+            given.setdefault(level.get(v, 0), []).append(v)
+        for v, always in self._storable:
+            if always or v in stored:
+                written.setdefault(level[v], []).append(v)
+        for node in self._reductions:
+            reduced.setdefault(level[node.value] + (node.value in self._seams), []).append(node)
+        available: set[int] = set()
+        for now in range(max(level.values(), default=0) + 1):
+            available.update(given.get(now, ()))
+            if now in reduced or now in written:
+                stage = self._stage(reduced.get(now, []), written.get(now, []), available)
+                steps.setdefault(now, []).append(stage)
+            available.update(written.get(now, ()))
+        ordered = [step for now in sorted(steps) for step in steps[now]]
+        staged = StagedProgram(self.maps.program, self.maps, [*ordered, *self._last])
+        if not staged.stages:
+            raise UnsupportedError(
+                "the model's output does not depend on the image; call the model itself, without accelerate"
+            )
+        return staged
+
+    def _deferred_levels(self, level: Mapping[int, int]) -> dict[int, int]:
+        """By node identity, the level of the first reader of values that depend only on parameters.
+
+        If they were made at the beginning, the biases of all blocks would be in memory at once.
+        """
+        first: dict[int, int] = {}
+        found: dict[int, int] = {}
+        for node, used in self._uses:
+            made = makes(node)
+            now = level.get(next(iter(made), -1), 0)
+            if id(node) in self._movable:
+                now = found[id(node)] = min((first[v] for v in made if v in first), default=now)
+            for value in used:
+                first[value] = min(first.get(value, now), now)
+        return found
+
+    def _stage(self, reductions: list[Reduction], written: list[int], available: set[int]) -> ProgramStage:
+        """The stage with the local ops that reductions and stored maps need, back to available maps."""
+        wanted = [*(r.value for r in reductions), *written]
+        needed: set[int] = set()  # positions in the program
+        sources: set[int] = set()
+        while wanted:
+            value = wanted.pop()
+            if value in available:
+                sources.add(value)
+            elif (place := self._makers[value]) not in needed:
+                needed.add(place)
+                wanted.extend(self.nodes[place].reads)  # pyright: ignore[reportAttributeAccessIssue]
+        order = sorted(needed)
+        own: Any = [self.nodes[place] for place in order]  # other stages may contain them as well
+        stage = ProgramStage(self.maps.program, self.maps, sorted(sources), locals=own)
+        stage.reductions, stage.stored = reductions, written
+        stage.vectors = list(dict.fromkeys(v for place in order for v in self._vectors[place]))
+        return stage
 
 
 # Ops that rearrange parameters, such as a table of positions into a much larger bias for each pair.
@@ -361,29 +421,23 @@ _ARRANGES = frozenset(
 )
 
 
-def _deferred_levels(maps: Maps, nodes: Sequence[Node | Op], level: dict[int, int]) -> dict[int, int]:
-    """By node identity, the level of the first reader of values that depend only on parameters.
+def _movable(maps: Maps, nodes: Sequence[Node | Op]) -> tuple[set[int], list[tuple[Node | Op, list[int]]]]:
+    """Identities of the nodes whose values depend only on parameters; and all nodes that make or read such values.
 
-    If they were made at the beginning, the biases of all blocks would be in memory at once.
+    The latter come in reverse, each with those values that it reads.
     """
     program = maps.program
-    fixed, movable = set(program.state()) - {after for _, after in program.updates}, []
+    fixed, movable = set(program.state()) - {after for _, after in program.updates}, set[int]()
+    made: set[int] = set()
     for node in nodes:
         plain = isinstance(node, Op) and node.name in _ARRANGES and not node.mutated
         plain = plain or (isinstance(node, VectorOp) and node.share is None and bool(node.inputs))
         if plain and isinstance(node, (Op, VectorOp)) and fixed.issuperset(node.inputs):
             fixed.update(node.outputs)
-            movable.append(id(node))
-    first: dict[int, int] = {}
-    found: dict[int, int] = {}
-    for node in reversed(nodes):
-        made = makes(node)
-        now = level.get(next(iter(made), -1), 0)
-        if id(node) in movable:
-            now = found[id(node)] = min((first[v] for v in made if v in first), default=now)
-        for value in reads(node):
-            first[value] = min(first.get(value, now), now)
-    return found
+            made.update(node.outputs)
+            movable.add(id(node))
+    uses = [(node, [v for v in reads(node) if v in made]) for node in reversed(nodes)]
+    return movable, [(node, used) for node, used in uses if used or id(node) in movable]
 
 
 def _only_for_state(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
@@ -402,36 +456,11 @@ def _only_for_state(maps: Maps, nodes: Sequence[Node | Op]) -> set[int]:
     return late
 
 
-def _stage(
-    maps: Maps,
-    makers: dict[int, tuple[int, Local]],
-    reductions: list[Reduction],
-    written: list[int],
-    available: set[int],
-) -> ProgramStage:
-    """The stage with the local ops that reductions and stored maps need, back to available maps."""
-    wanted = [*(r.value for r in reductions), *written]
-    needed: dict[int, Local] = {}  # by position in the program
-    sources: set[int] = set()
-    while wanted:
-        value = wanted.pop()
-        if value in available:
-            sources.add(value)
-        elif makers[value][0] not in needed:
-            place, local = makers[value]
-            needed[place] = local
-            wanted.extend(local.reads)
-    own = [needed[place] for place in sorted(needed)]  # other stages may contain them as well
-    stage = ProgramStage(maps.program, maps, sorted(sources), locals=own, reductions=reductions, stored=written)
-    stage.vectors = vector_inputs(stage)
-    return stage
-
-
 def lower(program: Program, fallback: str | None = None) -> StagedProgram:
     """The steps of a recorded program; every map that a later stage reads is stored.
 
     Args:
         fallback: see `sort`.
     """
-    maps, nodes = sort(program, fallback)
-    return split(maps, nodes, crossing(maps, nodes))
+    divider = Divider(*sort(program, fallback))
+    return divider.split(divider.crossing())

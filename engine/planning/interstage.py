@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from ..capture.program import Op, Value
 from ..lowering.ops import VectorOp
@@ -39,8 +40,10 @@ def brought(staged: StagedProgram) -> frozenset[int]:
     They are not visible outside the network. Ops that read them read no parameters: for offloaded tensors, autograd
     could not detect in-place changes of parameters.
     """
-    program = staged.program
-    if any(stage.offsets for stage in staged.stages):
+    program, values = staged.program, staged.program.values
+    copied = (v for step in staged.steps if _copies(step) for v in step.outputs)
+    large = {v for v in copied if value_bytes(values[v]) >= stored_maps.LEAST_BYTES}
+    if not large or any(stage.offsets for stage in staged.stages):
         return frozenset()
     segment = {number: part.start for part in staged.segments for number in part}
     state, others, made = set(program.state()), set(program.results()), dict[int, int]()
@@ -52,7 +55,10 @@ def brought(staged: StagedProgram) -> frozenset[int]:
         if isinstance(step, ProgramStage) or of_maps.isdisjoint(read):
             continue
         of_maps.update(step.outputs)
-        if isinstance(step, Op) and step.name in COPIES and not step.mutated:
+        if _copies(step):
             made.update(dict.fromkeys(step.outputs, number))
-    values = program.values
-    return frozenset(v for v in made if v not in others and value_bytes(values[v]) >= stored_maps.LEAST_BYTES)
+    return frozenset(large & made.keys() - others)
+
+
+def _copies(step: Op | VectorOp | ProgramStage) -> TypeGuard[Op]:
+    return isinstance(step, Op) and step.name in COPIES and not step.mutated

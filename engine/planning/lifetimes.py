@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ _KEEPS_PLACES = COPIES - {"gather"}  # autograd saves only indices of these; see
 _GIVES_ROWS_BACK = sys.platform == "linux"  # see `stored_maps.let_rows_go`
 
 
-def _kept(step: Op | VectorOp | ProgramStage, values: Sequence[Value]) -> Iterator[int]:
-    """The values that a step reads and that stay resident until its backward."""
+def _kept(step: Op | VectorOp | ProgramStage, taken: Sequence[int], values: Sequence[Value]) -> Sequence[int]:
+    """Of the values that a step reads, those that stay resident until its backward."""
     if isinstance(step, VectorOp):
-        return
+        return ()
     # Indexing by constants returns a view, which keeps the whole tensor alive.
     copies = (
         isinstance(step, Op)
@@ -32,7 +32,7 @@ def _kept(step: Op | VectorOp | ProgramStage, values: Sequence[Value]) -> Iterat
         and not step.mutated
         and (step.name != "__getitem__" or len(step.inputs) > 1)
     )
-    yield from (v for v in takes(step) if not copies or not values[v].takes_grad)
+    return [v for v in taken if not values[v].takes_grad] if copies else taken
 
 
 def made_whole(staged: StagedProgram) -> frozenset[int]:
@@ -48,31 +48,35 @@ class _Lifetimes:
         steps, values = staged.steps, staged.program.values
         end = len(steps)
         made: dict[int, int] = {}
-        last: dict[int, int] = dict.fromkeys(staged.program.results(), end)
-        readers: dict[int, list[int]] = {}
         unvalued: set[int] = set()
-        state = set(staged.program.state())
+        state: set[int] | None = None
         for number, step in enumerate(steps):
             outputs = step.stored if isinstance(step, ProgramStage) else step.outputs
-            if isinstance(step, Op) and step.name in LOOKS and state.issuperset(step.inputs):
-                state.update(outputs)  # the memory of a parameter or buffer
-                outputs = ()
+            if isinstance(step, Op) and step.name in LOOKS:
+                state = set(staged.program.state()) if state is None else state
+                if state.issuperset(step.inputs):
+                    state.update(outputs)  # the memory of a parameter or buffer
+                    outputs = ()
             if isinstance(step, ProgramStage):
                 unvalued |= unvalued_runs(step, set()).keys()
             if isinstance(step, VectorOp):
                 outputs = [v for v in outputs if v in staged.maps]
             made.update((v, number) for v in outputs)
-            for v in takes(step):
+        last: dict[int, int] = dict.fromkeys(staged.program.results(), end)
+        held = set(last)
+        readers: dict[int, list[int]] = {}
+        for number, step in enumerate(steps):
+            taken = [v for v in takes(step) if v in made]
+            for v in taken:
                 last[v] = max(last.get(v, 0), number)
                 readers.setdefault(v, []).append(number)
+            held.update(_kept(step, taken, values))
         split = any(stage.offsets for stage in staged.stages)
         stage_maps: Container[int] = () if split else staged.stage_maps()
         kind = values[staged.program.image].device.type
         row_by_row = kind == "cpu" and _GIVES_ROWS_BACK
-        maker = {v: part for part in staged.segments for v in made if made[v] in part}
         # A shard's own rows are freed after the fetch; in the backward their gradient is resident.
-        held = {v for step in steps for v in _kept(step, values)}
-        held.update(staged.program.results())
+        maker = {v: part for part in staged.segments for v in made if made[v] in part}
 
         def first_read(v: int) -> float:
             """The earliest step that reads a map in its backward, until which the map is resident."""

@@ -25,7 +25,7 @@ from itertools import chain, pairwise
 from ..capture.program import Op
 from ..lowering.ops import Local, Maps, Node, Reduction, VectorOp
 from ..lowering.ops.base import arguments
-from ..lowering.stages import ProgramStage, StagedProgram, crossing, handed_out, levels, split
+from ..lowering.stages import Divider, ProgramStage, StagedProgram, handed_out
 from . import constants
 from .cuts import cuts_by_outputs, cuts_by_weights, packed_bytes
 from .interstage import brought, value_bytes
@@ -138,14 +138,15 @@ def _every_series(maps: Maps, nodes: Sequence[Node | Op], training: bool, image_
         found = Strategy(name, staged, cost / unit, stored, packed_bytes=packed)
         return [found, *(Strategy(*each, here, stored - here, packed) for each in there)]
 
-    everything = split(maps, nodes, crossing(maps, nodes))
+    divider = Divider(maps, nodes)
+    everything = divider.split(divider.crossing())
     wanted = everything.wanted(image_grad)  # equal for all strategies, which have the same ops
     yield [lambda: weigh("all maps that later stages read", everything)]
-    for makes in _candidates(maps, nodes, training):
+    for makes in _candidates(divider, training):
         yield [cache(lambda make=make: [] if (made := make()) is None else weigh(*made)) for make in makes]
     if kind == "cpu" and len(everything.stages) == 1:
         for cuts in cuts_by_outputs(maps, nodes) if training else cuts_by_weights(maps, nodes, _cuttable(maps, nodes)):
-            staged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
+            staged = divider.split(divider.crossing(cuts), cuts)
             name = f"the maps between {len(staged.stages)} parts"
             more = constants.FLOPS_PER_BYTE[kind] * moved_bytes(staged, training)
             yield [partial(weigh, name, staged, more)]
@@ -157,21 +158,21 @@ PLACES = {"device": "on the device", "host": "in host memory", "disk": "on disk"
 _Make = Callable[[], tuple[str, StagedProgram] | None]
 
 
-def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Iterator[list[_Make]]:
+def _candidates(divider: Divider, training: bool) -> Iterator[list[_Make]]:
     """Series of choices, each with its name; None if a choice equals another."""
-    cuts = cut_maps(maps, nodes)
+    maps, nodes, cuts = divider.maps, divider.nodes, cut_maps(divider)
     fixed = _drawn_by_position(maps, nodes)
     hooked = any(op.name == "tensor_hook" for op in maps.program.ops)  # hooks would see another graph in a segment
-    read_later, level = crossing(maps, nodes), levels(maps, nodes)
+    read_later, level = divider.crossing(), divider.levels()
     stored = [v for v in read_later if level[v] or v in fixed]
     if len(stored) < len(read_later):
         name = "all maps that later stages read, except those of the first layers"
-        yield [lambda: (name, split(maps, nodes, stored))]
+        yield [lambda: (name, divider.split(stored))]
 
     @cache
     def cut_at(grouped: int, until: int) -> tuple[list[int], list[int], dict[int, int]]:
         chosen = cuts[::-1][::grouped][::-1][:until]
-        return chosen, crossing(maps, nodes, chosen), levels(maps, nodes, chosen)
+        return chosen, divider.crossing(chosen), divider.levels(chosen)
 
     def make(grouped: int, until: int, number: int, ends: bool) -> tuple[str, StagedProgram] | None:
         """The choice that cuts at the first `until` maps and stores none before the end of block `number`.
@@ -185,7 +186,7 @@ def _candidates(maps: Maps, nodes: Sequence[Node | Op], training: bool) -> Itera
             return None
         stored = [v for v in read_later if v not in dropped]
         kept = [v for v in chosen if v in stored]
-        staged = split(maps, nodes, stored, kept)
+        staged = divider.split(stored, kept)
         if training and kept and not hooked:
             staged.segments = segments_between(staged, kept)
         text = f"; blocks 1 to {number}: {'ends only' if ends else 'none'}" if number else ""
@@ -212,13 +213,13 @@ def _named_after(until: int, count: int, grouped: int, training: bool) -> str:
     return f"the end of every {block}"
 
 
-def cut_maps(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:
+def cut_maps(divider: Divider) -> list[int]:
     """Maps on which all later ops depend, at most one per level, without the first level, in program order.
 
     Maps whose statistics are computed are excluded; the output of their norm is a better cut.
     """
-    level = levels(maps, nodes)
-    return list({level[v]: v for v in _cuttable(maps, nodes) if level[v] > 0}.values())
+    level = divider.levels()
+    return list({level[v]: v for v in _cuttable(divider.maps, divider.nodes) if level[v] > 0}.values())
 
 
 def _cuttable(maps: Maps, nodes: Sequence[Node | Op]) -> list[int]:

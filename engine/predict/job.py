@@ -139,8 +139,8 @@ class Job:
         raise NotImplementedError
 
     def start(self) -> Start:
-        """The factory of units in other processes."""
-        raise NotImplementedError
+        """The factory of units in other processes; a job without a network has none."""
+        raise GigamorphError("images are converted by the processes of this machine; omit devices and engine")
 
     def tables(self, index: RunDatabase, results: Iterable[Result], out: Path) -> Scores:
         """Write the tables of all results; returns measures."""

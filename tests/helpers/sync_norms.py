@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from gigamorph import accelerate, kernels
 from gigamorph.engine.errors import GigamorphError
 from gigamorph.engine.lowering.ops import Maps
-from gigamorph.engine.lowering.stages import crossing, split
+from gigamorph.engine.lowering.stages import Divider
 from gigamorph.engine.planning.strategy import Strategy, cut_maps, segments_between, strategies
 from gigamorph.kernels import choice
 
@@ -86,8 +86,9 @@ def state(net: nn.Module) -> dict[str, Any]:
 
 def with_segments(maps: Maps, nodes: list[Any], *_: Any) -> Iterator[Strategy]:
     """The choice to compute again, in the backward, what lies between two cuts."""
-    cuts = cut_maps(maps, nodes)
-    network = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
+    divider = Divider(maps, nodes)
+    cuts = cut_maps(divider)
+    network = divider.split(divider.crossing(cuts), cuts)
     network.segments = segments_between(network, cuts)
     yield Strategy("ranges", network, 0.0, 0)
 

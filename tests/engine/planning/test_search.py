@@ -67,8 +67,8 @@ def test_a_sample_of_the_choices_leads_to_the_best_of_all(strides: list[int], ex
 def test_long_series_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of 30 blocks has about 260 choices."""
     made: list[object] = []
-    split = strategy.split
-    monkeypatch.setattr(strategy, "split", lambda *given: made.append(given) or split(*given))
+    split = strategy.Divider.split
+    monkeypatch.setattr(strategy.Divider, "split", lambda *given: made.append(given) or split(*given))
     program = capture(network([2, *[1] * 29], 3), (1, 1, 2048, 1536), torch.float32, "cpu")
     assert plan_of(program, 1500 << 20).choice > 0
     assert 20 < len(made) < 110

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from gigamorph import accelerate
 from gigamorph.engine.capture.recording import capture
 from gigamorph.engine.lowering.nodes import sort
-from gigamorph.engine.lowering.stages import ProgramStage, crossing, split
+from gigamorph.engine.lowering.stages import Divider, ProgramStage
 from gigamorph.engine.models.resnet import resnet18
 from gigamorph.engine.planning import lifetimes
 from gigamorph.engine.planning.lifetimes import stored_peak
@@ -50,8 +50,9 @@ def arbitrary(seed: int):
         local = [v for node in nodes if hasattr(node, "axes") for v in node.op.outputs]
         cuts = [v for v in local if dice.random() < 0.2]
         drawn = {v for node in nodes if getattr(node, "random", False) for v in node.op.outputs}
-        stored = [v for v in crossing(maps, nodes, cuts) if v in cuts or v in drawn or dice.random() < 0.5]
-        network = split(maps, nodes, stored, cuts)
+        divider = Divider(maps, nodes)
+        stored = [v for v in divider.crossing(cuts) if v in cuts or v in drawn or dice.random() < 0.5]
+        network = divider.split(stored, cuts)
         if training:
             stages = [n for n, step in enumerate(network.steps) if isinstance(step, ProgramStage)]
             ends = sorted({dice.choice(stages) for _ in range(3)})
@@ -216,7 +217,7 @@ def test_choices_trade_time_for_memory() -> None:
 
 def test_cuts_of_a_resnet_are_the_outputs_of_its_blocks() -> None:
     maps, nodes = sorted_program(NETS["resnet18"]())
-    cuts = cut_maps(maps, nodes)
+    cuts = cut_maps(Divider(maps, nodes))
     assert len(cuts) == 9  # the stem's and those of eight blocks
     assert not set(cuts) & {v for node in nodes if getattr(node, "kind", "") == "moments" for v in [node.value]}
 
@@ -233,8 +234,8 @@ def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch
         nn.BatchNorm2d(4),
         nn.AdaptiveAvgPool2d(1),
     )
-    maps, nodes = sorted_program(net, (1, 1, 8, 8))
-    network = split(maps, nodes, crossing(maps, nodes))
+    divider = Divider(*sorted_program(net, (1, 1, 8, 8)))
+    network = divider.split(divider.crossing())
     wanted = network.trainable()
     assert len(network.stages) == 3
     pooled = 2 * 4 * 8  # what the pooling gives, and its gradient
@@ -243,8 +244,8 @@ def test_what_lives_is_counted(row_by_row: bool, monkeypatch: pytest.MonkeyPatch
     assert 0 <= stored_peak(network, True, wanted) - (3 if row_by_row else 4) * 2048 <= pooled
     network.place = "disk"
     assert stored_peak(network, True, wanted) <= pooled
-    cuts = cut_maps(maps, nodes)
-    ranged = split(maps, nodes, crossing(maps, nodes, cuts), cuts)
+    cuts = cut_maps(divider)
+    ranged = divider.split(divider.crossing(cuts), cuts)
     ranged.segments = segments_between(ranged, cuts)
     assert [type(step).__name__ for step in ranged.steps].count("ProgramStage") == 4
     assert program_cost(ranged, True) > program_cost(network, True)
