@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ..datasets.dataset import grey_of, with_white
 from ..datasets.tables import Record
+from ..errors import GigamorphError
 from ..files import write_atomically
 from ..images.levels import White
 from .decoders import Opened
