@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from around import Around, image
+from around import Around, image, tied
 from exactness import assert_each_exact, assert_exact, step, take_state
 from grid_modules import MODULES
 from torch import Tensor, nn
@@ -38,11 +38,6 @@ def gate(function):
 
 def up(x: Tensor, like: Tensor, mode: str = "bilinear") -> Tensor:
     return F.interpolate(x, like.shape[2:], mode=mode)
-
-
-def tied(x: Tensor) -> Tensor:
-    """Equal values, whose gradients show which of them was the maximum; `round` has none."""
-    return x - x.detach() + x.round().detach()
 
 
 FUNCTIONS = {

@@ -118,7 +118,7 @@ def test_key_changes_with_weights_settings_and_image(images, tmp_path):
     ]
     assert all(not set(base) & set(names) for names in changed)
     # What the table says of how a file is to be read.
-    for own in ({"white": 65535}, {"chest_wall": "right"}, {"laterality": "R"}):
+    for own in ({"white": 65535}, {"chest_wall": "right"}, {"laterality": "R"}, {"frame": 0}):
         told = [replace(images.records[0], **own), *images.records[1:]]
         assert [a == b for a, b in zip(base, keys(data=ImageDataset(told)), strict=True)] == [False, True, True]
     np.save(images.records[1].path, np.zeros((33, 47), np.uint16))
