@@ -98,14 +98,17 @@ def _strips(source: PixelSource, shown: Explanation, stored: bool, caption: str)
         bottom = min(top + _TILE, height)
         grey = grey_of(top, bottom, 0, width)
         heat = torch.cat([heat_of(top, bottom, x, min(x + _TILE, width)) for x in range(0, width, _TILE)], 1)
-        # At most half opaque, so that the image stays visible below the evidence.
-        alpha = heat.sqrt().mul_(0.6)
-        rgb = torch.stack((grey * (1 - alpha) + alpha, grey * (1 - alpha) + alpha * heat, grey * (1 - alpha)), -1)
-        yield note.written(rgb, top).mul_(255).round_().to(torch.uint8).numpy()
+        yield note.written(_coloured(grey, heat), top).mul_(255).round_().to(torch.uint8).numpy()
+
+
+def _coloured(grey: Tensor, heat: Tensor) -> Tensor:
+    """Colours (h, w, 3); at most half opaque, so that the image stays visible below the evidence."""
+    alpha = heat.sqrt().mul_(0.6)
+    return torch.stack((grey * (1 - alpha) + alpha, grey * (1 - alpha) + alpha * heat, grey * (1 - alpha)), -1)
 
 
 class _Caption:
-    """A line of white text on a dark background in a corner of a picture.
+    """A line of white text above a colour bar from 0 to 1, on a dark background in a corner of a picture.
 
     Args:
         text: the line; empty for none.
@@ -116,25 +119,32 @@ class _Caption:
     def __init__(
         self, text: str, height: int, width: int, look: Callable[[int, int, int, int], tuple[float, float]]
     ) -> None:
-        self.ink, self.top, self.left = torch.zeros(0, 0), 0, 0
+        self.paint, self.top, self.left = torch.zeros(0, 0, 3), 0, 0
         if text:
-            self.ink = _ink(text, max(10, min(height, width) // 40), width)[:height, :width]
-            rows, columns = self.ink.shape
+            size = max(10, min(height, width) // 40)
+            line = _ink(text, size, width)
+            scale = [_ink(end, size * 3 // 5, width) for end in ("0", "1")]
+            colours = torch.zeros(len(scale[0]), max(0, line.shape[1] - scale[0].shape[1] - scale[1].shape[1]), 3)
+            middle = colours[len(colours) // 4 : -(len(colours) // 4)]  # as high as the digits
+            middle.copy_(_coloured(torch.zeros(()), torch.linspace(0, 1, colours.shape[1])))
+            bar = torch.cat([scale[0], colours, scale[1]], 1)[:, : line.shape[1]]
+            self.paint = torch.cat([line, bar])[:height, :width]
+            rows, columns, _ = self.paint.shape
             corners = [(top, left) for top in (0, height - rows) for left in (0, width - columns)]
             self.top, self.left = min(corners, key=lambda at: look(at[0], at[0] + rows, at[1], at[1] + columns))
 
     def written(self, rgb: Tensor, top: int) -> Tensor:
         """Draw the text into a strip of the picture, (rows, W, 3) in [0, 1], that begins at row `top`."""
-        first, last = max(self.top, top), min(self.top + len(self.ink), top + len(rgb))
+        first, last = max(self.top, top), min(self.top + len(self.paint), top + len(rgb))
         if first < last:
-            ink = self.ink[first - self.top : last - self.top, :, None]
-            under = rgb[first - top : last - top, self.left : self.left + ink.shape[1]]
-            under.copy_(under * 0.3 * (1 - ink) + ink)
+            paint = self.paint[first - self.top : last - self.top]
+            under = rgb[first - top : last - top, self.left : self.left + paint.shape[1]]
+            under.copy_(under * 0.3 * (1 - paint.amax(-1, keepdim=True)) + paint)
         return rgb
 
 
 def _ink(text: str, size: int, width: int) -> Tensor:
-    """A rendered line of text, float32 (h, w) in [0, 1], `size` pixels high or less if the width requires it."""
+    """A line of white text, float32 (h, w, 3) in [0, 1], `size` pixels high or less if the width requires it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second; only captions need it
     from matplotlib.figure import Figure
 
@@ -146,7 +156,7 @@ def _ink(text: str, size: int, width: int) -> Tensor:
     line.set_fontsize(size * scale)
     figure.set_size_inches(max(1, needed * scale) / 72, max(1, 1.6 * size * scale) / 72)
     canvas.draw()
-    return 1 - torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., 0].astype(np.float32) / 255)
+    return 1 - torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].astype(np.float32) / 255)
 
 
 def _window(source: PixelSource) -> tuple[float, float]:

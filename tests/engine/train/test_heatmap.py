@@ -77,6 +77,10 @@ def test_a_caption_stands_in_the_corner_where_nothing_stands_out(tmp_path, shape
     assert picture.shape == plain.shape == (*shape, 3)
     rows, columns = np.nonzero((picture != plain).any(-1))
     assert rows.min() > shape[0] / 2 and columns.min() == 0
+    if min(shape) > 40:  # the colour bar, from black to yellow
+        bar = (picture[..., 0] - picture[..., 2])[rows.min() :, : columns.max() + 1].max(0)
+        bar = bar[bar.nonzero()[0][0] : bar.argmax() + 1]
+        assert len(bar) > 100 and bar[-1] > 120 and np.corrcoef(bar, np.sqrt(np.arange(len(bar))))[0, 1] > 0.99
     text = picture[rows.min() :, : columns.max() + 1]
     assert text.max() > 150 and (text[..., 0] == text[..., 2]).mean() > 0.6  # light and grey
 
@@ -189,5 +193,10 @@ def test_evidence_of_a_cluster_lies_in_its_box_in_the_file(tmp_path):
     for record in records:
         found = colour(tmp_path / "out" / "heatmaps" / f"{record.path.stem}.png")
         top, bottom, left, right = record.findings[0].box
+        # The colour bar of the caption takes five rows of a corner; the rest of the picture is as before.
+        ends = np.r_[0:26, len(found) - 26 : len(found)]
+        bar = [row for row in ends if found[row].any() and not top <= row < bottom]
+        assert len(bar) <= 6 and np.ptp(bar) < 6
+        found[bar] = 0
         inside = found[top:bottom, left:right].sum()
         assert found.max() > 100 and inside > 0.95 * found.sum(), (record.path.stem, inside / found.sum())
