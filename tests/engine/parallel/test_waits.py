@@ -143,7 +143,7 @@ def test_who_was_cut_off_by_one_that_waited_too_long_names_the_same_process(monk
 def test_a_process_that_dies_is_named_at_once(tmp_path):
     began = time.monotonic()
     found = together(tmp_path, [meet_twice, die])
-    assert found[0].startswith("process 1 of 2 (") and "has ended; --resume goes on" in found[0]
+    assert found[0].startswith("process 1 of 2 (") and "has ended; --resume continues" in found[0]
     assert time.monotonic() - began < 20
 
 
