@@ -4,7 +4,8 @@
     python tests/releases.py 2.11.0 2.12.1 --quick --json benchmarks/results/releases.json
 
 An environment is made once, in build/releases; a second run uses it again, and brings "newest" up to date. The table
-and the JSON file have the numbers of tests that passed, failed and were skipped, by release and package.
+and the JSON file have the numbers of tests that passed, failed, were refused by an older TorchDynamo (conftest.py), and
+were skipped, by release and package.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def counted(times: Path) -> dict:
         parts = case.get("classname", "").split(".")[1:]
         package = parts[1] if parts[0] == "engine" and len(parts) > 2 else parts[0]
         outcome = "failed" if {"failure", "error"} & {one.tag for one in case} else "passed"
-        outcome = "skipped" if case.find("skipped") is not None else outcome
+        if (skipped := case.find("skipped")) is not None:
+            outcome = "refused" if skipped.get("message", "").startswith("refused: ") else "skipped"
         packages.setdefault(package, Counter())[outcome] += 1
         if outcome == "failed":
             failures.append(f"{'.'.join(parts)}.{case.get('name')}")
@@ -74,14 +76,16 @@ def counted(times: Path) -> dict:
 
 
 def table(found: dict[str, dict]) -> str:
-    """Rows of packages and columns of releases; a cell is passed / failed / skipped."""
+    """Rows of packages and columns of releases; a cell is passed / failed / refused / skipped."""
     lines = ["| | " + " | ".join(f"torch {one['torch']}" for one in found.values()) + " |"]
     lines.append("|---|" + "---|" * len(found))
     for name in ("python", *PACKAGES[2:]):
         lines.append(f"| {name} | " + " | ".join(one[name] for one in found.values()) + " |")
     for package in sorted({package for one in found.values() for package in one["packages"]}):
         cells = (one["packages"].get(package, {}) for one in found.values())
-        shown = (" / ".join(str(cell.get(name, 0)) for name in ("passed", "failed", "skipped")) for cell in cells)
+        shown = (
+            " / ".join(str(cell.get(name, 0)) for name in ("passed", "failed", "refused", "skipped")) for cell in cells
+        )
         lines.append(f"| `{package}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
