@@ -455,9 +455,10 @@ def test_what_is_computed_in_another_form_is_never_half_differentiated(kind: typ
         try:
             output = ours(x)
         except UnsupportedError as error:
-            assert hooked and (
-                "another form" in str(error) or "a tensor hook on" in str(error) or "TorchDynamo" in str(error)
-            )
+            reasons = ["another form", "a tensor hook on", "TorchDynamo"]
+            # PyTorch 2.11 records the hook as a function of its own.
+            reasons += ["rule for 'autograd.Function'"] if torch.__version__ < "2.12" else []
+            assert hooked and any(reason in str(error) for reason in reasons)
             continue
         got = torch.autograd.grad(output[0, 0], [ours.kept, *ours.parameters()], allow_unused=True)
         assert all(close(a, b) for a, b in zip(got[1:], wanted[1:], strict=True))
