@@ -58,7 +58,7 @@ gc.set_threshold(10_000, 20, 200)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
-    """With PyTorch 2.11 and 2.12, whose TorchDynamo supports less of Python, a refusal by it is no failure."""
+    """With PyTorch 2.11 and 2.12, whose TorchDynamo supports less of Python, its refusals do not count as failures."""
     report = yield
     if report.failed and call.excinfo is not None and torch.__version__ < "2.13":
         kind, error = call.excinfo.typename, str(call.excinfo.value)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_348,
-    ("engine", "kernels", "cli", "benchmarks"): 64_915,
+    ("engine", "kernels"): 57_347,
+    ("engine", "kernels", "cli", "benchmarks"): 64_914,
     ("benchmarks",): 4_122,
 }
 WORDS = {

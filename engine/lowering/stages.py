@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -299,9 +298,10 @@ class Divider:
         self._seams, whole = handed_out(maps), needed_whole(maps, nodes)
         self._begin = dict.fromkeys((maps.program.image, *maps.program.inputs), 0)
         self._waits = [(isinstance(node, Local), list(self._waits_for(node)), makes(node)) for node in nodes]
-        self._makers = {v: n for n, node in enumerate(nodes) if isinstance(node, Local) for v in node.op.outputs}
+        self._locals = {n: node for n, node in enumerate(nodes) if isinstance(node, Local)}  # by position
+        self._makers = {v: n for n, local in self._locals.items() for v in local.op.outputs}
         self._given = [v for v in maps.axes if v not in self._makers]
-        self._vectors = {n: vectors_read(nodes[n], maps) for n in self._makers.values()}  # pyright: ignore
+        self._vectors = {n: vectors_read(local, maps) for n, local in self._locals.items()}
         self._storable = [(v, v in whole) for v in (*self._begin, *self._makers)]
         self._reductions = [node for node in nodes if isinstance(node, Reduction)]
         late = _only_for_state(maps, nodes)
@@ -336,10 +336,9 @@ class Divider:
         """Maps that a later level reads, or broadcasts, in program order: they are stored, or computed again there."""
         level = self.levels(cuts)
         read_at: dict[int, int] = {}
-        for node in self.nodes:
-            if isinstance(node, Local):
-                for value in node.reads:
-                    read_at[value] = max(read_at.get(value, 0), level[node.op.outputs[0]])
+        for local in self._locals.values():
+            for value in local.reads:
+                read_at[value] = max(read_at.get(value, 0), level[local.op.outputs[0]])
         return before_spreading(self.maps, self.nodes, [v for v in self._makers if read_at.get(v, 0) > level[v]])
 
     def split(self, stored: Container[int], cuts: Container[int] = ()) -> StagedProgram:
@@ -405,9 +404,9 @@ class Divider:
                 sources.add(value)
             elif (place := self._makers[value]) not in needed:
                 needed.add(place)
-                wanted.extend(self.nodes[place].reads)  # pyright: ignore[reportAttributeAccessIssue]
+                wanted.extend(self._locals[place].reads)
         order = sorted(needed)
-        own: Any = [self.nodes[place] for place in order]  # other stages may contain them as well
+        own = [self._locals[place] for place in order]  # other stages may contain them as well
         stage = ProgramStage(self.maps.program, self.maps, sorted(sources), locals=own)
         stage.reductions, stage.stored = reductions, written
         stage.vectors = list(dict.fromkeys(v for place in order for v in self._vectors[place]))
