@@ -89,12 +89,18 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], what: str) -> None
 
 @contextlib.contextmanager
 def whole_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of ``path``; it is renamed to ``path`` on success and removed on an error."""
+    """A temporary path in the folder of ``path`` for a file or folder.
+
+    It replaces ``path`` on success, and is removed on an error.
+    """
     temporary = temporary_name(path)
     try:
         yield temporary
+        if temporary.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
 

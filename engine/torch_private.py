@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import UnsupportedError
 from .versions import TESTED
 
+BEFORE_2_13 = torch.__version__ < "2.13"  # a TorchVersion, which compares as a version
 _REFUSED = "what needs it raises an error"
 
 try:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_347,
-    ("engine", "kernels", "cli", "benchmarks"): 64_914,
+    ("engine", "kernels"): 57_345,
+    ("engine", "kernels", "cli", "benchmarks"): 64_912,
     ("benchmarks",): 4_122,
 }
 WORDS = {

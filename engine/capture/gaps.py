@@ -27,10 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..torch_private import PrivateName, dynamo, replace_conv_backend, tree_leaves
+from ..torch_private import BEFORE_2_13, PrivateName, dynamo, replace_conv_backend, tree_leaves
 from .graph import dotted
 
-_BEFORE_2_13 = torch.__version__ < "2.13"  # a TorchVersion, which compares as a version
 _open = threading.local()
 
 
@@ -93,7 +92,7 @@ def _corrections() -> Iterator[tuple[str, Around]]:
         yield f"variables.{name}.{READS}", _on_error("ObservedAttributeError", _guard_attribute)
         yield f"variables.{name}.call_obj_hasattr", _after(lambda _found, *given: _guard_attribute(*given))
     yield f"variables.UserDefinedClassVariable.{READS}", _before(lambda one, *_given: _open.kinds.add(one.value))
-    if _BEFORE_2_13:
+    if BEFORE_2_13:
         yield f"variables.UserDefinedClassVariable.{READS}", _before(_guard_literal)
         yield "variables.GetAttrVariable.call_method", _before(_guard_own_key)
         yield "variables.AutogradFunctionVariable.call_apply", _before(_break_at_repeated_tensor)
@@ -361,7 +360,7 @@ def _guard_compared(tx: Any, instruction: Any) -> None:
 
 def _guard_identity(variables: Any) -> None:
     for variable in variables:
-        unguardable = _BEFORE_2_13 and issubclass(variable.python_type(), dict)
+        unguardable = BEFORE_2_13 and issubclass(variable.python_type(), dict)
         if variable.source is not None and _is_mutable(variable) and not unguardable:
             _guard(variable, "ID_MATCH")
 

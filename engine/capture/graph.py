@@ -143,6 +143,10 @@ class Graph:
             if node.op == "call_module":
                 held = _attribute(module, str(target))
                 target = cls.of(held) if isinstance(held, fx.GraphModule) else held
+            elif getattr(target, "__name__", "") == "autograd_function_apply":
+                outputs, read = args[0].output[0], 1 + max((int(user.args[1]) for user in node.users), default=0)
+                ignored = all(source.name.startswith("unused_") for source in args[1].sources[read : len(outputs)])
+                kwargs["intermediates"] = len(outputs) - read if ignored else 0
             made = node.meta.get("example_value")
             if isinstance(made, Tensor) and not made.requires_grad:
                 free.add(len(instructions))

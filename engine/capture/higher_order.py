@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..errors import UnsupportedError
+from ..torch_private import BEFORE_2_13, memory_of
 from .replacements import RECURRENT
 
 
@@ -27,12 +29,14 @@ class CustomFunction:
         backward: graph from the gradients of the outputs and the saved values to the gradients of the arguments.
         no_gradient: indices of outputs that have no gradient.
         dirty: indices of outputs that are arguments written to in place.
+        intermediates: the number of last outputs that PyTorch 2.11 adds; no call reads them, the backward ignores them.
     """
 
     forward: Any
     backward: Any
     no_gradient: tuple[int, ...] = ()
     dirty: tuple[int, ...] = ()
+    intermediates: int = 0
 
     name = "autograd.Function"
     __name__ = "autograd.Function"
@@ -47,7 +51,15 @@ class CustomFunction:
 class _Applied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: CustomFunction, *args: Any) -> tuple[Any, ...]:
+        versions = {memory_of(a): a._version for a in args if isinstance(a, Tensor) and not a.is_inference()}
         outputs, saved = function.forward.run(args)
+        outputs = outputs[: len(outputs) - function.intermediates]
+        made = {memory_of(t): t._version for t in outputs if isinstance(t, Tensor) and not t.is_inference()}
+        if BEFORE_2_13 and any(versions.get(memory, version) != version for memory, version in made.items()):
+            raise UnsupportedError(
+                "a custom autograd function returns an input that it has written to (mark_dirty), which PyTorch "
+                f"{torch.__version__} does not record; clone it first, or use PyTorch 2.13"
+            )
         ctx.function, ctx.tensor_flags = function, [isinstance(value, Tensor) for value in saved]
         ctx.others = [value for value in saved if not isinstance(value, Tensor)]
         ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
@@ -67,7 +79,7 @@ class _Applied(torch.autograd.Function):
         )
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         saved = [next(tensors if is_tensor else others) for is_tensor in ctx.tensor_flags]
-        return None, *ctx.function.backward.run([*grads, *saved])
+        return None, *ctx.function.backward.run([*grads, *[None] * ctx.function.intermediates, *saved])
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +127,7 @@ def checkpointed(body: Any, *args: Any, **_options: Any) -> Any:
 
 def _custom(forward: Any, backward: Any, *args: Any, **options: Any) -> Any:
     indices = tuple(options.get("non_differentiable_idx", ())), tuple(options.get("dirty_idx", ()))
-    return CustomFunction(forward, backward, *indices)(*args)
+    return CustomFunction(forward, backward, *indices, options["intermediates"])(*args)
 
 
 def _hooked(x: Tensor, body: Any, *held: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..torch_private import FakeTensor, TorchDispatchMode
+from ..torch_private import BEFORE_2_13, FakeTensor, TorchDispatchMode
 
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _BATCH_FIRST = 8  # the last argument of (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, ...)
@@ -70,7 +70,7 @@ def _recorded(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _ALL = (torch.quantile, torch.nanquantile, Tensor.quantile, Tensor.nanquantile)
-QUANTILES = {} if torch.__version__ >= "2.13" else {func: _recorded(func) for func in _ALL}
+QUANTILES = {func: _recorded(func) for func in _ALL} if BEFORE_2_13 else {}
 
 
 def of_one_step(name: str, func: Any, args: Sequence[Any], kwargs: Any) -> Any:

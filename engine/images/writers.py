@@ -71,6 +71,8 @@ def write_tiff(
             photometric="minisblack",
             compression="zstd",
             predictor=dtype.itemsize > 1,
+            maxworkers=threads,
+            buffersize=threads * TILE * TILE * dtype.itemsize,  # by default 512 MB of tiles are gathered
             software="gigamorph",
             metadata=None,
             **resolution,

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GigamorphError
+from ..files import whole_or_absent
 from ..lowering.ops import Axes
 from .halos import Rect, cut
 from .pages import GIVES_BACK
@@ -42,11 +41,7 @@ def sink(out: Any, shape: Sequence[int], axes: Axes, dtype: torch.dtype) -> cont
         GigamorphError: if `out` does not match the map.
     """
     if isinstance(out, str | Path):
-        path = Path(out)
-        files = {".npy": _npy, ".zarr": _zarr, ".tif": _tiff, ".tiff": _tiff}
-        if path.suffix.lower() not in files:
-            raise GigamorphError(f"{path}: unknown file format; the name must end in .npy, .zarr or .tif")
-        return files[path.suffix.lower()](path, shape, axes, _numpy_dtype(dtype))
+        return _file(Path(out), shape, axes, _numpy_dtype(dtype))
     if tuple(getattr(out, "shape", ())) != tuple(shape):
         kind = f"of shape {tuple(out.shape)}" if hasattr(out, "shape") else type(out).__name__
         raise GigamorphError(f"out must be an array of the map's shape {tuple(shape)}, not {kind}")
@@ -132,14 +127,21 @@ class _Shard:
                 self.flush(start, self.open.pop(start))
 
 
+class _CannotWriteError(Exception):
+    pass
+
+
 @contextlib.contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    """A file of half a map would look like a result."""
+def _file(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iterator[Put]:
+    """A new file or folder; an earlier one is kept if the computation fails."""
+    kinds = {".npy": _npy, ".zarr": _zarr, ".tif": _tiff, ".tiff": _tiff}
+    if path.suffix.lower() not in kinds:
+        raise GigamorphError(f"{path}: unknown file format; the name must end in .npy, .zarr or .tif")
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
+        with whole_or_absent(path) as new, kinds[path.suffix.lower()](new, shape, axes, dtype) as put:
+            yield put
+    except _CannotWriteError as error:
+        raise GigamorphError(f"{path}: cannot be written ({error})") from error
 
 
 @contextlib.contextmanager
@@ -147,7 +149,7 @@ def _npy(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Itera
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
     except OSError as error:
-        raise GigamorphError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise _CannotWriteError(error.strerror or error) from error
     mapping: Any = array.base
     assign = _assign(array, axes)
 
@@ -157,9 +159,8 @@ def _npy(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Itera
         if GIVES_BACK and rect[3] == shape[axes[1]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
-    with _removed_on_error(path):
-        yield put
-        array.flush()
+    yield put
+    array.flush()
 
 
 @contextlib.contextmanager
@@ -168,94 +169,69 @@ def _zarr(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iter
 
     chunks = [min(n, TILE) if d in axes else n for d, n in enumerate(shape)]
     array = zarr.create_array(str(path), shape=tuple(shape), chunks=tuple(chunks), dtype=dtype, overwrite=True)
-    with _removed_on_error(path):
-        yield _in_chunks(array, shape, axes, chunks[axes[0]])
+    yield _in_chunks(array, shape, axes, chunks[axes[0]])
 
 
 @contextlib.contextmanager
 def _tiff(path: Path, shape: Sequence[int], axes: Axes, dtype: np.dtype) -> Iterator[Put]:
+    """A tiled (Big)TIFF file, losslessly compressed with zstd.
+
+    tifffile pulls the tiles from an iterator, so it runs in its own thread.
+    """
+    import tifffile
+
     others = [n for d, n in enumerate(shape) if d not in axes]
     channels = others[-1] if others and (len(shape) > 3 or axes[0] == 0) else 1
     if int(np.prod(others)) != channels:
-        raise GigamorphError(f"{path}: TIFF holds the map of one image, not shape {tuple(shape)}; use .zarr or .npy")
-    file = _TiffFile(path, (shape[axes[0]], shape[axes[1]], channels), dtype)
+        raise GigamorphError(f"a TIFF file holds the map of one image, not shape {tuple(shape)}; use .zarr or .npy")
+    height, width = shape[axes[0]], shape[axes[1]]
+    stored = np.dtype("uint8") if dtype.kind == "b" else dtype
+    queue: Queue[np.ndarray | None] = Queue(-(-width // TILE))  # the tiles of one band
+    failed: list[BaseException] = []
 
-    def flush(_top: int, band: np.ndarray) -> None:
-        rows = np.moveaxis(band, axes, (0, 1))
-        file.put(rows.reshape(*rows.shape[:2], channels))
+    def queued() -> Iterator[np.ndarray]:
+        while (tile := queue.get()) is not None:
+            yield tile
 
-    with _removed_on_error(path):
-        with contextlib.closing(file):
-            yield _Shard(shape, axes, dtype, TILE, flush)
-        file.check()
-
-
-class _TiffFile:
-    """A tiled (Big)TIFF file, losslessly compressed with zstd, written in consecutive bands of TILE rows.
-
-    tifffile pulls the tiles from an iterator, so it runs in its own thread.
-
-    Args:
-        size: (height, width, channels).
-    """
-
-    def __init__(self, path: Path, size: tuple[int, int, int], dtype: np.dtype):
-        import tifffile
-
-        self._path, self._size = path, size
-        self._dtype = np.dtype("uint8") if dtype.kind == "b" else dtype
-        big = math.prod(size) * self._dtype.itemsize > 2**31
-        self._open = partial(tifffile.TiffWriter, path, bigtiff=big)
-        self._queue: Queue[np.ndarray | None] = Queue(1)
-        self._bands = self._queued_bands()
-        self._failed: list[BaseException] = []
-        self._thread = Thread(target=self._write)
-        self._thread.start()
-
-    def put(self, band: np.ndarray) -> None:
-        """Write the next band, (rows, width, channels)."""
-        self.check()
-        self._queue.put(band)
-
-    def close(self) -> None:
-        """Wait until all bands are written."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def check(self) -> None:
-        """Raise the error of the writer thread, if any."""
-        if self._failed:
-            raise GigamorphError(f"{self._path}: cannot be written ({self._failed[0]})")
-
-    def _queued_bands(self) -> Iterator[np.ndarray]:
-        while (band := self._queue.get()) is not None:
-            yield band
-
-    def _tiles(self) -> Iterator[np.ndarray]:
-        _, width, channels = self._size
-        for band in self._bands:
-            for left in range(0, width, TILE):
-                part = band[:, left : left + TILE]
-                tile = np.zeros((TILE, TILE, channels), self._dtype)
-                tile[: part.shape[0], : part.shape[1]] = part
-                yield tile
-
-    def _write(self) -> None:
-        height, width, channels = self._size
+    def write() -> None:
+        tiles = queued()
         try:
-            with self._open() as file:
+            with tifffile.TiffWriter(path, bigtiff=math.prod(shape) * stored.itemsize > 2**31) as file:
                 file.write(
-                    self._tiles(),
-                    shape=(height, width) if channels == 1 else self._size,
-                    dtype=self._dtype,
+                    tiles,
+                    shape=(height, width) if channels == 1 else (height, width, channels),
+                    dtype=stored,
                     tile=(TILE, TILE),
                     photometric="minisblack",
                     planarconfig=None if channels == 1 else "contig",
                     compression="zstd",
+                    maxworkers=1,  # several would first gather up to 512 MB of tiles
                     software="gigamorph",
                     metadata=None,
                 )
         except BaseException as error:  # `check` raises it in the computing thread
-            self._failed.append(error)
-            for _ in self._bands:
+            failed.append(error)
+            for _ in tiles:
                 pass
+
+    def check() -> None:
+        if failed:
+            raise _CannotWriteError(failed[0])
+
+    def flush(_top: int, band: np.ndarray) -> None:
+        check()
+        rows = np.moveaxis(band, axes, (0, 1)).reshape(-1, width, channels)
+        for left in range(0, width, TILE):
+            part = rows[:, left : left + TILE]
+            tile = np.zeros((TILE, TILE, channels), stored)
+            tile[: part.shape[0], : part.shape[1]] = part
+            queue.put(tile)
+
+    thread = Thread(target=write)
+    thread.start()
+    try:
+        yield _Shard(shape, axes, dtype, TILE, flush)
+    finally:
+        queue.put(None)
+        thread.join()
+    check()

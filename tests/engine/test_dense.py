@@ -361,12 +361,17 @@ def test_maps_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["tif", "npy", "zarr"])
-def test_a_map_that_fails_leaves_no_file(tmp_path, suffix):
-    net = accelerate(nn.Conv2d(1, 1, 3, padding=1), tile=16)
-    net.on_tile = lambda event: 1 // (event.total // 2 - event.done)
-    with pytest.raises(ZeroDivisionError):
-        write_map(net, torch.rand(1, 1, 64, 64), tmp_path / f"map.{suffix}")
-    assert not list(tmp_path.iterdir())
+def test_a_map_that_fails_leaves_no_file_or_the_earlier_one(tmp_path, suffix):
+    net, x = accelerate(nn.Conv2d(1, 1, 3, padding=1), tile=16), torch.rand(1, 1, 64, 64)
+    failing = accelerate(nn.Conv2d(1, 1, 3, padding=1), tile=16)
+    failing.on_tile = lambda event: 1 // (event.total // 2 - event.done)
+    for _ in range(2):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(ZeroDivisionError):
+            write_map(failing, x, tmp_path / f"map.{suffix}")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        write_map(net, x, tmp_path / f"map.{suffix}")
+    assert before
 
 
 def test_flattened_maps_are_refused(tmp_path):

@@ -121,6 +121,8 @@ class Guarded:
 def poisoned() -> Iterator[None]:
     """torch.empty and its kin return NaN, so that what a kernel leaves unwritten is seen."""
     plain = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+    with torch.device("cpu"):
+        torch.empty(0)  # at the first use of a default device PyTorch lists these functions
 
     def wrap(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args, **kwargs):

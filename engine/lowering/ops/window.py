@@ -28,9 +28,9 @@ Pair = tuple[int, int]
 
 
 def _each_window(op: Op, maps: Maps, value: int) -> Local | None:
-    """A local op on images that are windows of a larger one, (N * windows, C, h, w); None for other inputs."""
+    """A local op on images that are windows of a larger one, (N * windows, C, h, w); None for a map in NCHW."""
     if len(maps.shape(value)) != 4 or maps.axes[value] != (0, 0) or maps.inputs(op) != [value]:
-        return None
+        return need_nchw(op, maps, value)
     return Local(op, {value: maps.pointwise(value)}, ((0, 0),) * len(op.outputs), replay(op))
 
 
@@ -63,10 +63,8 @@ def conv2d(op: Op, maps: Maps) -> Local:
         plain = padding in ("same", "valid") or pair(padding) == (0, 0)
         if kernel == stride == (1, 1) and plain:  # one matrix for all pixels, whatever the image axes
             return Local(op, {value: maps.pointwise(value)}, (maps.axes[value],), replay(op))
-    windows = _each_window(op, maps, value)
-    if windows is not None:
+    if (windows := _each_window(op, maps, value)) is not None:
         return windows
-    need_nchw(op, maps, value)
     if padding == "same":  # the odd row of an even kernel comes after
         pad = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
     else:
@@ -166,13 +164,10 @@ def conv3d(op: Op, maps: Maps) -> Local:
 def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     given = arguments(op, "input kernel_size stride padding dilation", padding=0, dilation=1)
     value = given["input"].value
-    windows = _each_window(op, maps, value)
-    if windows is not None:
+    if (windows := _each_window(op, maps, value)) is not None:
         return windows
-    need_nchw(op, maps, value)
     indexed = len(op.outputs) > 1
-    kernel = pair(given["kernel_size"])
-    stride = pair(given["stride"]) if given["stride"] else kernel
+    kernel, stride = pair(given["kernel_size"]), pair(given["stride"] or given["kernel_size"])
     pad, dilation = pair(given["padding"]), pair(given["dilation"])
     if kernel == maps.size(value) != (1, 1) and pad == (0, 0) and dilation == (1, 1) and not indexed:
         return Reduction(op, value, "max", 1, (2, 3), True, first_only=True)
@@ -247,12 +242,9 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     names = "input kernel_size stride padding ceil_mode count_include_pad divisor_override"
     given = arguments(op, names, padding=0, count_include_pad=True)
     value = given["input"].value
-    windows = _each_window(op, maps, value)
-    if windows is not None:
+    if (windows := _each_window(op, maps, value)) is not None:
         return windows
-    need_nchw(op, maps, value)
-    kernel = pair(given["kernel_size"])
-    stride = pair(given["stride"]) if given["stride"] else kernel
+    kernel, stride = pair(given["kernel_size"]), pair(given["stride"] or given["kernel_size"])
     pad, include, divisor = pair(given["padding"]), given["count_include_pad"], given["divisor_override"]
     if kernel == maps.size(value) != (1, 1) and pad == (0, 0):
         return Reduction(op, value, "sum", divisor or math.prod(kernel), (2, 3), True)

@@ -340,7 +340,7 @@ class Learnt(nn.Module):
         self.plain = [g for g in given if not isinstance(g, Tensor)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function.apply(x, *self.vectors, *self.plain)
+        return self.function.apply(x, *list(self.vectors), *self.plain)  # PyTorch 2.12 fails at *self.vectors
 
 
 class Apply(nn.Module):
@@ -413,10 +413,9 @@ def test_others_are_refused(function):
 )
 def test_others_that_cannot_be_recorded_are_refused(function, message):
     before = list(calls)
-    # PyTorch 2.11 records it; then no rule exists.
-    with pytest.raises(
-        UnsupportedError, match=rf"^test_custom.py:\d+ \({message}|^module '2' \(test_custom.* no exact"
-    ):
+    # Older releases of PyTorch record it; then no rule exists, or the written input is noticed.
+    older = r"^module '2' \(test_custom.* no exact|^a custom .* \(mark_dirty\)"
+    with pytest.raises(UnsupportedError, match=rf"^test_custom.py:\d+ \({message}|{older}"):
         accelerate(network(function), tile=8)(torch.randn(1, 2, 24, 20, dtype=torch.float64))
     assert calls == before
 
