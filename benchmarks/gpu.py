@@ -1,8 +1,9 @@
 """All measurements on a GPU, in commands of under nine minutes that write one JSON.
 
     python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,tests,checks      correct results?
-    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,ops,tiles         faster kernels?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,ops               faster kernels?
     python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,steps,traces      faster steps?
+    python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,front             ahead of an expert?
     python benchmarks/gpu.py --json gpu.json --cache cache --only ceilings,limits            largest images?
     gigamorph bench report gpu.json --out report                                  plots and tables of the results
     python benchmarks/gpu.py --json dry.json --dry            on the CPU, tiny, to test this script
@@ -12,9 +13,10 @@ compiled kernels and measured choices, with which later commands start, also on 
 
 Sections, in order: `ceilings` (copy bandwidth and matrix rate), `tests` (tests/gpu), `checks` (every kernel against
 float64, twice, with 4 and 8 warps), `sanitizer` (one check per family under compute-sanitizer, if it is installed),
-`ops` (the layers of ResNet-50 and ConvNeXt-T against cuDNN, eager and torch.compile), `tiles` (the forward in
-alternative tiles), `steps` (whole training steps and inference), `traces` (every kernel of some of them), `limits` (the
-largest images). See gpu_worker.py, gpu_checks.py, gpu_ops.py and gpu_steps.py.
+`ops` (the layers of ResNet-50 and ConvNeXt-T against cuDNN, eager and torch.compile), `steps` (whole training steps
+and inference), `front` (training steps at several budgets against all ways of stock), `traces` (every kernel of some
+steps), `limits` (the largest images). The exit code is 1 if an item failed. See gpu_worker.py, gpu_checks.py,
+gpu_ops.py and gpu_steps.py.
 
 Items run in worker processes, so that a kernel that hangs or corrupts the context costs one item. Tests and checks run
 in parallel, together with compilations for the timed sections; timed items run alone. The JSON is rewritten after every
@@ -50,8 +52,8 @@ SECONDS = {
     "checks": (420, 90),
     "sanitizer": (400, 120),
     "ops": (110, 25),
-    "tiles": (30, 30),
     "steps": (1e9, 90),
+    "front": (1e9, 150),
     "traces": (120, 60),
     "limits": (1e9, 150),
 }
@@ -163,7 +165,7 @@ def run_items(items: list[Item], workers: list[Worker], report: ResultsFile, dea
 
 
 def summary(data: dict[str, Any]) -> list[str]:
-    """Return lines on what failed, the speed of tiles, and the kernels of traces."""
+    """Return lines on what failed, and the kernels of traces."""
     lines = [""]
     peak = data["ceilings"].get("ceilings", {})
     where = data["ceilings"].get("machine", {})
@@ -179,7 +181,7 @@ def summary(data: dict[str, Any]) -> list[str]:
         lines += [f"  WRONG {n}: {_complaint(checks[n])}" for n in bad[:25]]
     failed = [(name, how, why) for name, row in data["ops"].items() for how, why in row.get("failed", {}).items()]
     lines += [f"FAILED {name}: {how}: {why[:120]}" for name, how, why in failed[:20]]
-    lines += _tile_lines(data["tiles"]) + _trace_lines(data.get("traces", {}))
+    lines += _trace_lines(data.get("traces", {}))
     table = data["steps"].get("choices", {}).get("choices", [])
     if table:
         ours = sum(row["chosen"] != "stock" for row in table)
@@ -188,24 +190,17 @@ def summary(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def failures(data: dict[str, Any]) -> list[str]:
+    """Return the names of items that failed or were wrong."""
+    rows = {f"{section}: {name}": row for section in SECTIONS for name, row in data.get(section, {}).items()}
+    return [name for name, row in rows.items() if "error" in row or row.get("failed") or not row.get("ok", True)]
+
+
 def _complaint(row: Row) -> str:
     if "error" in row:
         return f"{row['error']}: {row.get('message', '')[:120]}"
     worst = max(row["errors"].items(), key=lambda e: math.inf if isinstance(e[1], str) else e[1][1])
     return f"{worst[0]}: {worst[1]}{'' if row['reproducible'] else '; two runs differ'}"
-
-
-def _tile_lines(tiles: dict[str, Row]) -> list[str]:
-    """Return the speed of tiles relative to cuDNN: above 1 ours is faster."""
-    lines = []
-    for name, row in tiles.items():
-        if not row.get("ms", {}).get("cudnn"):
-            continue
-        cudnn = row["ms"]["cudnn"]
-        others = sorted((ms, n) for n, ms in row["ms"].items() if n != "cudnn")
-        ranked = ", ".join(f"{n} {cudnn / ms:.2f}" for ms, n in others[:4])
-        lines.append(f"{name}: cuDNN {cudnn:.3f} ms; speed: {ranked}")
-    return lines
 
 
 def _trace_lines(traces: dict[str, Row]) -> list[str]:
@@ -267,7 +262,7 @@ def main() -> None:
                 compiling.start()
                 run_items(items, workers[len(compilers) :], report, deadline, min(end, deadline + 15))
                 compiling.join()
-            elif sections[0] in ("steps", "traces", "limits"):
+            elif sections[0] in ("steps", "front", "traces", "limits"):
                 for worker in [] if options.dry else workers:  # memory left over by earlier items would count
                     worker.stop()
                 # The choices are read at the end, for which a little time is reserved.
@@ -287,6 +282,8 @@ def main() -> None:
         for worker in workers:
             worker.stop()
     print("\n".join(summary(report.data)))
+    if failures(report.data):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

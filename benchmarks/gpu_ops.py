@@ -10,18 +10,16 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from gpu_checks import forced
 from torch import Tensor
 from torch.nn import functional as F
 
 from gigamorph.kernels import choice
-from gigamorph.kernels.tuning import Config
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,20 +95,6 @@ def convnext_tiny(tile: int = TILE) -> list[Layer]:
         if stage:
             layers.append(Layer(width // 2, width, 2, 2, 2 * side, act="none"))
     return layers
-
-
-def config_layers(tile: int) -> list[Layer]:
-    """Return the layers on which tiles of kernels are compared."""
-    return [
-        Layer(64, 64, 3, 1, tile // 4),
-        Layer(128, 128, 3, 1, tile // 8),
-        Layer(256, 256, 3, 1, tile // 16),
-        Layer(256, 256, 3, 1, tile // 16 + 5),  # like the last tiles of an image: rows that do not fill a tile
-        Layer(128, 128, 3, 2, tile // 4),
-        Layer(64, 256, 1, 1, tile // 4),
-        Layer(256, 64, 1, 1, tile // 4),
-        Layer(1024, 256, 1, 1, tile // 16),
-    ]
 
 
 class Case(NamedTuple):
@@ -353,52 +337,6 @@ def stem(side: int, which: str) -> Case:
 
 
 # Tiles for comparison on a few shapes: form, pixels, channels, depth, warps, stages; rows and parts, if not one.
-CONFIGS = [
-    ("descriptor", 128, 64, 64, 4, 4, 8, 1),
-    ("descriptor", 128, 128, 64, 4, 3, 8, 2),
-    ("descriptor", 128, 128, 64, 8, 3, 8, 2),
-    ("descriptor", 128, 256, 64, 8, 3, 8, 2),
-    ("descriptor", 64, 128, 64, 4, 4, 8, 2),
-    ("descriptor", 128, 64, 64, 4, 4),
-    ("descriptor", 128, 128, 64, 4, 4),
-    ("descriptor", 128, 128, 64, 8, 4),
-    ("descriptor", 128, 256, 64, 8, 3),
-    ("descriptor", 256, 64, 64, 4, 4),
-    ("descriptor", 256, 64, 64, 8, 4),
-    ("descriptor", 256, 128, 64, 8, 3),
-    ("descriptor", 64, 256, 64, 4, 4),
-    ("pointer", 128, 64, 64, 4, 4),
-    ("pointer", 128, 128, 64, 8, 3),
-    ("pointer", 128, 256, 64, 8, 3),
-]
-
-
-def configurations(layer: Layer, dry: bool) -> Case:
-    """The bare forward in every tile that fits, against the computed one and cuDNN."""
-    from gigamorph.kernels.conv2d_forward import launch
-    from gigamorph.kernels.windows import ConvGeometry, empty_map
-
-    x, weight, _, _ = _tensors(layer)
-    y = empty_map(1, layer.cout, layer.out, layer.out, x)
-    place = ConvGeometry.of((layer.stride,) * 2, (layer.pad,) * 4), "none"
-
-    def run(config: Config) -> None:
-        with forced(config):
-            launch(x, weight, y, *place)
-
-    wanted = [("descriptor", 16, 16, 16, 4, 2), ("pointer", 32, 16, 16, 4, 2)] if dry else CONFIGS
-    found = {" ".join(map(str, c)): partial(run, Config(*c)) for c in wanted if c[2] <= max(64, layer.cout)}
-    return Case(
-        {
-            "ours": lambda: launch(x, weight, y, *place),
-            "cudnn": lambda: F.conv2d(x, weight, None, layer.stride, layer.pad),
-            **found,
-        },
-        layer.flops,
-        layer.bytes,
-    )
-
-
 def ceilings(dry: bool) -> dict[str, Any]:
     """Measure copy bandwidth (bytes read plus written) and the rate of a bfloat16 product, on random data."""
     timer = Timer(seconds=1.0, least=10, most=40)
@@ -438,9 +376,3 @@ def op_cases(dry: bool) -> dict[str, Callable[[], Case]]:
     for layer, which in itertools.product(layers, ("forward", "dgrad", "wgrad")):
         cases[f"{layer} {which}"] = partial(forward, layer) if which == "forward" else partial(backward, layer, which)
     return cases
-
-
-def config_cases(dry: bool) -> dict[str, Callable[[], Case]]:
-    """Return the cases of the table of tiles by name."""
-    layers: Sequence[Layer] = [Layer(16, 16, 3, 1, 8)] if dry else config_layers(TILE)
-    return {f"{layer} tiles": partial(configurations, layer, dry) for layer in layers}

@@ -1,8 +1,8 @@
-"""Whole steps for `gpu.py`: ours against stock eager, channels-last, torch.compile and checkpointing.
+"""Whole steps for `gpu.py`: ours against the ways of an expert to make stock PyTorch faster or smaller.
 
-Batch 1, one grey channel, float32 parameters under bfloat16 autocast, frozen BatchNorm (batch statistics in models with
-"live" in the name), the mean square of the output as the loss. Stock gets the image on the GPU, and so does gigamorph
-up to 8192 pixels; above, the image is in host memory as uint16 and is read tile by tile.
+Batch 1, one grey channel (three in models with "rgb" in the name), float32 parameters under bfloat16 autocast, frozen
+BatchNorm (batch statistics in models with "live"), the mean square of the output as the loss. Stock gets the image on
+the GPU, and so does gigamorph up to 8192 pixels; above, the image is in host memory as uint16 and is read by tiles.
 
 `traces` lists the work of one step on the GPU in order: the microseconds of each kernel, and the idle time.
 """
@@ -30,10 +30,11 @@ from gigamorph import accelerate, open_pixels, plan
 from gigamorph.engine.bench.meter import NvmlPeak, time_call
 from gigamorph.engine.bench.ordinary import loss_of
 from gigamorph.engine.bench.read import LIVE
-from gigamorph.engine.bench.ways import checkpointed
+from gigamorph.engine.bench.ways import checkpointed, fold_norms
 from gigamorph.engine.cuda_graphs import buffers
 from gigamorph.engine.models import create_model
 from gigamorph.engine.tiling.memory import parse_bytes, peak_bytes, reset_peak, used_bytes
+from gigamorph.engine.torch_private import functorch_config
 from gigamorph.kernels import choice
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,6 +47,13 @@ MODELS = {
     "densenet121": "timm:densenet121",
     "efficientnet_b2": "timm:efficientnet_b2",
 }
+WAYS = {
+    "cudnn_benchmark": "channels-last, cudnn.benchmark",
+    "folded": "folded-channels-last",
+    "compile_folded": "folded-compile",
+    "compile_tuned": "autotune",
+    "checkpoint_folded": "folded-checkpoint",
+}
 TILE, DRY_TILE = 2048, 24
 ON_GPU = 8192  # largest side of an image on the GPU for gigamorph
 
@@ -55,10 +63,11 @@ class GpuStep:
     """One measurement.
 
     Attributes:
-        how: "ours"; "ours_stock" (no kernels); "ours_op_by_op" (no capture and replay of tiles); "ours_third" (a third
-            of stock's memory as the budget); "ours_equal" (stock's memory as the budget, tile chosen by the plan);
-            "ours_auto" (no budget, tile chosen by the plan); "ours_8GiB" (that budget, tile chosen by the plan);
-            "eager"; "channels_last"; "compile"; "checkpoint".
+        how: "ours"; "ours_stock" (no kernels); "ours_op_by_op" (no capture and replay of tiles); with the plan's tile:
+            "ours_auto" (no budget), "ours_third", "ours_equal", "ours_0.5" (this share of stock's memory as the
+            budget), "ours_8GiB". Ways of stock: "eager"; in channels-last: "channels_last", "cudnn_benchmark", "folded"
+            (norms), "checkpoint", "compile", and in one name "compile_folded", "compile_tuned" (max-autotune),
+            "compile_folded_0.5" (share of activations that it may store), "checkpoint_folded".
     """
 
     model: str
@@ -69,15 +78,35 @@ class GpuStep:
     def __str__(self) -> str:
         return f"{self.model} {'train' if self.training else 'infer'} {self.side} {self.how}"
 
+    @property
+    def peer(self) -> str | None:
+        """The name in `gigamorph bench`, if it is not that of `engine.bench.read`."""
+        base, _, share = self.how.rpartition("_")
+        if share.startswith("0."):
+            of = "stock" if base == "ours" else "activations"
+            return f"{WAYS.get(base, base).replace('ours', 'gigamorph')}, {share} of {of}"
+        return WAYS.get(self.how)
 
-def build(model: str) -> nn.Module:
+    @property
+    def channels(self) -> int:
+        return 3 if "_rgb" in self.model else 1
+
+    @property
+    def share(self) -> float | None:
+        word = self.how.rpartition("_")[2]
+        shares = {"third": 1 / 3, "equal": 1.0}
+        return shares.get(word, float(word) if word.startswith("0.") else None)
+
+
+def build(step: GpuStep) -> nn.Module:
     torch.manual_seed(0)
-    name = model.removesuffix(LIVE)
-    network = small() if name == "small" else create_model(MODELS[name], num_classes=1000, in_channels=1)
-    return network.train(model.endswith(LIVE)).to(DEVICE)
+    name = step.model.removesuffix(LIVE).removesuffix("_rgb")
+    made = small if name == "small" else partial(create_model, MODELS[name], num_classes=1000)
+    network = made(in_channels=step.channels)
+    return network.train(step.model.endswith(LIVE)).to(DEVICE)
 
 
-def small() -> nn.Module:
+def small(in_channels: int) -> nn.Module:
     """Return a network for dry runs, with the layers of the others but less depth."""
 
     class SkipBlock(nn.Sequential):
@@ -87,34 +116,33 @@ def small() -> nn.Module:
     def block(inside: int, stride: int) -> list[nn.Module]:
         return [nn.Conv2d(inside, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16)]
 
-    stem = [*block(1, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    stem = [*block(in_channels, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     residual = SkipBlock(*block(16, 1), nn.ReLU(), *block(16, 1))
     return nn.Sequential(*stem, residual, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 
 def prepare(step: GpuStep, tile: int | None) -> nn.Module:
     """Build the network as this entry runs it."""
-    network = build(step.model)
+    network = build(step)
     if step.how.startswith("ours"):
-        budget: int | None = None
-        if step.how in ("ours_auto", "ours_equal"):
-            tile = None
-        if step.how in ("ours_third", "ours_equal"):
+        budget = parse_bytes("8GiB") if step.how == "ours_8GiB" else None
+        if step.share is not None:
             with torch.set_grad_enabled(step.training):
-                planned = plan(network, (1, step.side, step.side), tile=tile, training=step.training)
+                planned = plan(network, (step.channels, step.side, step.side), training=step.training)
             assert planned.stock_bytes is not None
-            budget = planned.stock_bytes // (3 if step.how == "ours_third" else 1)
-        if step.how == "ours_8GiB":
-            budget, tile = parse_bytes("8GiB"), None
-        return accelerate(network, memory_budget=budget, tile=tile)
+            budget = int(planned.stock_bytes * step.share)
+        return accelerate(network, memory_budget=budget, tile=None if budget or step.how == "ours_auto" else tile)
     if step.how == "eager":
         return network
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore
-    if step.how == "checkpoint":
+    network = fold_norms(network, step.channels) if "folded" in step.how else network
+    if step.how.startswith("checkpoint"):
         return checkpointed(network)
-    if step.how == "compile":
+    if step.how.startswith("compile"):
         torch._dynamo.reset()
-        options = {"backend": "eager"} if DEVICE.type == "cpu" else {}
+        functorch_config().activation_memory_budget = 1.0 if step.share is None else step.share
+        options = {"mode": "max-autotune-no-cudagraphs"} if "tuned" in step.how else {}
+        options = {"backend": "eager"} if DEVICE.type == "cpu" else options
         return torch.compile(network, dynamic=False, **options)  # pyright: ignore
     return network
 
@@ -128,7 +156,7 @@ def picture(step: GpuStep, side: int) -> Any:
             rows = torch.randint(0, 2**16, (min(1024, side - top), side), device=DEVICE, generator=generator)
             image[top : top + 1024] = rows.to(torch.uint16).cpu()
         return open_pixels(image, flip=False)
-    image = torch.rand(1, 1, side, side, device=DEVICE, generator=generator)
+    image = torch.rand(1, step.channels, side, side, device=DEVICE, generator=generator)
     return image if step.how == "eager" else image.contiguous(memory_format=torch.channels_last)
 
 
@@ -137,7 +165,9 @@ def _mode(step: GpuStep) -> Iterator[None]:
     kernels = choice.override("stock") if step.how == "ours_stock" else contextlib.nullcontext()
     one_by_one = step.how == "ours_op_by_op"
     replay = mock.patch.object(buffers, "executor", lambda device: None) if one_by_one else contextlib.nullcontext()
-    with kernels, replay, torch.set_grad_enabled(step.training), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+    tuned = torch.backends.cudnn.flags(True, benchmark=step.how == "cudnn_benchmark")
+    cast = torch.autocast(DEVICE.type, dtype=torch.bfloat16)
+    with kernels, replay, tuned, cast, torch.set_grad_enabled(step.training):
         yield
 
 
@@ -185,7 +215,7 @@ def measure(step: GpuStep, tile: int, box: float, warm_only: bool = False) -> di
     image = picture(step, step.side)
     if warm_side < step.side:
         with _mode(step):
-            network.plan_for((1, 1, step.side, step.side), torch.float32, DEVICE)
+            network.plan_for((1, step.channels, step.side, step.side), torch.float32, DEVICE)
     if DEVICE.type == "cuda" and step.how.startswith("ours") and step.side <= ON_GPU:
         once(step, network, image)
     synchronize()
@@ -202,6 +232,8 @@ def measure(step: GpuStep, tile: int, box: float, warm_only: bool = False) -> di
             seconds.append(passed)
     row = {
         **asdict(step),
+        "peer": step.peer,
+        "channels": step.channels,
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
         "mpx_per_s": step.side**2 / statistics.median(seconds) / 1e6,
@@ -215,7 +247,7 @@ def measure(step: GpuStep, tile: int, box: float, warm_only: bool = False) -> di
     }
     if step.how.startswith("ours"):
         with _mode(step):
-            planned = network.plan_for((1, 1, step.side, step.side), torch.float32, DEVICE)
+            planned = network.plan_for((1, step.channels, step.side, step.side), torch.float32, DEVICE)
         row |= {
             "tile": planned.tile,
             "planned_bytes": planned.peak_bytes,
@@ -229,17 +261,20 @@ def measure(step: GpuStep, tile: int, box: float, warm_only: bool = False) -> di
 
 
 STOCK = ("channels_last", "eager", "compile")
+OURS = ("ours_auto", "ours_0.8", "ours_0.5", "ours_0.33", "ours_0.2")
+FOLDED = ("folded", "compile_folded", "compile_folded_0.5", "compile_folded_0.2", "checkpoint_folded")
+LIVE_WAYS = (*STOCK, "cudnn_benchmark", "compile_tuned", "compile_0.5", "compile_0.2", "checkpoint")
 
 
 def steps(dry: bool) -> list[GpuStep]:
     """Return every entry, the most important first: entries at the end are dropped if time runs out."""
     if dry:
-        hows = ("ours", "ours_stock", "ours_op_by_op", "ours_third", "ours_auto", *STOCK)
+        hows = ("ours", "ours_stock", "ours_op_by_op", "ours_auto", *STOCK)
         # Each variant once in training; inference has the same.
         frozen = [GpuStep("small", True, 32, how) for how in hows]
         frozen += [GpuStep("small", False, 32, how) for how in ("ours", "channels_last", "eager")]
         live = [GpuStep("small_live", True, 32, how) for how in ("ours", "channels_last")]
-        return [*frozen, *live, GpuStep("small", True, 32, "checkpoint")]
+        return [*frozen, *live]
     train, infer = True, False
     default = ("ours_auto", *STOCK)
     wanted = [
@@ -271,6 +306,19 @@ def steps(dry: bool) -> list[GpuStep]:
             for training in (train, infer):
                 listed += [GpuStep(model, training, side, how) for how in ("ours", "channels_last", "eager")]
     return list(dict.fromkeys(listed))
+
+
+def front(dry: bool) -> list[GpuStep]:
+    """Return the entries of a front of time against memory: all ways of stock, ours at several budgets."""
+    if dry:
+        hows = (*OURS[:3], "ours_third", *FOLDED, *LIVE_WAYS)
+        return [GpuStep("small_rgb", True, 1024, how) for how in hows]
+    models = ("resnet50", "resnet50_live", "resnet50_rgb", "efficientnet_b2_live", "convnext_tiny")
+    return [
+        GpuStep(model, True, 4096, how)
+        for model in models
+        for how in (*OURS, *(FOLDED if model in ("resnet50", "resnet50_rgb") else ()), *LIVE_WAYS)
+    ]
 
 
 def limits(dry: bool) -> list[GpuStep]:

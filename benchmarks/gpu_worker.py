@@ -94,12 +94,11 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
 
     timer = gpu_ops.Timer(seconds=0.01, least=1, most=2) if dry else gpu_ops.Timer()
     once = gpu_ops.Timer(prepare=True)
-    ops, tiles = gpu_ops.op_cases(dry), gpu_ops.config_cases(dry)
+    ops = gpu_ops.op_cases(dry)
     # A name in `prepare` begins with its section.
     prepare = {f"steps: {n}": run for n, run in gpu_steps.preparations(dry).items()}
     if not dry:
-        for section, cases in (("ops", ops), ("tiles", tiles)):
-            prepare |= {f"{section}: {n}": lambda case=case: once.row(case()) for n, case in cases.items()}
+        prepare |= {f"ops: {n}": lambda case=case: once.row(case()) for n, case in ops.items()}
     return {
         "ceilings": {"machine": machine, "ceilings": lambda: gpu_ops.ceilings(dry)},
         "tests": tests(dry),
@@ -107,8 +106,8 @@ def registry(dry: bool) -> dict[str, dict[str, Callable[[], Row]]]:
         "checks": gpu_checks.checks(dry),
         "prepare": prepare,
         "ops": {n: lambda case=case: timer.row(case()) for n, case in ops.items()},
-        "tiles": {n: lambda case=case: timer.row(case()) for n, case in tiles.items()},
         "steps": {**gpu_steps.runs(gpu_steps.steps(dry), dry, 0.1 if dry else BOX), "choices": choices},
+        "front": gpu_steps.runs(gpu_steps.front(dry), dry, 0.1 if dry else BOX),
         "traces": gpu_steps.traces(dry),
         "limits": gpu_steps.runs(gpu_steps.limits(dry), dry, 0.1 if dry else BOX),
     }
@@ -187,7 +186,7 @@ class Server:
             traceback.print_exc()
             kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
             row = {"error": kind, "message": str(error)[:600]}
-        if section in ("ops", "steps", "limits", "ceilings"):
+        if section in ("ops", "steps", "front", "limits", "ceilings"):
             row |= {"clocks": clocks()}
         row["item_seconds"] = round(time.perf_counter() - started, 3)
         lost = torch.cuda.is_available() and _context_is_lost()

@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINES = {
     ("engine", "kernels"): 57_345,
-    ("engine", "kernels", "cli", "benchmarks"): 64_912,
-    ("benchmarks",): 4_122,
+    ("engine", "kernels", "cli", "benchmarks"): 64_892,
+    ("benchmarks",): 4_102,
 }
 WORDS = {
     r"told|tells": 1,

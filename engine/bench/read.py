@@ -71,21 +71,21 @@ def _from_gpu(data: dict[str, Any]) -> Results:
     found = data["ceilings"].get("ceilings", {})
     ceilings = {"gb_per_s": found["gb_per_s"], "tflop_per_s bf16": found["tflop_per_s"]} if "gb_per_s" in found else {}
     machine = {k: v for k, v in data["ceilings"].get("machine", {}).items() if k != "clocks"}
-    steps = {name: row for name, row in (data["steps"] | data.get("limits", {})).items() if name != "choices"}
+    steps = data["steps"] | data.get("front", {}) | data.get("limits", {})
     return Results(
         "benchmarks/gpu.py",
         machine,
         ceilings,
-        steps=[_step(name, row, steps) for name, row in steps.items()],
+        steps=[_step(name, row, steps) for name, row in steps.items() if name != "choices"],
         kernels=[_kernel(name, row) for name, row in data["ops"].items()],
     )
 
 
 def _step(name: str, row: dict[str, Any], others: dict[str, dict[str, Any]]) -> StepRow:
     model, mode, side, how = name.split(" ")
-    norms = "live" if model.endswith(LIVE) else "frozen"
-    task = BenchTask(model.removesuffix(LIVE), (1, 1, int(side), int(side)), mode == "train", norms, "bf16", "cuda")
-    made = StepRow(task, _PEERS.get(how, how))
+    norms, image = "live" if model.endswith(LIVE) else "frozen", (1, row.get("channels", 1), int(side), int(side))
+    task = BenchTask(model.removesuffix(LIVE), image, mode == "train", norms, "bf16", "cuda")
+    made = StepRow(task, row.get("peer") or _PEERS.get(how, how))
     if "error" in row:
         made.status = OUT_OF_MEMORY if row["error"] == OUT_OF_MEMORY else FAILED
         made.reason = row.get("message") or row["error"]

@@ -21,7 +21,6 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
         ("ceilings", "ceilings"),
         ("checks", "conv forward 3x3 bfloat16"),
         ("ops", "3x3 128>128 @256 forward"),
-        ("tiles", "3x3 128>128 @256 tiles"),
         ("steps", "resnet18 infer 4096"),
     ],
 )
