@@ -82,6 +82,12 @@ class Window(_Strided):
             min(max(0, (hi - 1) * self.stride - self.pad + self.reach + 1 - self.size_in), most),
         )
 
+    def counts(self, lo: int, hi: int, padding: bool) -> list[int]:
+        """Number of inputs that each of the outputs [lo, hi) reads, with or without those in the padding."""
+        low, high = (-self.pad, self.size_in + self.pad) if padding else (0, self.size_in)
+        starts = [o * self.stride - self.pad for o in range(lo, hi)]
+        return [min(start + self.kernel, self.size_in + self.pad, high) - max(start, low) for start in starts]
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:

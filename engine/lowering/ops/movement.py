@@ -31,7 +31,7 @@ from .base import (
     replay,
     rule,
 )
-from .padding import circular_pad, joined_mirror, mirrored_pad
+from .padding import circular_pad, joined_mirror, mirrored_pad, padded_depth
 from .promote import mapped, promoted, spread, spread_strip
 
 
@@ -201,12 +201,15 @@ def pad(op: Op, maps: Maps) -> Local | list[Node]:
         before[rank - 1 - i], after[rank - 1 - i] = given["pad"][2 * i], given["pad"][2 * i + 1]
     h, w = maps.axes[value]
     if given["mode"] != "constant" and any(given["pad"]):
-        spatial = (before[h], after[h], before[w], after[w])
-        if value in maps.flat or sum(spatial) != sum(given["pad"]) or min(given["pad"]) < 0:
-            raise Refusal(f"padding with mode='{given['mode']}' must be non-negative and along the image axes only")
-        if given["mode"] == "circular":
-            return circular_pad(op, maps, value, spatial)
-        return mirrored_pad(op, maps, value, spatial, given["mode"])
+        spatial, mode, ahead = (before[h], after[h], before[w], after[w]), given["mode"], list[Node]()
+        if (h, w) == (3, 4) and rank == 5 and before[2] + after[2] > 0:  # the depth first
+            ahead, value = padded_depth(op, maps, value, (before[2], after[2]), mode)
+            before[2] = after[2] = 0
+        if value in maps.flat or sum(spatial) != sum(before) + sum(after) or min(given["pad"]) < 0:
+            raise Refusal(f"padding with mode='{mode}' must be non-negative and along the image axes only")
+        if mode == "circular":
+            return [*ahead, *circular_pad(op, maps, value, spatial)]
+        return [*ahead, mirrored_pad(replace(op, inputs=(value,)), maps, value, spatial, mode)]
     if value in maps.flat:
         if before[h] or after[h]:
             raise Refusal("'pad' cannot pad the positions of a flattened map")

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...capture.program import Op, Ref
 from ..geometry import Mirror, Window
@@ -34,6 +35,17 @@ def mirrored_pad(op: Op, maps: Maps, value: int, pad: tuple[int, int, int, int],
         return (_take(_take(env[value], h, rows, block.rows, constants), w, cols, block.cols, constants),)
 
     return Local(op, {value: (rows, cols)}, (maps.axes[value],), run)
+
+
+def padded_depth(op: Op, maps: Maps, value: int, amounts: tuple[int, int], mode: str) -> tuple[list[Node], int]:
+    """The nodes that pad the depth of a volume, and their result."""
+    n, c, depth, *size = maps.shape(value)
+    longer = maps.new_map((3, 4), (n, c, depth + sum(amounts), *size), like=value)
+
+    def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
+        return (F.pad(env[value], [0, 0, 0, 0, *amounts], mode=mode),)
+
+    return [Local(part_of(op, "depth", (value,), (longer,)), {value: maps.pointwise(value)}, ((3, 4),), run)], longer
 
 
 def joined_mirror(op: Op, maps: Maps, value: int, dim: int, length: int) -> Local:

@@ -121,7 +121,7 @@ def channel_dropout(op: Op, maps: Maps) -> Local | list[Node]:
     shape, axes = maps.shape(value), maps.axes[value]
     if set(axes) & {0, 1}:
         raise Refusal(f"'{op.name}' has an image axis as channel dimension")
-    if op.name == "dropout1d" or len(shape) != 4:
+    if op.name == "dropout1d" or len(shape) not in (4, 5):
         raise Refusal(f"'{op.name}' needs a map of four dimensions, not {len(shape)}")
     reads = {value: maps.pointwise(value)}
     if not given["training"] or given["p"] <= 0:

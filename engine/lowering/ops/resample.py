@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -187,23 +188,37 @@ def weighted(op: Op, maps: Maps, value: int) -> Local:
         ratio = max(size[axis] / out[axis], 1 / factor if factor else 0, 1.0)
         wide = 1.0 if given["mode"] == "bicubic" and not given["antialias"] else ratio
         axes.append(_Weights(op, size[axis], out[axis], axis, 4 * wide + 2))
-    return _resampled(op, value, *axes)
+    return _resampled(op, maps, value, axes[0], axes[1])
 
 
 def bilinear(op: Op, maps: Maps, value: int) -> Local:
     """`F.interpolate(mode="bilinear")` of a map (N, C, H, W)."""
-    size, out = maps.size(value), maps.shape(op.outputs[0])[2:]
-    return _resampled(op, value, *(_Blend(op, size[axis], out[axis], axis) for axis in (0, 1)))
+    return blended(op, op, maps, value)
 
 
-def _resampled(op: Op, value: int, rows: _Blend | _Weights, cols: _Blend | _Weights) -> Local:
+def blended(op: Op, plane: Op, maps: Maps, value: int, before: Callable[[Tensor], Tensor] | None = None) -> Local:
+    """A map or volume resampled linearly along height and width as `plane` says, after `before`."""
+    size, out = maps.size(value), maps.shape(op.outputs[0])[-2:]
+    rows, cols = (_Blend(plane, size[axis], out[axis], axis) for axis in (0, 1))
+    return _resampled(op, maps, value, rows, cols, before)
+
+
+def _resampled(
+    op: Op,
+    maps: Maps,
+    value: int,
+    rows: _Blend | _Weights,
+    cols: _Blend | _Weights,
+    before: Callable[[Tensor], Tensor] | None = None,
+) -> Local:
     """A local op that resamples along both axes, 16-bit maps in float32."""
+    h, w = maps.axes[value]
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        x = env[value]
+        x = env[value] if before is None else before(env[value])
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         # Autocast would compute the products of weights in 16 bits.
         with torch.autocast(x.device.type, enabled=False) if isinstance(rows, _Weights) else contextlib.nullcontext():
-            return (rows(cols(wide, 3, block.cols), 2, block.rows).to(x.dtype),)
+            return (rows(cols(wide, w, block.cols), h, block.rows).to(x.dtype),)
 
-    return Local(op, {value: (rows.access, cols.access)}, ((2, 3),), run)
+    return Local(op, {value: (rows.access, cols.access)}, ((h, w),), run)

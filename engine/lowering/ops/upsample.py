@@ -24,14 +24,14 @@ def _outer(access: TransposedWindow, lo: int, hi: int) -> tuple[int, int, int]:
     return start - first, last - end, lo + access.pad - first * access.stride
 
 
-def _cropped(
+def cropped(
     rows: TransposedWindow, cols: TransposedWindow, block: Block, x: Tensor, function: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor]:
     """The outputs of a block, of a function without padding of the block's inputs."""
     (above, below, top), (before, after, left) = _outer(rows, *block.rows), _outer(cols, *block.cols)
     amounts, (height, width) = [before, after, above, below], block.size
     y = function(F.pad(x, amounts) if any(amounts) else x)
-    return (y[:, :, top : top + height, left : left + width],)
+    return (y[..., top : top + height, left : left + width],)
 
 
 @rule("conv_transpose2d")
@@ -50,7 +50,7 @@ def conv_transpose2d(op: Op, maps: Maps) -> Local:
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         rest = env[weight], bind(bias, env), stride, 0, 0, groups, dilation
-        return _cropped(rows, cols, block, env[value], lambda x: F.conv_transpose2d(x, *rest))
+        return cropped(rows, cols, block, env[value], lambda x: F.conv_transpose2d(x, *rest))
 
     return Local(op, {value: (rows, cols)}, ((2, 3),), run)
 
@@ -72,7 +72,7 @@ def fold(op: Op, maps: Maps) -> Local:
 
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         (start, end), (first, last) = rows.span(*block.rows), cols.span(*block.cols)
-        return _cropped(rows, cols, block, env[value].unflatten(2, (end - start, last - first)), folded)
+        return cropped(rows, cols, block, env[value].unflatten(2, (end - start, last - first)), folded)
 
     return Local(op, {value: (rows, cols)}, ((2, 3),), run)
 

@@ -20,6 +20,7 @@ from ..geometry import Gather, Window
 from .base import Block, BlockMemory, Env, Local, Maps, Reduction, Refusal, arguments, need_nchw, pair, replay, rule
 from .constants import Constants
 from .resample import INTERPOLATE, bilinear, nearest, select, weighted
+from .volumes import resampled_volume
 
 _LANES = 16  # channels that oneDNN's AVX-512 kernels process at a time
 
@@ -127,39 +128,6 @@ class UnvaluedConv(torch.autograd.Function):
         return *result, None, None, None, None, None
 
 
-@rule("conv3d")
-def conv3d(op: Op, maps: Maps) -> Local:
-    """A map (N, C, ...) with a third dimension, along which the kernel is one wide (lambda layers)."""
-    given = arguments(op, "input weight bias stride padding dilation groups", stride=1, padding=0, dilation=1, groups=1)
-    value, weight, bias, groups = given["input"].value, given["weight"].value, given["bias"], given["groups"]
-    if maps.inputs(op) != [value]:
-        raise Refusal("'conv3d' cannot use weights that depend on the image")
-    h, w = maps.axes[value]
-    shape, kernel = maps.shape(value), tuple(maps.shape(weight)[-3:])
-    if isinstance(given["padding"], str) or len(shape) != 5 or min(h, w) < 2 or h >= w:
-        raise Refusal("'conv3d' needs a map (N, C, ...) of five dimensions with height before width")
-    stride, pad, dilation = (
-        (n,) * 3 if isinstance(n, int) else tuple(n) for n in (given["stride"], given["padding"], given["dilation"])
-    )
-    (other,) = {2, 3, 4} - {h, w}
-    if (kernel[other - 2], stride[other - 2], pad[other - 2]) != (1, 1, 0):
-        raise Refusal(
-            "'conv3d' must have kernel 1, stride 1 and padding 0 along the dimension that is not an image axis"
-        )
-    out = maps.shape(op.outputs[0])
-    rows, cols = (
-        Window(shape[axis], out[axis], kernel[axis - 2], stride[axis - 2], pad[axis - 2], dilation[axis - 2])
-        for axis in (h, w)
-    )
-
-    def run(env: Env, block: Block) -> tuple[Tensor, ...]:
-        amounts = {h: block.pad[:2], w: block.pad[2:]}
-        x = F.pad(env[value], [n for axis in (4, 3, 2) for n in amounts.get(axis, (0, 0))])
-        return (F.conv3d(x, env[weight], bind(bias, env), stride, 0, dilation, groups),)
-
-    return Local(op, {value: (rows, cols)}, ((h, w),), run, fill=0.0)
-
-
 @rule("max_pool2d", "max_pool2d_with_indices")
 def max_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     given = arguments(op, "input kernel_size stride padding dilation", padding=0, dilation=1)
@@ -230,13 +198,6 @@ def max_unpool2d(op: Op, maps: Maps) -> Local:
     return Local(op, {value: (rows, cols), index: (rows, cols)}, ((2, 3),), run)
 
 
-def _pool_counts(access: Window, pad: int, lo: int, hi: int, include_pad: bool) -> list[int]:
-    """Number of elements that PyTorch counts in the pooling windows of the outputs [lo, hi) along one axis."""
-    low, high = (-pad, access.size_in + pad) if include_pad else (0, access.size_in)
-    starts = [o * access.stride - access.pad for o in range(lo, hi)]
-    return [min(start + access.kernel, access.size_in + pad, high) - max(start, low) for start in starts]
-
-
 @rule("avg_pool2d")
 def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     names = "input kernel_size stride padding ceil_mode count_include_pad divisor_override"
@@ -254,8 +215,7 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
     def run(env: Env, block: Block) -> tuple[Tensor, ...]:
         x = env[value]
         if divisor is None:
-            rows = _pool_counts(height, pad[0], *block.rows, include)
-            cols = _pool_counts(width, pad[1], *block.cols, include)
+            rows, cols = height.counts(*block.rows, include), width.counts(*block.cols, include)
             plain = set(rows) == {kernel[0]} and set(cols) == {kernel[1]}
         else:
             plain, rows, cols = True, [], []
@@ -274,6 +234,8 @@ def avg_pool2d(op: Op, maps: Maps) -> Local | Reduction:
 @rule("interpolate", "upsample", "upsample_nearest")
 def interpolate(op: Op, maps: Maps) -> Local | Reduction:
     value = op.inputs[0]
+    if len(maps.shape(value)) == 5:
+        return resampled_volume(op, maps, value)
     need_nchw(op, maps, value)
     given = arguments(op, INTERPOLATE, mode="nearest")
     mode = given["mode"]
