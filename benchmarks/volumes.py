@@ -2,6 +2,7 @@
 
     python benchmarks/volumes.py --json benchmarks/results/volumes.json
 
+Networks that the file has already are not checked again.
 Each network is checked in both modes of its norms by `accelerate(..., verify=True)`: outputs, all gradients and buffers
 at two small sizes, with two volumes in the batch and dropout off. The printed table is that of docs/volumes.md.
 """
@@ -66,12 +67,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     path = parser.parse_args().json
     print("| network | frozen norms | norms in training mode |\n|---|---|---|")
-    rows = {}
+    rows = json.loads(path.read_text())["networks"] if path is not None and path.exists() else {}
     for name in NETWORKS:
-        rows[name] = {"frozen": judged(name, False), "training": judged(name, True)}
+        rows[name] = rows.get(name) or {"frozen": judged(name, False), "training": judged(name, True)}
         print("| " + " | ".join((name, *(found.partition(";")[0] for found in rows[name].values()))) + " |", flush=True)
-    if path is not None:
-        path.write_text(json.dumps({"provenance": provenance(), "networks": rows}, indent=1) + "\n")
+        if path is not None:
+            path.write_text(json.dumps({"provenance": provenance(), "networks": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .engine.morph.planner import plan_growth
     from .engine.morph.recipe import Recipe
     from .engine.morph.spaces import find_spaces
+    from .engine.morph.volume import to_volume
     from .engine.morph.widen import widen
     from .engine.planning.plan import Plan
     from .engine.planning.preview import plan
@@ -62,6 +63,7 @@ _NAMES_OF_MODULES = {
     "morph.planner": "plan_growth",
     "morph.recipe": "Recipe",
     "morph.spaces": "find_spaces",
+    "morph.volume": "to_volume",
     "morph.widen": "widen",
     "planning.plan": "Plan",
     "planning.preview": "plan",
@@ -95,6 +97,7 @@ __all__ = [  # noqa: RUF022  (sorted by use, not alphabetically)
     "to_grey",
     "to_rgb",
     "add_planes",
+    "to_volume",
     "front",
     "find_spaces",
     "plan_growth",

@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 57_345,
-    ("engine", "kernels", "cli", "benchmarks"): 64_892,
-    ("benchmarks",): 4_102,
+    ("engine", "kernels"): 57_629,
+    ("engine", "kernels", "cli", "benchmarks"): 65_234,
+    ("benchmarks",): 4_160,
 }
 WORDS = {
     r"told|tells": 1,

@@ -36,7 +36,7 @@ class UNet(nn.Module):
         ways_up = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
         self.up = nn.ModuleList(nn.ConvTranspose2d(below, own, 2, 2) for below, own in ways_up)
         self.decoder = nn.ModuleList(_block(2 * own, own) for _, own in ways_up)
-        self.head = nn.Conv2d(width, num_classes, 1)
+        self.head, self.pool = nn.Conv2d(width, num_classes, 1), nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -45,7 +45,7 @@ class UNet(nn.Module):
         skips = []
         for block in self.encoder[:-1]:
             skips.append(block(x))
-            x = F.max_pool2d(skips[-1], 2)
+            x = self.pool(skips[-1])
         x = self.encoder[-1](x)
         for up, block in zip(self.up, self.decoder, strict=True):
             x = block(torch.cat([skips.pop(), up(x)], 1))

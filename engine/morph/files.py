@@ -26,6 +26,7 @@ from .recipe import Recipe, apply, matches
 from .step import Difference, Report, Step
 from .store import SafetensorsFile, atomic, read_state, read_torch, write_state
 from .verify import FLOAT64_LIMIT, NOISE_RATIO, compare
+from .volume import SLICES, VolumeStep
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 ENDING = ".recipe.json"
@@ -50,10 +51,11 @@ class Grown:
         return product
 
     def example(self, size: tuple[int, int] | None = None) -> Tensor:
-        """Create a blank image for checks, (1, C, H, W), in the dtype of the weights."""
+        """Create a blank image for checks, (1, C, H, W) or a volume of some slices, in the dtype of the weights."""
         side = SIDE * self.shrink
         dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
-        return torch.zeros(1, self.channels, *(size or (side, side)), dtype=dtype)
+        depth = (SLICES,) if any(isinstance(morph.step, VolumeStep) for morph in self.recipe.morphs) else ()
+        return torch.zeros(1, self.channels, *depth, *(size or (side, side)), dtype=dtype)
 
 
 def recipe_path(weights: str | Path) -> Path:

@@ -147,6 +147,13 @@ OPERATIONS = (
         "to",
     ),
     Operation(
+        "to-volume",
+        "Turn a network for images into one for volumes (N, C, D, H, W) that computes the same slice by slice. "
+        "gigamorph morph kernel then gives convolutions a depth.",
+        {"": "volume.to_volume"},
+        "",
+    ),
+    Operation(
         "head",
         "Add outputs to the classifier, or split a class into several: --outputs 4, or --split 1 --into 3.",
         {"outputs": "head.grow_head", "split": "head.split_class"},
