@@ -33,7 +33,6 @@ NETWORKS: dict[str, Made] = {
     "torchvision r3d_18": (lambda: video.r3d_18(num_classes=2), (3, 8)),
     "torchvision mc3_18": (lambda: video.mc3_18(num_classes=2), (3, 8)),
     "torchvision r2plus1d_18": (lambda: video.r2plus1d_18(num_classes=2), (3, 8)),
-    "torchvision s3d": (lambda: video.s3d(num_classes=2, dropout=0.0), (3, 16)),
     "torchvision swin3d_t": (lambda: video.swin3d_t(num_classes=2), (3, 8)),
     "MONAI ResNet-10": (lambda: nets.resnet10(spatial_dims=3, n_input_channels=1, num_classes=2), (1, 16)),
     "MONAI DenseNet-121": (lambda: nets.DenseNet121(3, 1, 2), (1, 32)),
@@ -46,6 +45,7 @@ NETWORKS: dict[str, Made] = {
     "MONAI VNet": (lambda: nets.VNet(3, 1, 2, dropout_prob_down=None), (1, 16)),
     "MONAI HighResNet": (lambda: nets.HighResNet(3, 1, 2), (1, 6)),
     "MONAI SwinUNETR": (lambda: nets.SwinUNETR(1, 2, feature_size=12, spatial_dims=3), (1, 32)),
+    "torchvision s3d": (lambda: video.s3d(num_classes=2, dropout=0.0), (3, 16)),
 }
 
 
