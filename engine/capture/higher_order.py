@@ -63,7 +63,7 @@ class _Applied(torch.autograd.Function):
         ctx.function, ctx.tensor_flags = function, [isinstance(value, Tensor) for value in saved]
         ctx.others = [value for value in saved if not isinstance(value, Tensor)]
         ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
-        ctx.mark_non_differentiable(*(outputs[n] for n in function.no_gradient))
+        ctx.mark_non_differentiable(*(outputs[n] for n in function.no_gradient if n < len(outputs)))
         ctx.mark_dirty(*(outputs[n] for n in function.dirty))
         ctx.set_materialize_grads(False)
         ctx.shapes = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in outputs]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...capture.program import Op
 from ...torch_private import tree_leaves
@@ -122,15 +121,16 @@ def channel_dropout(op: Op, maps: Maps) -> Local | list[Node]:
     if set(axes) & {0, 1}:
         raise Refusal(f"'{op.name}' has an image axis as channel dimension")
     if op.name == "dropout1d" or len(shape) not in (4, 5):
-        raise Refusal(f"'{op.name}' needs a map of four dimensions, not {len(shape)}")
+        raise Refusal(f"'{op.name}' needs a map of four or five dimensions, not {len(shape)}")
     reads = {value: maps.pointwise(value)}
     if not given["training"] or given["p"] <= 0:
         return Local(op, reads, (axes,), replay(op))
-    mask, info = maps.new_value((*shape[:2], 1, 1), like=value), maps.program.values[value]
+    per_channel = (*shape[:2], *[1] * (len(shape) - 2))
+    mask, info = maps.new_value(per_channel, like=value), maps.program.values[value]
 
     def draw() -> Tensor:
-        ones = torch.ones((*shape[:2], 1, 1), dtype=info.dtype, device=info.device)
-        return F.dropout2d(ones, given["p"])
+        ones = torch.ones(per_channel, dtype=info.dtype, device=info.device)
+        return torch.feature_dropout(ones, given["p"], True)
 
     def run(env: Env, _block: Block) -> tuple[Tensor, ...]:
         return (env[value] * env[mask],)

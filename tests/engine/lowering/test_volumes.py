@@ -189,6 +189,15 @@ def test_maxima(pool):
     assert_exact(Net().double(), torch.randn(1, 1, 6, 40, 36, dtype=torch.float64), tile=16)
 
 
+def test_dropout_of_channels_draws_as_pytorch():
+    net = nn.Sequential(nn.Conv3d(1, 6, 3, padding=1), nn.Dropout3d(0.5), nn.Conv3d(6, 2, 3)).double()
+    x, results = torch.randn(2, 1, 5, 24, 20, dtype=torch.float64), []
+    for one in (net, accelerate(net, tile=8)):
+        torch.manual_seed(3)
+        results.append(one(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
 def test_an_encoder_of_slices_with_an_lstm_over_them():
     class Net(nn.Module):
         def __init__(self):
