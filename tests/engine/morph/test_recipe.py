@@ -35,6 +35,7 @@ from gigamorph.engine.morph.merge import merge
 from gigamorph.engine.morph.recipe import Fingerprint, Morph, Recipe, apply, fingerprint, grow, grow_file
 from gigamorph.engine.morph.step import known, to_json
 from gigamorph.engine.morph.store import SafetensorsFile, read_state, write_state
+from gigamorph.engine.morph.volume import to_volume
 from gigamorph.engine.morph.widen import widen
 
 Grow = Callable[[nn.Module, Tensor], tuple[nn.Module, Any]]
@@ -59,6 +60,7 @@ MORPHS: dict[str, Grow] = {
     "head": lambda m, x: grow_head(m, x, "fc", 5),
     "merge": lambda m, x: merge(m, x),
     "split_class": lambda m, x: split_class(m, x, "fc", 1),
+    "volume": lambda m, x: to_volume(m, x),
 }
 
 
@@ -121,7 +123,8 @@ class TestEveryMorph:
         assert fingerprint(again.state_dict()) == recipe.morphs[-1].child
         step = recipe.morphs[0].step
         r = getattr(step, "r", 1)
-        x = torch.randn(2, 2 if step.op == "inputs" else 1, 32 * r, 32 * r)
+        depth = (3,) if step.op == "volume" else ()
+        x = torch.randn(2, 2 if step.op == "inputs" else 1, *depth, 32 * r, 32 * r)
         for mode in (False, True):
             torch.manual_seed(0)
             want = child.train(mode)(x)
@@ -166,7 +169,7 @@ class TestChain:
         parent, recipe = trained(), Recipe()
         x = torch.zeros(1, 1, 32, 32)
         model, fronted = parent, False
-        names = [n for n in MORPHS if n not in ("widen free", "inputs", "split_class", "front keep")]
+        names = [n for n in MORPHS if n not in ("widen free", "inputs", "split_class", "front keep", "volume")]
         for name in data.draw(st.lists(st.sampled_from(names), min_size=2, max_size=3, unique=True)):
             if name.startswith("front"):
                 if fronted:
