@@ -88,7 +88,7 @@ def test_networks_grow_a_depth_and_run_by_tiles(name: str) -> None:
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.ReLU(), nn.Flatten()), "not linear"),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1)), "not linear"),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Upsample((20, 20))), "scale_factor"),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.LPPool2d(2, 2)), "volume: "),
         (nn.Sequential(nn.Flatten(), nn.Linear(24 * 20, 2)), "no layer for images"),
