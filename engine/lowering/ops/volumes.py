@@ -1,4 +1,4 @@
-"""Rules of ops on volumes (N, C, D, H, W): a tile holds all of the depth, so that it is no image axis.
+"""Rules of ops on volumes (N, C, D, H, W): a tile contains the whole depth, which is not an image axis.
 
 Height and width follow the rules of images; along the depth, each block is computed as PyTorch computes the whole map.
 """
