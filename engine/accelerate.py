@@ -240,7 +240,8 @@ class Accelerated(Delegate):
             output: index of the output (column of the network's first output tensor).
 
         Returns:
-            (N, h, w) float32 (float64 for a float64 network) on the network's device, at the stride of that map.
+            (N, h, w), for volumes (N, d, h, w), float32 (float64 for a float64 network) on the network's device, at
+            the stride of that map.
             `evidence_map` also returns the position of its cells in the image.
 
         Raises:

@@ -1,7 +1,7 @@
 """Classifies the arguments of a call: the image, further maps, tensors without image axes, and Python values.
 
-Bags of images (B, V, C, H, W), such as the views of an exam or the slices of a volume, are further maps. If there is no
-other image, a stand-in without memory provides their size.
+Bags of images (B, V, C, H, W), such as the views of an exam, and volumes (N, C, D, H, W) are further maps. If there is
+no other image, a stand-in without memory provides their size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Arguments:
 
     Attributes:
         args, kwargs: arguments of the call; stand-ins without memory replace images that are read by region.
-        image: the first image; a stand-in (1, 1, H, W) that nothing reads if bags of images are larger.
+        image: the first image; a stand-in (1, 1, H, W) that nothing reads for volumes and if bags of images are larger.
         traced: the argument that represents the image in the call.
         roles: id of a tensor argument -> "image", "map" (its last two axes are the image's) or "vector".
         regions: id of a stand-in -> the image or map that is read by region.
@@ -68,9 +68,16 @@ class Arguments:
         """
         leaves = tree_leaves((tuple(args), dict(kwargs)))
         first = batch if batch is not None else next((leaf for leaf in leaves if _is_image(leaf)), None)
-        image = None if batch is not None else _stand_in(first, [leaf for leaf in leaves if is_bag(leaf)])
+        bags, of_bag = [leaf for leaf in leaves if is_bag(leaf)], is_bag(batch)
+        image = _stand_in(None if of_bag else first, bags) if batch is None or of_bag else None
         swapped: dict[int, Tensor] = {}
-        if image is None and first is not None:
+        roles, regions, further = dict[int, str](), dict[int, Any](), list[Tensor]()
+        if isinstance(first, (PixelSource, PixelBatch)) and len((volumes := as_batch(first)).shape) == 5:
+            held = swapped[id(first)] = _without_memory(volumes, device, dtype)
+            roles[id(held)], regions[id(held)] = "map", volumes
+            further.append(held)
+            image = torch.empty((), dtype=dtype, device=device).expand(1, 1, *volumes.shape[-2:])
+        elif image is None and first is not None:
             image = as_batch(first)
             if not isinstance(first, Tensor) or first.device != device:
                 swapped[id(first)] = _without_memory(image, device, dtype)
@@ -81,7 +88,7 @@ class Arguments:
                 "the arguments contain no image; pass a float tensor (N, C, H, W), a bag of images (B, V, C, H, W) or "
                 f"a pixel source, also in dicts, lists and tuples ({_format_given(leaves)}){_detector_hint(leaves)}"
             )
-        size, roles, regions, further = tuple(image.shape[-2:]), dict[int, str](), dict[int, Any](), list[Tensor]()
+        size = tuple(image.shape[-2:])
         for leaf in leaves:
             if isinstance(leaf, (PixelSource, PixelBatch)) and leaf is not first:
                 raise GigamorphError("only the first image can be a pixel source; pass the other images as tensors")

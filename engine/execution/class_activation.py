@@ -28,7 +28,7 @@ class Evidence:
     """The contribution of each cell of the last map before the global pooling to a score.
 
     Attributes:
-        values: (N, h, w), float32 (float64 for a float64 network).
+        values: (N, h, w), for volumes (N, d, h, w), float32 (float64 for a float64 network).
         outputs: (N, outputs), the outputs of the network.
         rows: the image rows of the map's rows.
         columns: the image columns of the map's columns.
@@ -116,9 +116,17 @@ def find_evidence(forward: Forward, score: Score) -> Evidence:
         raise GigamorphError("no evidence: the score does not depend on the network's last pooling; use another score")
     last = there[-1][0].value
     size = stage.maps.size(last)
+    shape = staged.program.values[last].shape
+    if shape[0] != len(outputs):
+        raise GigamorphError(
+            f"no evidence: {shape[0]} maps are pooled for {len(outputs)} rows of outputs, as for bags of images; give "
+            "single images to a network of images"
+        )
+    slices = [shape[2]] if len(shape) == 5 and stage.maps.axes[last] == (3, 4) else []
+    there = [(r, grad) for r, grad in there if staged.program.values[r.value].shape[2:] == shape[2:] or not slices]
     there = [(reduction, grad) for reduction, grad in there if stage.maps.size(reduction.value) == size]
     wide = torch.promote_types(leaves[0].dtype, torch.float32)
-    total = torch.zeros(outputs.shape[0], *size, dtype=wide, device=scan.device)
+    total = torch.zeros(len(outputs), *slices, *size, dtype=wide, device=scan.device)
     observers: dict[int, list[Observer]] = {}
     for reduction, grad in there:
         observer = _observer(total, reduction, grad, stage.maps.axes[reduction.value])
@@ -139,8 +147,8 @@ def _observer(total: Tensor, reduction: Reduction, grad: Tensor, axes: Axes) -> 
             for axis, cells, span in zip(axes, reduction.grid, (rect[:2], rect[2:]), strict=True):
                 weight = _spread(weight, axis, cells, *span)
         share = (block.to(total.dtype) * weight).movedim(axes, (-2, -1))
-        share = share.reshape(share.shape[0], -1, *share.shape[-2:]).sum(1)
-        total[:, rect[0] : rect[1], rect[2] : rect[3]] += share
+        share = share.reshape(share.shape[0], -1, *total.shape[1:-2], *share.shape[-2:]).sum(1)
+        total[..., rect[0] : rect[1], rect[2] : rect[3]] += share
 
     return add
 

@@ -38,6 +38,7 @@ class ImageBatch:
         training: whether there will be a backward.
         image_grad: whether the image requires a gradient.
         given: the arguments of the network's call: the image if it is a tensor, and further maps and tensors.
+        in_memory: whether the image and all further maps are tensors on the device; others are read by region.
     """
 
     pixels: Pixels
@@ -47,15 +48,19 @@ class ImageBatch:
     training: bool
     image_grad: bool
     given: tuple[Any, ...] = ()
+    in_memory: bool = True
 
     @classmethod
-    def of(cls, network: nn.Module, x: Tensor | PixelBatch, further: Sequence[Any] = ()) -> ImageBatch:
+    def of(
+        cls, network: nn.Module, x: Tensor | PixelBatch, further: Sequence[Any] = (), in_memory: bool = True
+    ) -> ImageBatch:
         """The batch `x` for a network, in the current gradient mode.
 
         Args:
             network: the network.
             x: (N, C, H, W).
             further: the other arguments of the network's call, which may require gradients.
+            in_memory: whether all of these are tensors on the device, apart from `x`.
 
         Raises:
             GigamorphError: if the tensor is not a batch of images.
@@ -80,7 +85,8 @@ class ImageBatch:
         image_grad = torch.is_grad_enabled() and image is not None and image.requires_grad
         wanting = chain(further, network.parameters())
         training = torch.is_grad_enabled() and (image_grad or any(getattr(t, "requires_grad", False) for t in wanting))
-        return cls(pixels, image, dtype, parameter.device, training, image_grad, (image, *further))
+        in_memory = in_memory and image is not None and image.device == parameter.device
+        return cls(pixels, image, dtype, parameter.device, training, image_grad, (image, *further), in_memory)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ class ProgramKey:
         image_grads: which images require a gradient.
         wanting: which images have `requires_grad` in the network's view.
         strides: strides of the image tensors.
-        in_memory: whether all images are tensors on the device.
+        in_memory: see `ImageBatch`.
         modes: gradient mode and inference mode.
         autocast: the autocast state.
         settings: tile, budget, storage of the halos, and fallback.

@@ -177,7 +177,7 @@ def _key(images: Sequence[ImageBatch], settings: PlanSettings) -> ProgramKey:
         image_grads=tuple(one.image_grad for one in images),
         wanting=tuple(wants(one.image) for one in images),
         strides=tuple(strides(one.image) for one in images),
-        in_memory=all(one.image is not None and one.image.device == one.device for one in images),
+        in_memory=all(one.in_memory for one in images),
         modes=(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         autocast=Autocast.current(first.device),
         settings=(settings.tile, settings.memory_budget, settings.halos, settings.fallback),

@@ -76,13 +76,8 @@ class Call:
         """
         first = next(network.parameters(), torch.empty(0))
         given = Arguments.of(args, kwargs, first.device, first.dtype, batch)
-        batch = ImageBatch.of(network, given.image, given.further)
+        batch = ImageBatch.of(network, given.image, given.further, not given.regions)
         return cls(given.args, given.kwargs, given.roles, given.regions, batch, given.further)
-
-    @property
-    def by_region(self) -> bool:
-        """Whether tensors without memory represent inputs that are read by region."""
-        return bool(self.regions) or self.batch.image is None or self.batch.image.device != self.batch.device
 
 
 class ProgramKnown(Exception):
@@ -128,7 +123,7 @@ class Runner:
             UnsupportedError: if the function cannot be recorded or computed.
         """
         # Code between the pieces of a broken graph would read the values of tensors without memory.
-        pieces = self.settings.fallback == "untiled" and not call.by_region and call.complete is None
+        pieces = self.settings.fallback == "untiled" and call.batch.in_memory and call.complete is None
         key = function, pieces
         if key not in self._compiled:
             self._compiled[key] = Compiled(function, self.serve, pieces)

@@ -22,7 +22,7 @@ Criterion = Callable[[Any, Any], Any]
 
 
 class PixelBatch:
-    """N pixel sources of equal shape, read together."""
+    """N pixel sources of equal shape, images or volumes, read together."""
 
     def __init__(self, sources: Sequence[PixelSource]) -> None:
         if not sources:
@@ -37,8 +37,8 @@ class PixelBatch:
         self.sources = list(sources)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(images, channels, height, width)."""
+    def shape(self) -> tuple[int, ...]:
+        """(images, channels, height, width); of volumes, (volumes, channels, slices, height, width)."""
         return (len(self.sources), *self.sources[0].shape)
 
     @property
@@ -53,7 +53,7 @@ class PixelBatch:
         return f"PixelBatch(shape={self.shape})"
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """A region, float32 (images, channels, bottom - top, right - left); errors as in `PixelSource.read`."""
+        """A region of all, float32 (images, ..., bottom - top, right - left); errors as in `PixelSource.read`."""
         return torch.stack([source.read(top, bottom, left, right) for source in self.sources])
 
 
@@ -63,7 +63,7 @@ class StoredBatch:
     This uploads half the bytes for 16-bit images, a quarter for 8-bit images, and saves the conversion on the host.
     """
 
-    def __init__(self, sources: Sequence[ImageSource], shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, sources: Sequence[ImageSource], shape: tuple[int, ...]) -> None:
         self.sources, self.shape = sources, shape
 
     @classmethod

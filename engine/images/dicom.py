@@ -26,6 +26,7 @@ from .header import UNDECLARED, DicomInfo, describe
 from .rawfile import RawPixels, brief, library_errors, warn_once
 from .stored import StoredPixels, chosen_plane
 from .tiles import TiledPixels, TileGrid
+from .volumes import SlicePlace
 
 _SQUARE = 0.001
 """The maximum relative difference of the sides of a square pixel."""
@@ -39,6 +40,17 @@ def open_dicom(
     path: Path, *, voi: str = "auto", frame: int | None = None, for_processing: bool = False
 ) -> DicomPixels | SlidePixels:
     """Open a frame of a DICOM file, or a slide whose tiles are the frames; arguments as in `open.open_pixels`."""
+    return _open(path, voi, frame, for_processing)[0]
+
+
+def open_frames(path: Path, *, voi: str = "auto", for_processing: bool = False) -> list[DicomPixels]:
+    """Open all frames of a DICOM file, in the order of the file; arguments as in `open.open_pixels`."""
+    if voi == "minmax":
+        raise DataError(f"{path}: voi='minmax' would scale each slice by itself; choose another")
+    return _open(path, voi, "all", for_processing)
+
+
+def _open(path: Path, voi: str, frame: Any, for_processing: bool) -> list[Any]:
     grayscale.check_voi(voi)
     if isinstance(path, Instance) and path.frames > 1:
         ds, frames = locate_in_store(path)
@@ -50,8 +62,9 @@ def open_dicom(
 
 
 def _open_dataset(
-    ds: Dataset, path: Path, locate: Callable[[], StoredFrames], voi: str, frame: int | None, for_processing: bool
-) -> DicomPixels | SlidePixels:
+    ds: Dataset, path: Path, locate: Callable[[], StoredFrames], voi: str, frame: Any, for_processing: bool
+) -> list[Any]:
+    """The slide, the frame or, for "all", all frames."""
     info = describe(ds, path)
     with library_errors(f"{path}: malformed DICOM header", "correct it or fetch it again"):
         if info.for_processing and not for_processing:
@@ -61,9 +74,14 @@ def _open_dataset(
             )
         _warn_of_contradictions(ds, path)
         if info.matrix is not None:
-            return SlidePixels(ds, info, locate(), voi=voi, plane=frame)
-        _check(info, int(ds.get("SamplesPerPixel", 1)), frame, path)
-        return DicomPixels(ds, info, locate(), voi=voi, frame=frame or 0)
+            if frame == "all":
+                raise DataError(
+                    f"{path}: is a slide, whose frames are the tiles of one image; open it without frame='all'"
+                )
+            return [SlidePixels(ds, info, locate(), voi=voi, plane=frame)]
+        _check(info, int(ds.get("SamplesPerPixel", 1)), 0 if frame == "all" else frame, path)
+        located, numbers = locate(), range(info.frames) if frame == "all" else [frame or 0]
+        return [DicomPixels(ds, info, located, voi=voi, frame=number) for number in numbers]
 
 
 def _warn_of_contradictions(ds: Dataset, path: Path) -> None:
@@ -109,6 +127,7 @@ class DicomPixels(StoredPixels):
             assert frames.offset is not None
             offset = frames.offset + frame * frames.frame.nbytes
             self._raw = RawPixels(self.path, offset, self.shape[1:], frames.stored_dtype, order=(0, 1))
+        self.place = SlicePlace.of(ds, frame)
         self._padding = grayscale.padding_patterns(ds)
         # The smallest and largest pixel are known after reading, which needs the header.
         self._header = ds if voi == "minmax" else None
@@ -149,7 +168,12 @@ class DicomPixels(StoredPixels):
         with self._lock:
             if self._decoded is None:
                 self._decoded = self._checked(self._frames.decode(self.frame))
-        return self._decoded[None, top:bottom, left:right]
+            return self._decoded[None, top:bottom, left:right]
+
+    def close(self) -> None:
+        self._decoded = None
+        if self._raw is not None:
+            self._raw.close()
 
     def _checked(self, pixels: np.ndarray) -> np.ndarray:
         """The pixels; `DataError` if different pixels get the same grey, because the header does not fit then."""
@@ -160,6 +184,10 @@ class DicomPixels(StoredPixels):
             if greys.min() == greys.max():
                 raise DataError(f"{self.path}: all pixels get the same grey; it is damaged, or choose another voi")
         return pixels
+
+    @property
+    def by_region(self) -> bool:
+        return self._raw is not None
 
     def flips(self) -> tuple[bool, bool]:
         """The mirroring that moves a mammogram's chest wall to the left and its feet down; none for other images."""

@@ -68,7 +68,7 @@ def find_white(stored: StoredPixels) -> float:
 
 def largest(stored: StoredPixels) -> float:
     """The largest stored value of an image; reads all of it, a few rows at a time."""
-    _, height, width = stored.shape
+    height, width = stored.shape[-2:]
     return max(highest(stored.read(top, min(top + 256, height), 0, width)) for top in range(0, height, 256))
 
 
@@ -77,9 +77,9 @@ def highest(values: np.ndarray | Tensor) -> float:
     return float(values.max()) if isinstance(values, np.ndarray) else float(values.to(float32).max())
 
 
-def sample_rows(height: int) -> Iterator[tuple[int, int]]:
-    """(top, bottom) of evenly spaced strips: all rows of small images, about a thousand rows of large ones."""
-    count = min(_STRIPS, -(-height // _ROWS))
+def sample_rows(height: int, slices: int = 1) -> Iterator[tuple[int, int]]:
+    """(top, bottom) of evenly spaced strips: all rows of small images, about a thousand rows of all slices together."""
+    count = min(max(1, _STRIPS // slices), -(-height // _ROWS))
     for number in range(count):
         top = number * height // count
         yield top, min(top + _ROWS, (number + 1) * height // count)

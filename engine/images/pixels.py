@@ -28,8 +28,8 @@ class PixelSource(Protocol):
     """An image that is read by region; implementations are thread-safe and picklable."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width); of a volume, (channels, slices, height, width)."""
         ...
 
     @property
@@ -39,6 +39,8 @@ class PixelSource(Protocol):
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         """Read a region (ends excluded) as a new tensor, float32 (channels, bottom - top, right - left).
+
+        Of a volume all slices are read: (channels, slices, bottom - top, right - left).
 
         Raises:
             DataError: if the file is damaged.
@@ -110,7 +112,7 @@ class ImageSource:
     ) -> None:
         require_white(white)
         require_side(laterality)
-        own, height, width = stored.shape
+        own = stored.shape[0]
         channels = own if channels is None else channels
         if channels != own and {channels, own} != {1, 3}:
             raise DataError(f"{stored.name}: cannot convert {own} to {channels} channels; channels must be 1 or 3")
@@ -121,7 +123,7 @@ class ImageSource:
         if self.white is None and is_wide(stored.dtype) and not stored.self_describing:
             self.white = "auto"
         self.laterality = None if stored.self_describing else laterality
-        self.shape = (channels, height, width)
+        self.shape = (channels, *stored.shape[1:])
         self._mean, self._std = self.normalize.per_channel(channels)
         self._tables: list[np.ndarray] | None = None
         self._full: float | None = None
@@ -142,7 +144,7 @@ class ImageSource:
     def to_original(self) -> Affine:
         """The map from this image's coordinates to those of the file, for boxes and heat maps."""
         left_right, up_down = self._mirrored()
-        _, height, width = self.shape
+        height, width = self.shape[-2:]
         return self.stored.to_original @ Affine.mirror(height, width, left_right=left_right, up_down=up_down)
 
     @property
@@ -186,11 +188,11 @@ class ImageSource:
         Pixels take precedence, because a file does not record earlier mirroring.
         """
         if self._chest_wall_right is None:
-            _, height, width = self.stored.shape
+            height, width = self.stored.shape[-2:]
             columns = np.zeros(width)
             for top, bottom in sample_rows(height):
-                values = self.stored.read(top, bottom, 0, width)
-                columns += np.nansum(np.asarray(values, np.float64), (0, 1))
+                values = np.asarray(self.stored.read(top, bottom, 0, width), np.float64)
+                columns += np.nansum(values.reshape(-1, width), 0)
             if self.stored.table is not None:  # white is zero
                 columns = -columns
             side = brighter_half(columns)
@@ -234,12 +236,12 @@ class ImageSource:
     def _read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
         mirror_x, mirror_y = self._mirrored()
-        _, height, width = self.shape
+        height, width = self.shape[-2:]
         rows = (height - bottom, height - top) if mirror_y else (top, bottom)
         columns = (width - right, width - left) if mirror_x else (left, right)
         values = self.stored.read(*rows, *columns)
         self._refuse_above_white(values)
-        axes = tuple(axis for axis, mirrored in ((1, mirror_y), (2, mirror_x)) if mirrored)
+        axes = tuple(axis for axis, mirrored in ((-2, mirror_y), (-1, mirror_x)) if mirrored)
         if axes:
             values = np.flip(values, axes) if isinstance(values, np.ndarray) else _flipped(values, axes)
         return values
@@ -264,10 +266,11 @@ class ImageSource:
         tables = self._own_tables(self.stored.table)
         out = np.empty((len(tables), *values.shape[1:]), np.float32)
         for channel, own in enumerate(tables):
-            plane = values[channel if len(values) > 1 else 0]
+            plane = values[channel if len(values) > 1 else 0].reshape(-1, values.shape[-1])
             # numpy converts the indices to 64 bits; for a few rows at a time they stay in the cache.
+            found = out[channel].reshape(plane.shape)
             for row in range(0, len(plane), 64):
-                np.take(own, plane[row : row + 64], out=out[channel, row : row + 64], mode="clip")
+                np.take(own, plane[row : row + 64], out=found[row : row + 64], mode="clip")
         return torch.from_numpy(out)
 
     def _scale(self, values: np.ndarray | Tensor) -> Tensor:
@@ -285,7 +288,7 @@ class ImageSource:
                 )
             grey = grey[:1]
         if self.shape[0] == 3 and len(grey) == 1:
-            grey = grey.repeat(3, 1, 1)
+            grey = grey.repeat(3, *(1 for _ in grey.shape[1:]))
         for channel, (mean, std) in enumerate(zip(self._mean, self._std, strict=True)):
             if (mean, std) != (0.0, 1.0):
                 grey[channel].sub_(mean).div_(std)
@@ -314,9 +317,9 @@ def steps_of(source: PixelSource) -> tuple[str, ...]:
     return getattr(source, "steps", ())
 
 
-def check_region(shape: tuple[int, int, int], top: int, bottom: int, left: int, right: int, name: str) -> None:
+def check_region(shape: tuple[int, ...], top: int, bottom: int, left: int, right: int, name: str) -> None:
     """Raise a `ValueError` unless the region, which may be empty, is inside an image of this shape."""
-    _, height, width = shape
+    height, width = shape[-2:]
     if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
         raise ValueError(f"{name}: rows {top}..{bottom}, columns {left}..{right} are not in {height} x {width}")
 
@@ -334,9 +337,9 @@ class DerivedSource:
 
     def __init__(self, source: PixelSource, height: int | None = None, width: int | None = None) -> None:
         """Wrap a source; height and width default to those of the source."""
-        channels, *size = source.shape
+        *outer, own_height, own_width = source.shape
         self.source, self.name = source, source.name
-        self.shape = (channels, height or size[0], width or size[1])
+        self.shape = (*outer, height or own_height, width or own_width)
 
     @property
     def to_original(self) -> CoordinateMap:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from .stored import StoredPixels, channels_first, full_range
+from .stored import StoredPixels, channels_first, full_range, slices_first
 
 _LONGEST = 160
 _log = logging.getLogger("gigamorph")
@@ -124,7 +124,8 @@ class RawPixels(StoredPixels):
         offset: the position of the first byte.
         shape: the shape of the array in the file.
         dtype: of the array.
-        order: the permutation to (channels, height, width) or (height, width); by default that of `channels_first`.
+        order: the permutation to (height, width), after channels and slices if there are any; by default that of
+            `channels_first`.
         full: the value of white; by default that of the dtype.
     """
 
@@ -144,7 +145,7 @@ class RawPixels(StoredPixels):
         self.full = full_range(dtype) if full is None else full
         self.offset, self.stored_shape, self.dtype = offset, tuple(int(side) for side in shape), dtype
         sides = [self.stored_shape[axis] for axis in self.order]
-        self.shape = (sides[0] if len(sides) == 3 else 1, sides[-2], sides[-1])
+        self.shape = (1, *sides) if len(sides) == 2 else tuple(sides)
         self.steps = (f"array, {dtype.newbyteorder('=')}",)
         self._bytes = FileBytes(path)
         needed = offset + math.prod(self.stored_shape) * dtype.itemsize
@@ -152,10 +153,13 @@ class RawPixels(StoredPixels):
             raise DataError(f"{path}: is truncated ({path.stat().st_size} of {needed} bytes); fetch the file again")
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        wanted = [(0, self.shape[0]), (top, bottom), (left, right)][-len(self.order) :]
+        wanted = [*((0, side) for side in self.shape[:-2]), (top, bottom), (left, right)][-len(self.order) :]
         ranges = [wanted[self.order.index(axis)] for axis in range(len(self.order))]
         box = self._read_box(ranges).transpose(self.order)
-        return box if box.ndim == 3 else box[None]
+        return box if box.ndim >= 3 else box[None]
+
+    def close(self) -> None:
+        self._bytes.close()
 
     def _read_box(self, ranges: list[tuple[int, int]]) -> np.ndarray:
         """A box of the stored array, with one file read per contiguous run.
@@ -193,8 +197,8 @@ class RawPixels(StoredPixels):
         return out
 
 
-def open_npy(path: Path) -> RawPixels:
-    """The array in a `.npy` file, in a layout of `open_pixels`, C or Fortran order; never read whole."""
+def open_npy(path: Path, volume: bool = False) -> RawPixels:
+    """The array in a `.npy` file, an image or a volume in C or Fortran order; never read whole."""
     with library_errors(f"{path}: damaged .npy header", "save it again"), path.open("rb") as file:
         version = np.lib.format.read_magic(file)
         # numpy would allocate any length that the header claims; shape and dtype need about a hundred bytes.
@@ -206,11 +210,12 @@ def open_npy(path: Path) -> RawPixels:
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(file)
         offset = file.tell()
-    if not fortran:
-        return RawPixels(path, offset, shape, dtype)
-    last = len(shape) - 1
-    order = tuple(last - axis for axis in channels_first(shape, str(path)))
-    return RawPixels(path, offset, shape[::-1], dtype, order=order)
+    order, last = (slices_first if volume else channels_first)(shape, str(path)), len(shape) - 1
+    if fortran:
+        order, shape = tuple(last - axis for axis in order), shape[::-1]
+    if volume and last == 2:
+        order, shape = (0, *(axis + 1 for axis in order)), (1, *shape)
+    return RawPixels(path, offset, shape, dtype, order=order)
 
 
 def open_pgm(path: Path) -> RawPixels:

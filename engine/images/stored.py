@@ -15,8 +15,8 @@ from .affine import Affine
 class StoredPixels:
     """A reader of a file format for `ImageSource`, which returns stored values of a region; a base class."""
 
-    shape: tuple[int, int, int]
-    """(channels, height, width)."""
+    shape: tuple[int, ...]
+    """(channels, height, width); of a volume, (channels, slices, height, width)."""
     name: str
     """The file."""
     dtype: Any
@@ -29,12 +29,17 @@ class StoredPixels:
     """The grey value of each stored value, or None if stored values are grey values."""
     to_original = Affine()
     """The map from the stored image's coordinates to those of the file."""
+    by_region = True
+    """Whether a region is read alone; otherwise the first read decodes the whole image and stores it."""
     self_describing = False
     """Whether the file defines white and the side of the chest wall, as DICOM does."""
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
-        """Stored values of a region, (channels, bottom - top, right - left)."""
+        """Stored values of a region, (channels, bottom - top, right - left); of a volume, with its slices."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Close files and free decoded pixels; the next read opens or decodes them again."""
 
     def flips(self) -> tuple[bool, bool]:
         """(left-right, up-down): the mirroring to the canonical orientation, if the file defines it."""
@@ -89,10 +94,10 @@ class ArrayPixels(StoredPixels):
         self.steps = (f"array in memory, {str(values.dtype).removeprefix('torch.')}",)
         self.name = name
         self.full = full_range(values.dtype)
-        self.shape = (int(values.shape[0]), int(values.shape[1]), int(values.shape[2]))
+        self.shape = tuple(int(side) for side in values.shape)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray | Tensor:
-        return self.values[:, top:bottom, left:right]
+        return self.values[..., top:bottom, left:right]
 
 
 def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
@@ -105,3 +110,19 @@ def channels_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
         if shape[2] in (1, 3):
             return (2, 0, 1)
     raise DataError(f"{name}: shape {shape} must be (H, W), (C, H, W) or (H, W, C) with 1 or 3 channels")
+
+
+def slices_first(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """The permutation from this shape to (channels, slices, height, width), without channels for three axes.
+
+    Raises:
+        DataError: if there is none.
+    """
+    if len(shape) == 3 and all(shape):
+        return (0, 1, 2)
+    if len(shape) == 4 and all(shape):
+        if shape[0] in (1, 3):
+            return (0, 1, 2, 3)
+        if shape[3] in (1, 3):
+            return (3, 0, 1, 2)
+    raise DataError(f"{name}: shape {shape} must be (D, H, W), (C, D, H, W) or (D, H, W, C) with 1 or 3 channels")

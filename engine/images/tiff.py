@@ -58,8 +58,8 @@ class TiffPixels(TiledPixels):
             raise DataError(f"{self.path}: contains no image; fetch the file again")
         whole = (series for series in tif.series if not series.keyframe.is_reduced)  # a thumbnail may come first
         series = next(whole, tif.series[0]).levels[0]
-        self._planes = len(series)
-        chosen = chosen_plane(frame, self._planes, self.name, "planes")
+        self.planes = len(series)
+        chosen = chosen_plane(frame, self.planes, self.name, "planes")
         page = series.keyframe
         if series.dataoffset is not None:  # a contiguous block, perhaps with one directory for all planes
             offsets, counts = (series.dataoffset + chosen * page.nbytes,), (page.nbytes,)
@@ -121,7 +121,7 @@ class TiffPixels(TiledPixels):
                 raise DataError(f"{self.path}: white-is-zero with {page.dtype}; save it with black as zero")
             self.table = np.arange(int(self.full), -1, -1, dtype=np.uint16)
         self._planar = int(page.planarconfig) == 2 and page.samplesperpixel > 1
-        which = f", plane {self.frame} of {self._planes}" if self._planes > 1 and self.frame is not None else ""
+        which = f", plane {self.frame} of {self.planes}" if self.planes > 1 and self.frame is not None else ""
         inverted = ("inverted, as WhiteIsZero says",) if page.photometric == _MINISWHITE else ()
         self.steps = (f"TIFF, {page.dtype}, {page.bitspersample} bits{which}", *inverted)
         self._raw = None
@@ -165,6 +165,9 @@ class TiffPixels(TiledPixels):
         if self._raw is not None:
             return self._raw.read(top, bottom, left, right)[: self.shape[0]]
         return super().read(top, bottom, left, right)
+
+    def close(self) -> None:
+        (self._bytes if self._raw is None else self._raw).close()
 
     def tile(self, row: int, column: int) -> np.ndarray:
         """The pixels (channels, rows, columns) of a tile or strip."""

@@ -78,8 +78,8 @@ class TileGrid:
         return type(self), (self.size,)
 
     def read(self, image: TiledPixels, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        """A region as a new array (channels, bottom - top, right - left); all calls must have the same `image`."""
-        out = np.empty((image.shape[0], bottom - top, right - left), image.dtype)
+        """A region as a new array, as in `StoredPixels.read`; all calls must have the same `image`."""
+        out = np.empty((*image.shape[:-2], bottom - top, right - left), image.dtype)
         if not out.size:
             return out
 
@@ -88,8 +88,8 @@ class TileGrid:
             y, x = index[0] * self.size[0], index[1] * self.size[1]
             rows = max(y, top), min(y + self.size[0], bottom)
             columns = max(x, left), min(x + self.size[1], right)
-            part = tile[:, rows[0] - y : rows[1] - y, columns[0] - x : columns[1] - x]
-            goal = out[:, rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]
+            part = tile[..., rows[0] - y : rows[1] - y, columns[0] - x : columns[1] - x]
+            goal = out[..., rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]
             if part.shape != goal.shape:
                 raise DataError(
                     f"{image.name}: tile {index} has shape {tile.shape}, less than {goal.shape}; it is damaged"
@@ -125,5 +125,5 @@ class TiledPixels(StoredPixels):
         return self._grid.read(self, top, bottom, left, right)
 
     def tile(self, row: int, column: int) -> np.ndarray:
-        """The pixels (channels, rows, columns) of a tile; at the lower and right border it may exceed the image."""
+        """The pixels of a tile, as in `read`; at the lower and right border it may exceed the image."""
         raise NotImplementedError

@@ -33,6 +33,8 @@ _BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16
 class WholeFile(StoredPixels):
     """Stored pixels (`stored.StoredPixels`) of a file that is decoded as a whole; a base class."""
 
+    by_region = False
+
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.path = path
@@ -49,7 +51,10 @@ class WholeFile(StoredPixels):
         with self._lock:
             if self._pixels is None:
                 self._pixels = self._decoded()
-        return self._pixels[:, top:bottom, left:right]
+            return self._pixels[:, top:bottom, left:right]
+
+    def close(self) -> None:
+        self._pixels = None
 
     def _describe(self) -> None:
         """Set shape, dtype, full and steps from the header."""

@@ -26,7 +26,7 @@ from zarr.codecs import ShardingCodec
 from ..errors import DataError
 from . import codecs
 from .rawfile import library_errors
-from .stored import channels_first, chosen_plane, full_range
+from .stored import channels_first, chosen_plane, full_range, slices_first
 from .tiles import TiledPixels, TileGrid
 
 
@@ -37,11 +37,13 @@ class ZarrPixels(TiledPixels):
     are rows and columns. `frame` is the index into the other axes (time, channel, depth), the last one fastest, and is
     required for several planes. An OME-Zarr channel axis of length 3 is colour and not one of these axes.
 
+    With `volume`, one of these axes has the slices: the only one that is longer than 1.
+
     Chunks that were never written contain the array's fill value.
     """
 
-    def __init__(self, path: Path, frame: int | None = None) -> None:
-        self.name, self.path, self.frame = str(path), path, frame
+    def __init__(self, path: Path, frame: int | None = None, volume: bool = False) -> None:
+        self.name, self.path, self.frame, self.volume = str(path), path, frame, volume
         with library_errors(f"{path}: damaged zarr metadata", "fetch it again"):
             # A path and not text, because the name "zip::a" would be a URL.
             found: Any = zarr.open(path if isinstance(path, Path) else str(path), mode="r")
@@ -51,7 +53,7 @@ class ZarrPixels(TiledPixels):
             self._describe(axes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.frame)
+        return type(self), (self.path, self.frame, self.volume)
 
     def _describe(self, axes: list[str] | None) -> None:
         array, shape = self._array, tuple(self._array.shape)
@@ -59,11 +61,13 @@ class ZarrPixels(TiledPixels):
         if self.dtype.kind not in "buif":
             raise DataError(f"{self.path}: contains {self.dtype}, but pixels must be numbers")
         self.full = full_range(self.dtype)
-        if axes is None and len(shape) > 3:  # such as a level of an OME-Zarr image
+        if axes is None and len(shape) > 3 and not (self.volume and len(shape) == 4):  # a level of an OME-Zarr image
             axes = ["?"] * (len(shape) - 2) + ["y", "x"]
-        if axes is None:
+        index: list[int | slice] = [slice(None)] * len(shape)
+        if axes is None and self.volume:
+            order = slices_first(shape, self.name)
+        elif axes is None:
             order = channels_first(shape, self.name)
-            index: list[int | slice] = [slice(None)] * len(shape)
             if self.frame not in (None, 0):
                 raise DataError(f"{self.path}: frame {self.frame} does not exist; the array is a single image")
         else:
@@ -71,8 +75,8 @@ class ZarrPixels(TiledPixels):
         self._index, self._order = index, order
         kept = [axis for axis, at in enumerate(index) if isinstance(at, slice)]
         self._axes = [kept[number] for number in order]
-        sides = [shape[axis] for axis in self._axes]
-        self.shape = (sides[0] if len(sides) == 3 else 1, sides[-2], sides[-1])
+        sides = tuple(shape[axis] for axis in self._axes)
+        self.shape = sides if len(sides) == (4 if self.volume else 3) else (1, *sides)
         self._size = array.chunks[self._axes[-2]], array.chunks[self._axes[-1]]
         if math.prod(array.chunks) * self.dtype.itemsize > codecs.LARGEST_BYTES or min(self._size) < 1:
             raise DataError(f"{self.path}: chunks of {tuple(array.chunks)} are not supported; save smaller chunks")
@@ -87,15 +91,23 @@ class ZarrPixels(TiledPixels):
             raise DataError(f"{self.path}: axes {axes} of shape {shape} must end in y, x; convert it")
         colour = [axis for axis, name in enumerate(axes) if name == "c" and shape[axis] == 3]
         others = [axis for axis in range(len(shape) - 2) if axis not in colour]
+        if self.volume:
+            long = [axis for axis in others if shape[axis] > 1] or others[-1:]
+            if len(long) != 1:
+                found = ", ".join(f"{axes[axis]} of {shape[axis]}" for axis in long) or "none"
+                raise DataError(f"{self.path}: a volume needs one axis of slices, not {found}; save one volume")
+            others = [axis for axis in others if axis not in long]
         planes = math.prod(shape[axis] for axis in others)
         left = chosen_plane(self.frame, planes, self.name, "planes")
         index: list[int | slice] = [slice(None)] * len(shape)
         for axis in reversed(others):
             left, index[axis] = divmod(left, shape[axis])
-        return ((0, 1, 2) if colour else (0, 1)), index
+        kept = [axis for axis, at in enumerate(index) if isinstance(at, slice)]
+        # Colour comes first; the slices may be before or after it in the file.
+        return tuple(sorted(range(len(kept)), key=lambda number: kept[number] not in colour)), index
 
     def tile(self, row: int, column: int) -> np.ndarray:
-        """The pixels (channels, rows, columns) of the chunks at a chunk row and column."""
+        """The pixels of the chunks at a chunk row and column, as in `read`."""
         index = list(self._index)
         for axis, number, step in zip(self._axes[-2:], (row, column), self._size, strict=True):
             index[axis] = slice(number * step, (number + 1) * step)
@@ -103,7 +115,7 @@ class ZarrPixels(TiledPixels):
         with library_errors(f"{self.path}: chunk {row}, {column} is damaged", "fetch it again"):
             values = np.asarray(self._array[tuple(index)])
         values = values.transpose(self._order)
-        return values if values.ndim == 3 else values[None]
+        return values if values.ndim == len(self.shape) else values[None]
 
     def _check_chunks(self, index: list[int | slice]) -> None:
         """Raise a `DataError` if the file of a chunk is too long, because zarr reads it whole; local files only."""

@@ -223,8 +223,9 @@ class Scan:
         return self._as_computed(source, self.sources[source].read(*rect))
 
     def _as_computed(self, source: int, pixels: Tensor) -> Tensor:
-        if source != self.tiled.stage.image:  # stored maps already have their final dtype
-            return pixels.to(self.device, non_blocking=True)
+        stage = self.tiled.stage
+        if source != stage.image:  # stored maps already have their final dtype, volumes of files do not
+            return pixels.to(self.device, stage.program.values[source].dtype, non_blocking=True)
         image = self.sources[source]
         if isinstance(image, StoredBatch):
             pixels = image.develop(pixels.to(self.device, non_blocking=True))

@@ -58,3 +58,32 @@ def test_of_pooling_to_a_grid_and_of_heads_that_write_in_place(cells, inplace):
     got = accelerate(net, tile=16).evidence(x, 1)
     torch.testing.assert_close(got, (grad * maps).sum(1).detach(), rtol=1e-10, atol=1e-14)
     assert got.abs().max() > 0
+
+
+@pytest.mark.parametrize("tile", [16, 32])
+def test_evidence_of_volumes_has_slices(tile: int):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 6, (1, 3, 3), (2, 2, 2)), nn.ReLU())
+    head = nn.Linear(6, 2)
+    network = nn.Sequential(body, nn.AdaptiveAvgPool3d(1), nn.Flatten(), head).double().eval()
+    volume = torch.randn(2, 1, 7, 37, 45, dtype=torch.float64)
+    found = accelerate(network, tile=tile).evidence(volume, output=1)
+    maps = body(volume)
+    expected = torch.einsum("c,ncdhw->ndhw", head.weight[1], maps) / maps[0, 0].numel()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.sum((1, 2, 3)) + head.bias[1], network(volume)[:, 1], rtol=1e-12, atol=1e-14)
+
+
+def test_evidence_of_bags_is_refused():
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+            )
+
+        def forward(self, bags):
+            return self.net(bags.flatten(0, 1)).unflatten(0, bags.shape[:2]).amax(1)
+
+    with pytest.raises(GigamorphError, match="6 maps are pooled for 2 rows of outputs"):
+        accelerate(Bags(), tile=16).evidence(torch.randn(2, 3, 1, 40, 40))

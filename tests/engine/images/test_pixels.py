@@ -170,7 +170,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[np.ndar
         (gzip.compress(bytes(99), mtime=0), "is a gzip file; unpack it first"),
         (b"PK\3\4" + bytes(99), r"is a zip archive \(.npz files are, too\); unpack it first"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file; save each image with numpy.save"),
-        ((348).to_bytes(4, "little") + bytes(340) + b"n+1\0", "is a NIfTI volume; save its slices"),
+        ((348).to_bytes(4, "little") + bytes(340) + b"n+1\0", "is a NIfTI volume; open it with frame='all'"),
         (b"NRRD0004\n", "is an NRRD file"),
         (b"ObjectType = Image\n", "is a MetaImage file"),
         (b"RIFF\x10\0\0\0WEBPVP8 ", "is a WebP file; save it as PNG"),
