@@ -40,6 +40,12 @@ from .messages import counted
 )
 @click.option("--format", "file_format", type=click.Choice(["dicom", "tiff"]), default="dicom")
 @click.option("--masks", is_flag=True, help="Write a mask for every lesion.")
+@click.option(
+    "--slices",
+    type=click.IntRange(0),
+    default=0,
+    help="Slices of tomosynthesis volumes; lesions are in a few of them. 0: mammograms.",
+)
 @options.seed
 @options.workers
 def phantom(out: str, size: tuple[int, int], workers: int | None, **how: Any) -> None:
@@ -55,9 +61,10 @@ def phantom(out: str, size: tuple[int, int], workers: int | None, **how: Any) ->
     from .counter import Count
 
     images = how["patients"] * 2 * how["breasts"]
-    with Count("pixels", images * size[0] * size[1]) as count:
+    with Count("pixels", images * size[0] * size[1] * max(1, how["slices"])) as count:
         table = write_phantoms(
             out, height=size[0], width=size[1], workers=workers or available_cpus(), report=count.add, **how
         )
-    counts = f"{counted(images, 'image')} of {counted(how['patients'], 'patient')}"
-    click.echo(f"{counts}, {size[0]} x {size[1]} pixels; {table}")
+    deep = f"{how['slices']} x " if how["slices"] else ""
+    counts = f"{counted(images, 'volume' if deep else 'image')} of {counted(how['patients'], 'patient')}"
+    click.echo(f"{counts}, {deep}{size[0]} x {size[1]} pixels; {table}")

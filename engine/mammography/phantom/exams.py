@@ -35,6 +35,7 @@ def write_phantoms(
     symmetry: float = 0.8,
     file_format: Literal["dicom", "tiff"] = "dicom",
     masks: bool = False,
+    slices: int = 0,
     workers: int = 1,
     report: Callable[[int], object] | None = None,
 ) -> Path:
@@ -54,7 +55,8 @@ def write_phantoms(
         positive: the share of patients with a lesion.
         symmetry: the correlation of the texture of the two breasts.
         file_format: of the images.
-        masks: whether masks of the lesions are written.
+        masks: whether masks of the lesions are written; of images only.
+        slices: of tomosynthesis volumes, whose lesions are in a few slices; 0 writes mammograms. For DICOM only.
         workers: the number of processes, or of threads if there are few images.
         report: called with numbers of pixels written.
 
@@ -67,8 +69,11 @@ def write_phantoms(
         raise DataError(
             "phantoms need at least one patient and one kind of lesion, and a share of positives from 0 to 1"
         )
+    if slices and (masks or file_format != "dicom"):
+        raise DataError("phantom volumes are DICOM files without masks; leave out slices, or masks and the format")
     images = [image for number in range(patients) for image in _patient(number, seed, breasts, kinds, positive)]
-    options = _Options(folder, height, width, seed, 1.0 if breasts == 1 else symmetry, kinds, file_format, masks)
+    alike = 1.0 if breasts == 1 else symmetry
+    options = _Options(folder, height, width, seed, alike, kinds, file_format, masks, slices)
     try:
         for name in ("images", "masks") if masks else ("images",):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -90,6 +95,7 @@ class _Options:
     kinds: tuple[Kind, ...]
     file_format: str
     masks: bool
+    slices: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def _write_all(
             raise record
         records[index] = record
         if report is not None:
-            report(options.height * options.width)
+            report(options.height * options.width * max(1, options.slices))
     return [record for record in records if record is not None]
 
 
@@ -152,7 +158,7 @@ def _write(options: _Options, own: _Image, threads: int = 1, report: Callable[[i
     if options.file_format == "dicom":
         path = options.folder / "images" / f"{name}.dcm"
         study = f"{options.seed}.{options.height}.{options.width}"
-        write_dicom(path, image, patient=own.patient, study=study, view=own.view, **given)
+        write_dicom(path, image, patient=own.patient, study=study, view=own.view, slices=options.slices, **given)
     else:
         path = options.folder / "images" / f"{name}.tif"
         write_tiff(path, image, **given)
@@ -175,5 +181,9 @@ def _write(options: _Options, own: _Image, threads: int = 1, report: Callable[[i
         exam_id=own.patient,
         labels={kind: float(kind in own.lesions) for kind in options.kinds},
         findings=tuple(findings),
-        extra={"cluster": " ".join(str(side) for side in clusters[0]) if clusters else ""},
+        frame="all" if options.slices else None,
+        extra={
+            "cluster": " ".join(str(side) for side in clusters[0]) if clusters else "",
+            **({"slice": str(int(image.depth * options.slices))} if options.slices else {}),
+        },
     )

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    BreastTomosynthesisImageStorage,
+    DigitalMammographyXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    generate_uid,
+)
 
 from ...datasets.tables.schema import Box
 from ...errors import DataError
 from ...images import writers
 from .image import Lesion, PhantomImage
 
-SPACING = 0.1  # millimetres
+SPACING, BETWEEN = 0.1, 1.0  # millimetres between pixels, and between slices
 _VIEWS = {"CC": ("399162004", "cranio-caudal"), "MLO": ("399368009", "medio-lateral oblique")}
 _STRIP = 256, 2048  # rows and columns of a block that is computed at once for DICOM
 _MOST = 2**32 - 2  # the maximum bytes of an element of explicit length
@@ -34,6 +39,7 @@ def write_dicom(
     study: str,
     laterality: str,
     view: str,
+    slices: int = 0,
     threads: int = 1,
     report: Callable[[int], object] | None = None,
 ) -> None:
@@ -44,31 +50,57 @@ def write_dicom(
         path: the file.
         image: the phantom.
         patient, study, laterality, view: values of the header.
+        slices: of a tomosynthesis volume, one frame each; 0 for a mammogram.
         threads: the number of threads that compute blocks.
         report: called with the number of pixels written since the last call.
 
     Raises:
-        DataError: if the image is too large for a DICOM frame.
+        DataError: if the image is too large for DICOM.
     """
     height, width = image.shape
-    size = 2 * height * width
+    size = 2 * height * width * max(1, slices)
     if max(height, width) > 65535 or size > _MOST:
+        if slices:
+            raise DataError(f"{path}: {slices} x {height} x {width} pixels exceed a DICOM file; use fewer slices")
         raise DataError(f"{path}: {height} x {width} pixels exceed a DICOM frame; write phantoms as tiff")
-    header(image.shape, patient, study, laterality, view).save_as(path, enforce_file_format=True)
+    ds = header(image.shape, patient, study, laterality, view)
+    if slices:
+        _as_volume(ds, slices)
+    ds.save_as(path, enforce_file_format=True)
     tiles = [
         stored_box((top, min(top + _STRIP[0], height), left, min(left + _STRIP[1], width)), width, laterality)
         for top in range(0, height, _STRIP[0])
         for left in range(0, width, _STRIP[1])
     ]
     across = len(range(0, width, _STRIP[1]))
-    parts = writers.map_ahead(lambda tile: _oriented(image.read(*tile), laterality), tiles, threads)
+    frames = [image.at_slice(number, slices) for number in range(slices)] or [image]
+    work = [(frame, tile) for frame in frames for tile in tiles]
+    parts = writers.map_ahead(lambda one: _oriented(one[0].read(*one[1]), laterality), work, threads)
     with path.open("ab") as file:
         file.write(struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, size))
-        for _ in range(0, height, _STRIP[0]):
+        for _ in range(len(work) // across):
             strip = np.concatenate([next(parts) for _ in range(across)], axis=1)
             file.write(np.ascontiguousarray(strip, "<u2").data)
             if report is not None:
                 report(strip.size)
+
+
+def _as_volume(ds: Dataset, slices: int) -> None:
+    """Make the header of a mammogram that of a tomosynthesis volume (PS3.3 A.55)."""
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BreastTomosynthesisImageStorage
+    ds.ImageType = ["DERIVED", "PRIMARY", "TOMOSYNTHESIS", "NONE"]
+    ds.NumberOfFrames = slices
+    measures, plane = Dataset(), Dataset()
+    measures.PixelSpacing, measures.SpacingBetweenSlices, measures.SliceThickness = [SPACING] * 2, BETWEEN, BETWEEN
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared = Dataset()
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
+    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], []
+    for number in range(slices):
+        position, frame = Dataset(), Dataset()
+        position.ImagePositionPatient = [0, 0, number * BETWEEN]
+        frame.PlanePositionSequence = [position]
+        ds.PerFrameFunctionalGroupsSequence.append(frame)
 
 
 def write_tiff(

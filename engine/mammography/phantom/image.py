@@ -7,9 +7,10 @@ has the same bits in each region that contains it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -202,6 +203,7 @@ Seed = int | tuple[int, ...]
 FULL = 4095  # 12 bits
 _TISSUE, _TEXTURE, _NOISE = 1300.0, 220.0, 10.0  # grey levels: mean of tissue, std of texture and of quantum noise
 _SPECK = (600.0, 1100.0)  # grey levels of a speck above the tissue
+_ALIKE = 0.8  # correlation of the textures of two slices
 _BLUR = 2.5  # pixels: standard deviation of the blur of specks in images without a cluster
 
 
@@ -271,6 +273,29 @@ class PhantomImage:
         )
         self._shapes += [shape for lesion in self.lesions for shape in lesion.shapes]
         self._boxes = [box_of(shape, height, width) for shape in self._shapes]
+        self.depth = float(np.random.default_rng([*np.atleast_1d(own), 6]).uniform(0.15, 0.85))
+
+    def at_slice(self, number: int, count: int) -> PhantomImage:
+        """A slice of the volume with this anatomy: texture and noise are its own, lesions are in a few slices only.
+
+        Lesions, and what replaces them, have the height exp(-d^2 / 2) at a distance of d times a 24th of the slices.
+
+        Args:
+            number: of the slice, from 0.
+            count: of the slices.
+        """
+        distance = (number + 0.5 - self.depth * count) / max(1.0, count / 24)
+        share = math.exp(-distance * distance / 2)
+        made = copy.copy(self)
+        made._keys = self._keys[0], _key((self._keys[1], number), 4)
+        made._noise_key = _key((self._noise_key, number), 5)
+        made.symmetry = self.symmetry * _ALIKE
+        of_lesions = sum(len(lesion.shapes) for lesion in self.lesions)
+        normal = len(self._shapes) - of_lesions
+        made._shapes = [*self._shapes[:normal], *(replace(s, height=s.height * share) for s in self._shapes[normal:])]
+        box, specks = self._specks
+        made._specks = box, specks * np.float32(share)
+        return made
 
     @property
     def normal_masses(self) -> tuple[Box, ...]:

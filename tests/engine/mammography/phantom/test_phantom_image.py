@@ -204,3 +204,22 @@ def test_what_dicom_cannot_hold_is_told(tmp_path: Path) -> None:
     assert not list((tmp_path / "images").iterdir())
     with pytest.raises(DataError, match="one patient and one kind"):
         write_phantoms(tmp_path, patients=1, lesions=())
+
+
+def test_lesions_of_a_volume_are_in_a_few_slices():
+    """Near its depth a lesion is as in the mammogram, elsewhere it is absent; textures differ."""
+    count, sound = 24, PhantomImage(256, 192, seed=5)
+    ill = PhantomImage(256, 192, seed=5, lesions=["mass"])
+    top, bottom, left, right = ill.lesions[0].box
+    middle = int(ill.depth * count)
+    added = []
+    for number in range(count):
+        with_mass, without = (one.at_slice(number, count).read(0, 256, 0, 192).astype(float) for one in (ill, sound))
+        assert ((with_mass > 0) == (ill.read(0, 256, 0, 192) > 0)).all()
+        added.append((with_mass - without)[top:bottom, left:right].mean())
+    whole = (ill.read(top, bottom, left, right).astype(float) - sound.read(top, bottom, left, right)).mean()
+    assert added[middle] > 0.8 * whole and sum(one > 0.1 * whole for one in added) <= 7
+    apart = [abs(number - middle) > 6 for number in range(count)]
+    assert max(one for one, far in zip(added, apart, strict=True) if far) < 0.01 * whole
+    one, two = (ill.at_slice(number, count).read(0, 256, 0, 192).ravel() for number in (middle, middle + 8))
+    assert 0.5 < np.corrcoef(one, two)[0, 1] < 0.999
