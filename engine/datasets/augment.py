@@ -164,12 +164,12 @@ class _Draw:
         return (2 * self.one() - 1) * limit
 
 
-def _move(augment: Augment, draw: _Draw, shape: tuple[int, int, int]) -> tuple[Affine, list[str]]:
+def _move(augment: Augment, draw: _Draw, shape: tuple[int, ...]) -> tuple[Affine, list[str]]:
     """The map of the image's points (scaled, sheared and rotated around the centre, then shifted) and its steps."""
     angle, shear = draw.within(augment.rotate), draw.within(augment.shear)
     scale = math.exp(draw.within(math.log1p(augment.scale)))
     right, down = (float(round(draw.within(augment.translate))) for _ in "xy")
-    x, y = shape[2] / 2, shape[1] / 2
+    x, y = shape[-1] / 2, shape[-2] / 2
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     turned = Affine(xx=cos, xy=-sin, yx=sin, yy=cos)
     sheared = Affine(xy=math.tan(math.radians(shear)))
@@ -189,7 +189,7 @@ class Intensity:
     """grey -> contrast * grey**gamma + brightness + noise * n(row, column), n normal with mean 0 and deviation 1.
 
     Negative values of float images keep their sign under gamma. Values below black or above white are not clipped. All
-    channels of a pixel get the same noise, so grey stays grey.
+    channels and slices of a pixel get the same noise, so grey stays grey.
     """
 
     key: np.uint64
@@ -199,7 +199,7 @@ class Intensity:
     noise: float = 0.0
 
     def apply(self, grey: np.ndarray, top: int, left: int) -> None:
-        """Change grey values, float32 (channels, rows, columns), in place; the first pixel is at (top, left).
+        """Change grey values, float32 (..., rows, columns), in place; the first pixel is at (top, left).
 
         Each pixel is computed independently in float32, so a region has the same bits as in the whole image.
         """
@@ -210,7 +210,7 @@ class Intensity:
         if self.brightness:
             grey += np.float32(self.brightness)
         if self.noise:
-            rows, columns = np.ogrid[top : top + grey.shape[1], left : left + grey.shape[2]]
+            rows, columns = np.ogrid[top : top + grey.shape[-2], left : left + grey.shape[-1]]
             grey += normal(self.key, (rows << 32 | columns).astype(np.uint64)) * np.float32(self.noise)
 
     @property
@@ -236,7 +236,7 @@ class IntensitySource(DerivedSource):
         check_region(self.shape, top, bottom, left, right, self.name)
         grey = self.source.read(top, bottom, left, right).cpu().contiguous().numpy()
         for first in range(0, bottom - top, _ROWS):
-            self.intensity.apply(grey[:, first : first + _ROWS], top + first, left)
+            self.intensity.apply(grey[..., first : first + _ROWS, :], top + first, left)
         return torch.from_numpy(grey)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from ..images.levels import White, brighter_half, require_numbers
 from ..images.open import open_pixels
 from ..images.parallel import run_parallel
 from ..images.pixels import ImageSource
-from .dataset import ImageDataset, with_white
+from .dataset import ImageDataset, open_record, with_white
 from .grey import label_by_kind_warning, odd_range, unlike_kinds
 from .index import is_dicom
 from .splits import leaks
@@ -141,13 +143,13 @@ def _are_frames(record: Record, info: DicomInfo) -> bool:
 def _inspect(record: Record) -> _Facts:
     path, frame = record.path, record.frame
     info = read_info(path) if is_dicom(path) else None
-    frames: Iterable[int | None] = [frame]
+    frames: Iterable[Any] = [frame]
     if info is not None and _are_frames(record, info):
         frames = range(info.frames)
     # Stored grey values, so that the result does not depend on a window.
     parts, source = [], None
     for number in frames:  # one source at a time, because a source stores its decoded frame
-        source = open_pixels(path, voi="none", flip=False, frame=number, white=record.white)
+        source = open_record(replace(record, frame=number), volume=number == "all", voi="none", flip=False)
         parts.append(_read_through(source))
     assert source is not None
     digests, least, most, columns = zip(*parts, strict=True)
@@ -158,12 +160,12 @@ def _inspect(record: Record) -> _Facts:
     return _Facts(digest, blank, side, info, grey, tuple(text for text in masks if text))
 
 
-def _mask_problem(mask: Path, shape: tuple[int, int, int]) -> str:
+def _mask_problem(mask: Path, shape: tuple[int, ...]) -> str:
     """The problem of a mask of an image of this shape; empty without one."""
     try:
         source = open_pixels(mask, voi="none", flip=False)
-        if source.shape[1:] != shape[1:]:
-            return f"{mask} is {source.shape[1]} x {source.shape[2]}, but its image is {shape[1]} x {shape[2]}"
+        if source.shape[-2:] != shape[-2:]:
+            return f"{mask} is {source.shape[-2]} x {source.shape[-1]}, but its image is {shape[-2]} x {shape[-1]}"
         _, _, most, _ = _read_through(source)
     except DataError as error:
         return f"{mask}: {_reason(error, mask)}"
@@ -172,8 +174,8 @@ def _mask_problem(mask: Path, shape: tuple[int, int, int]) -> str:
 
 def _read_through(source: ImageSource) -> tuple[bytes, float, float, np.ndarray]:
     """Digest, smallest and largest grey value, and the mean grey value of each column."""
-    channels, height, width = source.shape
-    seed = f"{channels} {height} {width}".encode()
+    *outer, height, width = source.shape
+    seed = " ".join(map(str, source.shape)).encode()
     plain, mirrored = blake2b(seed, digest_size=32), blake2b(seed, digest_size=32)
     columns = np.zeros(width)
     least, most = np.inf, -np.inf
@@ -182,10 +184,10 @@ def _read_through(source: ImageSource) -> tuple[bytes, float, float, np.ndarray]
         require_numbers(pixels)
         strip = pixels.numpy()
         plain.update(np.ascontiguousarray(strip).data)
-        mirrored.update(np.ascontiguousarray(strip[:, :, ::-1]).data)
-        columns += strip.sum((0, 1), dtype=np.float64)
+        mirrored.update(np.ascontiguousarray(strip[..., ::-1]).data)
+        columns += strip.reshape(-1, width).sum(0, dtype=np.float64)
         least, most = min(least, float(strip.min())), max(most, float(strip.max()))
-    return min(plain.digest(), mirrored.digest()), least, most, columns / (channels * height)
+    return min(plain.digest(), mirrored.digest()), least, most, columns / (math.prod(outer) * height)
 
 
 def _reason(error: DataError, path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from ..errors import DataError
 from ..images.levels import White
 from ..images.open import open_pixels
 from ..images.pixels import ImageSource, Normalize, PixelSource
@@ -19,20 +20,30 @@ from .views import DownsampledSource, NormalizedSource
 
 
 def open_record(
-    record: Record, *, flip: bool | Literal["auto"] = "auto", white: White | None = None, **options: Any
+    record: Record,
+    *,
+    volume: bool = False,
+    flip: bool | Literal["auto"] = "auto",
+    white: White | None = None,
+    **options: Any,
 ) -> ImageSource:
-    """The image of a record, with the frame, white level and side of the table; other options as in `open_pixels`.
+    """The image or volume of a record, with the frame, white level and side of the table; options as in `open_pixels`.
 
     Args:
+        volume: whether the caller takes volumes; a record without a frame is then opened as one.
         flip: "auto" follows the table's column chest_wall if it has one.
         white: the white level of images without one in the table.
     """
+    if (record.frame == "all") > volume:
+        raise DataError(f"{record.path}: is a volume (frame all), but images are needed here; name a frame")
+    if volume and record.frame not in (None, "all"):
+        raise DataError(f"{record.path}: is one frame ({record.frame}), but volumes are needed here; set frame to all")
     if flip == "auto" and record.chest_wall is not None:
         flip = record.chest_wall == "right"
     return open_pixels(
         record.path,
         flip=flip,
-        frame=record.frame,
+        frame="all" if volume else record.frame,
         white=white if record.white is None else record.white,
         laterality=record.laterality,
         **options,
@@ -59,6 +70,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     Args:
         records: the images.
         normalize, voi, flip, channels, for_processing, white: as in `open_record`.
+        volume: whether the files are volumes, see `open_record`.
         downsample: averages factor x factor pixels, to compare with low resolution; 1 keeps every pixel.
         augment: random variations, drawn from (seed, epoch, index), so that a resumed run sees the same images. Call
             `set_epoch` at the start of every epoch.
@@ -76,6 +88,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         downsample: int = 1,
         for_processing: bool = False,
         white: White | None = None,
+        volume: bool = False,
         augment: Augment | None = None,
         seed: int = 0,
         view: Callable[[PixelSource], PixelSource] | None = None,
@@ -83,7 +96,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.records = list(records)
         self.normalize, self.voi, self.channels = normalize, voi, channels
         self.flip: bool | Literal["auto"] = flip
-        self.for_processing = for_processing
+        self.for_processing, self.volume = for_processing, volume
         self.white: White | None = white
         self.downsample, self.augment, self.seed = downsample, augment, seed
         self.epoch, self.view = 0, view
@@ -105,6 +118,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             channels=self.channels,
             for_processing=self.for_processing,
             white=self.white,
+            volume=self.volume,
         )
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,8 +135,8 @@ def odd_grey(source: ImageSource) -> str:
 
 def _sampled(source: ImageSource) -> GreyRange | None:
     """The sampled grey values of an image without normalisation; None if they are not finite."""
-    _, height, width = source.shape
-    strips = [source.read(top, bottom, 0, width) for top, bottom in sample_rows(height)]
+    height, width = source.shape[-2:]
+    strips = [source.read(top, bottom, 0, width) for top, bottom in sample_rows(height, math.prod(source.shape[1:-2]))]
     values = np.concatenate([strip.flatten().numpy() for strip in strips])
     least, most = float(values.min()), float(values.max())
     if not np.isfinite([least, most]).all():

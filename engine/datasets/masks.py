@@ -85,7 +85,8 @@ class FileMask:
             if file.shape != self._files[0].shape:
                 raise DataError(f"{path}: is {_sides(file)}, but another mask of the image {_sides(self._files[0])}")
         self.path = masks_of(record)[0]
-        self.shape = self._files[0].shape[1:]
+        height, width = self._files[0].shape[-2:]
+        self.shape = height, width
 
     def require_size(self, image: PixelSource) -> None:
         """Raise an error if the mask and the stored image differ in size.
@@ -95,8 +96,8 @@ class FileMask:
         """
         while not isinstance(image, ImageSource):
             image = _below(image)
-        if image.stored.shape[1:] != self.shape:
-            _, height, width = image.stored.shape
+        height, width = image.stored.shape[-2:]
+        if (height, width) != self.shape:
             raise DataError(f"{self.path}: is {_sides(self._files[0])}, but its image {height} x {width}; correct it")
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:

@@ -25,7 +25,7 @@ _FAR = 20.0
 class Preview:
     """Statistics of a network's input."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     steps: tuple[str, ...]
     """All steps that were applied to the file's pixels, in order."""
     least: float

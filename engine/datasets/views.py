@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -13,7 +14,7 @@ from torch.nn.functional import avg_pool2d
 from ..errors import DataError, GigamorphError
 from ..images.affine import Affine, CoordinateMap
 from ..images.parallel import available_cpus
-from ..images.pixels import DerivedSource, Normalize, PixelSource, check_region
+from ..images.pixels import DerivedSource, Normalize, PixelSource, as_stored, check_region
 from .flips import FLIPS
 
 
@@ -40,17 +41,34 @@ class MirroredSource(DerivedSource):
     def __init__(self, source: PixelSource, *, left_right: bool, up_down: bool) -> None:
         super().__init__(source)
         self.left_right, self.up_down = left_right, up_down
-        self.back = Affine.mirror(*self.shape[1:], left_right=left_right, up_down=up_down)
+        self.back = Affine.mirror(*self.shape[-2:], left_right=left_right, up_down=up_down)
         sides = [side for side, is_so in (("left-right", left_right), ("up-down", up_down)) if is_so]
         self.added = (f"mirrored {' and '.join(sides)}",) if sides else ()
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
-        _, height, width = self.shape
+        height, width = self.shape[-2:]
         rows = (height - bottom, height - top) if self.up_down else (top, bottom)
         columns = (width - right, width - left) if self.left_right else (left, right)
-        axes = [axis for axis, mirrored in ((1, self.up_down), (2, self.left_right)) if mirrored]
+        axes = [axis for axis, mirrored in ((-2, self.up_down), (-1, self.left_right)) if mirrored]
         return self.source.read(*rows, *columns).flip(axes)
+
+
+class SliceSource(DerivedSource):
+    """A slice of a volume as an image (channels, height, width)."""
+
+    def __init__(self, volume: PixelSource, number: int) -> None:
+        super().__init__(volume)
+        channels, slices, height, width = volume.shape
+        self.number, self.shape = number, (channels, height, width)
+        self.added = (f"slice {number} of {slices}",)
+
+    @property
+    def as_stored(self) -> PixelSource:
+        return SliceSource(as_stored(self.source), self.number)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        return self.source.read(top, bottom, left, right)[:, self.number]
 
 
 class DownsampledSource(DerivedSource):
@@ -60,7 +78,7 @@ class DownsampledSource(DerivedSource):
     """
 
     def __init__(self, source: PixelSource, factor: int) -> None:
-        _, height, width = source.shape
+        height, width = source.shape[-2:]
         if factor < 1 or height < factor or width < factor:
             raise DataError(f"{source.name}: {height} x {width} pixels cannot be averaged over {factor} x {factor}")
         super().__init__(source, height // factor, width // factor)
@@ -70,14 +88,14 @@ class DownsampledSource(DerivedSource):
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
         factor = self.factor
-        per_row = self.shape[0] * max(right - left, 1) * factor**2
+        per_row = math.prod(self.shape[:-2]) * max(right - left, 1) * factor**2
         step = max(1, _STEP // per_row)
         strips = []
         for first in range(top, max(bottom, top + 1), step):
             last = min(first + step, bottom)
             pixels = self.source.read(first * factor, last * factor, left * factor, right * factor)
-            strips.append(avg_pool2d(pixels, factor) if pixels.numel() else pixels[:, : last - first, : right - left])
-        return cat(strips, 1)
+            strips.append(avg_pool2d(pixels, factor) if pixels.numel() else pixels[..., : last - first, : right - left])
+        return cat(strips, -2)
 
 
 # Side of the part that is read from the source at once, so that a file tile is decoded once; side of the block that one
@@ -109,7 +127,7 @@ class SampledSource(DerivedSource):
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         check_region(self.shape, top, bottom, left, right, self.name)
-        out = np.empty((self.shape[0], bottom - top, right - left), np.float32)
+        out = np.empty((math.prod(self.shape[:-2]), bottom - top, right - left), np.float32)
         with ThreadPoolExecutor(min(8, available_cpus()), "gigamorph-sampling") as pool:
             for part in _cut((top, bottom, left, right), _PART):
                 blocks = _cut(part, _BLOCK)
@@ -124,7 +142,7 @@ class SampledSource(DerivedSource):
                 )
                 goals = [out[:, y - top : bottom_ - top, x - left : right_ - left] for y, bottom_, x, right_ in blocks]
                 list(each(lambda cell, goal: _sample(pixels, first, cell, goal), cells, goals))  # noqa: B023
-        return from_numpy(out)
+        return from_numpy(out.reshape(*self.shape[:-2], bottom - top, right - left))
 
     def _cells(self, region: _Region) -> _Cells:
         """For each axis (rows, columns): the first of the two source pixels around each point, and the second's weight.
@@ -135,7 +153,7 @@ class SampledSource(DerivedSource):
             axis.astype(np.float64) + 0.5 for axis in np.ogrid[region[0] : region[1], region[2] : region[3]]
         )
         found = []
-        for position, size in zip(reversed(self.back.at(columns, rows)), self.shape[1:], strict=True):
+        for position, size in zip(reversed(self.back.at(columns, rows)), self.shape[-2:], strict=True):
             position = position - 0.5
             first = np.floor(position)
             weight = (position - first).astype(np.float32)
@@ -143,12 +161,14 @@ class SampledSource(DerivedSource):
         return found
 
     def _patch(self, top: int, bottom: int, left: int, right: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """A region of the source, 0 outside of it, and the (row, column) of its first pixel."""
-        channels, height, width = self.shape
-        out = np.zeros((channels, bottom - top, right - left), np.float32)
+        """A region of the source, 0 outside of it, and the (row, column) of its first pixel; slices are channels."""
+        *outer, height, width = self.shape
+        out = np.zeros((math.prod(outer), bottom - top, right - left), np.float32)
         rows, columns = (max(top, 0), min(bottom, height)), (max(left, 0), min(right, width))
         if rows[0] < rows[1] and columns[0] < columns[1]:
-            part = self.source.read(*rows, *columns).cpu().numpy()
+            part = (
+                self.source.read(*rows, *columns).cpu().numpy().reshape(-1, rows[1] - rows[0], columns[1] - columns[0])
+            )
             out[:, rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left] = part
         return out, (top, left)
 

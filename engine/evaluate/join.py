@@ -72,7 +72,7 @@ class ImageRecords:
 
     def __init__(self, records: Sequence[Record], table: str | Path) -> None:
         self._table = table
-        self._frames: dict[Path, dict[int | None, Record]] = {}
+        self._frames: dict[Path, dict[int | str | None, Record]] = {}
         for record in records:
             self._frames.setdefault(record.path.absolute(), {})[record.frame] = record
 
@@ -84,7 +84,7 @@ class ImageRecords:
         """
         found = self._frames.get(path.absolute(), {})
         cell = frame_of(row)
-        frame = int(cell) if cell.isdecimal() else None
+        frame = int(cell) if cell.isdecimal() else cell or None
         if frame is None and len(found) > 1 and None not in found:
             raise DataError(f"{path} has several frames in {self._table}; predict again to get a column frame")
         return found.get(frame, next(iter(found.values()), None) if frame is None else found.get(None))

@@ -16,8 +16,10 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
+from ..datasets.dataset import ImageDataset
 from ..datasets.tables import Record
 from ..datasets.tables.cells import write_csv
+from ..datasets.views import SliceSource
 from ..errors import DataError
 from ..files import write_atomically
 from ..images.dicom_results import segment, segmentation, source_header
@@ -112,10 +114,12 @@ EXPLAINED = pa.schema(
         ("exclusive", pa.bool_()),
         *texts("header_patient", "laterality", "view"),
         ("marks", pa.list_(_MARK)),
+        ("slice", pa.int64()),
     ]
 )
 """Schema of the parts. `name` is the name of the image's files without suffix; only class activation maps have marks,
-highest first; other columns are those of `gigamorph.engine.predict.predictor.RESULTS`."""
+highest first; `slice` is the explained slice of a volume; other columns are those of
+`gigamorph.engine.predict.predictor.RESULTS`."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,8 @@ class _Explain(PredictJob):
         assert self.classes is not None
         classes, label = self.classes, self._options.label
         frame = ["frame"] if "frame" in index.reading else []  # marks are in pixels of the stored file
+        images = self._network.open_images([])
+        slices = ["slice"] if isinstance(images, ImageDataset) and images.volume else []
 
         def marks() -> Iterator[list[str]]:
             for row, result in index.joined(results):
@@ -223,11 +229,12 @@ class _Explain(PredictJob):
                         result["class"],
                         f"{mark['row']:.2f}",
                         f"{mark['column']:.2f}",
+                        *(str(result[name]) for name in slices),
                         repr(mark["score"]),
                     ]
 
         if self._options.method == "activation":
-            header = ["image_path", *frame, "class", "row", "column", "score"]
+            header = ["image_path", *frame, "class", "row", "column", *slices, "score"]
             write_csv(out / "marks.csv", header, marks(), "\n")
         else:
             collections.deque(marks(), maxlen=0)
@@ -279,6 +286,7 @@ class ExplanationUnit(NetworkUnit):
             "log_odds": list(predicted.log_odds),
             "exclusive": predicted.exclusive,
             "marks": [mark._asdict() for mark in marks],
+            "slice": found.source.number if isinstance(found.source, SliceSource) else None,
         }
 
 

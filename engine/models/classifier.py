@@ -44,9 +44,10 @@ def taking_images(model: nn.Module, name: str, shape: tuple[int, ...], remedy: s
     except Exception as error:
         if not from_network(error):
             raise
+        what, sides = ("a volume", "slices, height, width") if len(shape) == 5 else ("an image", "height, width")
         raise GigamorphError(
-            f"model {name!r} cannot take an image of {format_shape(shape[1:])} (channels, height, width): "
-            f"{first_line(error)}{remedy or _remedy(model, shape[1])}"
+            f"model {name!r} cannot take {what} of {format_shape(shape[1:])} (channels, {sides}): "
+            f"{first_line(error)}{remedy or _remedy(model, shape)}"
         ) from error
 
 
@@ -81,9 +82,13 @@ def format_shape(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape)) or "a single number"
 
 
-def _remedy(model: nn.Module, channels: int) -> str:
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None or first.in_channels == channels:
+def _remedy(model: nn.Module, shape: tuple[int, ...]) -> str:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    if isinstance(first, nn.Conv2d) and len(shape) == 5:
+        return "; it is for images: gigamorph morph to-volume makes a network for volumes of it, for --weights"
+    if isinstance(first, nn.Conv3d) and len(shape) == 4:
+        return "; it is for volumes: write all into the table's column frame"
+    if first is None or first.in_channels == shape[1]:
         return (
             "; if it needs a fixed size, gigamorph import --resize HxW makes a folder for predict; training keeps "
             "every pixel (timm's ViTs accept any size with ?dynamic_img_size=true&dynamic_img_pad=true)"

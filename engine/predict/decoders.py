@@ -229,7 +229,7 @@ class DecodedPixels(ArrayPixels):
 
     def __init__(self, source: ImageSource, name: str) -> None:
         stored = source.stored
-        _, height, width = stored.shape
+        height, width = stored.shape[-2:]
         super().__init__(stored.read(0, height, 0, width), name)
         self.dtype, self.to_original, self.self_describing = stored.dtype, stored.to_original, stored.self_describing
         self.info = getattr(stored, "info", None)

@@ -30,7 +30,8 @@ class PreparedSource(DerivedSource):
     def __init__(self, source: PixelSource, preprocessing: Preprocessing) -> None:
         super().__init__(source, *(preprocessing.size or ()))
         self.preprocessing, self.added = preprocessing, _steps(preprocessing)
-        self._side_columns, self._box, back = _placed(*source.shape[1:], preprocessing)
+        height, width = source.shape[-2:]
+        self._side_columns, self._box, back = _placed(height, width, preprocessing)
         self.back = None if preprocessing.size is None else back
         self._whole: Tensor | None = None
         self._normalize: Normalize | None = None

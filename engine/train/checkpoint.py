@@ -136,6 +136,7 @@ class _Preprocessing:
     downsample: int
     for_processing: bool = False
     white: White | None = None
+    volume: bool = False
 
     def __post_init__(self) -> None:
         _require(0 < self.downsample < 2**16, "preprocessing.downsample", self.downsample)

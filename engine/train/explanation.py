@@ -14,6 +14,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from ..accelerate import Accelerated
+from ..datasets.views import SliceSource
 from ..errors import GigamorphError
 from ..evaluate.class_names import positive_number
 from ..images.affine import Affine, CoordinateMap
@@ -48,7 +49,7 @@ class Explanation:
     def in_source(self) -> Affine:
         """The transform from cells to pixels of the image that the network saw."""
         height, width = self.values.shape[-2:]
-        return self.cells or Affine.scale(self.source.shape[2] / width, self.source.shape[1] / height)
+        return self.cells or Affine.scale(self.source.shape[-1] / width, self.source.shape[-2] / height)
 
     @property
     def place(self) -> CoordinateMap:
@@ -58,7 +59,8 @@ class Explanation:
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of the file."""
-        return as_stored(self.source).shape[1:]
+        height, width = as_stored(self.source).shape[-2:]
+        return height, width
 
     def read(self, top: int, bottom: int, left: int, right: int, *, stored: bool = True) -> np.ndarray:
         """The map in a region, float32: bilinear between the centres of cells, 0 outside the image.
@@ -143,7 +145,7 @@ def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which:
 
     Args:
         net: in evaluation mode; its output is (1, classes).
-        source: the image.
+        source: the image, or a volume, of which the slice with the highest value is explained.
         which: the class; None takes the second of two, else the most probable one.
 
     Returns:
@@ -168,9 +170,24 @@ def explain_class(net: Accelerated | SelfExplaining, source: PixelSource, which:
         log_odds = float(log_odds_of(found.outputs.double(), number, heads)[0])
     # The central half of a cell's receptive field matters most; at most a quarter of a small map is border.
     near = (ceil(axis.extent / 4 / axis.stride) for axis in (found.rows, found.columns))
-    height, width = found.values.shape[1:]
+    height, width = found.values.shape[-2:]
     border = min(next(near), height // 4), min(next(near), width // 4)
-    return Explanation(source, found.values[0], cells, log_odds, found.adds_up, border), found.outputs[0], number
+    shown, values = _top_slice(source, found.values[0])
+    return Explanation(shown, values, cells, log_odds, found.adds_up, border), found.outputs[0], number
+
+
+def _top_slice(source: PixelSource, values: Tensor) -> tuple[PixelSource, Tensor]:
+    """The slice of a volume with the highest value, and its map (h, w); images are returned unchanged.
+
+    Args:
+        source: the image or volume.
+        values: (h, w), or (d, h, w) with d parts of equal numbers of slices.
+    """
+    if len(source.shape) == 3:
+        return source, values
+    part = int(values.flatten(1).amax(1).argmax())
+    number = int((part + 0.5) * source.shape[1] / len(values))
+    return SliceSource(source, number), values[part]
 
 
 def explain_gradient(net: Accelerated | SelfExplaining, source: PixelSource, which: int | None) -> Result:
@@ -181,11 +198,13 @@ def explain_gradient(net: Accelerated | SelfExplaining, source: PixelSource, whi
     if isinstance(net, SelfExplaining):
         return net.explain_gradient(source, which)
     found, logits, number = gradient(net, source, which)
-    return Explanation(source, found.abs().amax(0)), logits, number
+    return Explanation(*_top_slice(source, found.abs().amax(0))), logits, number
 
 
 def gradient(net: Accelerated, source: PixelSource, which: int | None) -> tuple[Tensor, Tensor, int]:
     """The gradient (C, H, W) of the log-odds of a class with respect to the pixels that the network sees.
+
+    Of a volume it is (C, D, H, W).
 
     Args:
         net: the network.
@@ -196,7 +215,7 @@ def gradient(net: Accelerated, source: PixelSource, which: int | None) -> tuple[
         The gradient, the logits (classes,), and the class.
     """
     net.eval()
-    _, height, width = source.shape
+    height, width = source.shape[-2:]
     dtype = next((p.dtype for p in net.parameters()), torch.float32)
     image = source.read(0, height, 0, width)[None].to(dtype).requires_grad_()
     with restored(net), torch.enable_grad():

@@ -18,7 +18,7 @@ from ...kernels import winograd
 from ..accelerate import Accelerated, accelerate
 from ..errors import BudgetError, DataError
 from ..files import write_json
-from ..models.classifier import check_classifier, check_segmenter
+from ..models.classifier import check_classifier, check_segmenter, format_shape
 from ..parallel.process_group import ProcessGroup
 from ..planning import constants
 from ..planning.plan import Plan
@@ -328,7 +328,7 @@ def preview_lines(net: Accelerated, data: Data, options: TrainOptions) -> Iterat
     rows, columns = plan.tiles
     tiles = "one tile" if rows * columns == 1 else f"{rows} x {columns} tiles of {plan.tile[0]} x {plan.tile[1]}"
     yield (
-        f"largest of {sum(count for _, _, count in looked)} sampled images: {shape[-2]} x {shape[-1]}, {tiles}, "
+        f"largest of {sum(count for _, _, count in looked)} sampled images: {format_shape(shape[1:])}, {tiles}, "
         f"predicted peak {format_bytes(plan.peak_bytes)} of {budget}"
     )
     steps, epochs = -(-count // options.accumulate), sum(s.epochs for s in options.stages) or options.epochs

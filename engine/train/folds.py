@@ -31,7 +31,7 @@ def draw_folds(records: Sequence[Record], count: int, seed: int) -> list[list[Re
     Raises:
         DataError: if there are fewer patients, or fewer images of each class, than folds.
     """
-    order = sorted(range(len(records)), key=lambda i: (str(records[i].path), records[i].frame or 0))
+    order = sorted(range(len(records)), key=lambda i: (str(records[i].path), str(records[i].frame or 0).rjust(9)))
     drawn = [i for i in order if records[i].split != "test"]
     patients = [records[i].patient_id for i in drawn]
     patients_left = len(set(patients))

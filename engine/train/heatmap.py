@@ -22,9 +22,9 @@ _TILE = 512
 PNG_PIXELS = 100_000_000
 
 
-def overlay_name(stem: str, shape: tuple[int, int, int]) -> str:
+def overlay_name(stem: str, shape: tuple[int, ...]) -> str:
     """``stem.png``, or ``stem.tif`` if a PNG would take too much memory."""
-    return stem + (".png" if shape[1] * shape[2] <= PNG_PIXELS else ".tif")
+    return stem + (".png" if shape[-2] * shape[-1] <= PNG_PIXELS else ".tif")
 
 
 def write_overlay(found: Explanation, path: str | Path, *, stored: bool = False, caption: str = "") -> None:
@@ -44,7 +44,7 @@ def write_overlay(found: Explanation, path: str | Path, *, stored: bool = False,
     source = as_stored(found.source) if stored else found.source
     strips = _strips(source, found.relative(), stored, caption)
     if path.suffix == ".png":
-        picture = np.concatenate(list(strips)) if source.shape[1] <= _TILE else _gather(strips, source.shape)
+        picture = np.concatenate(list(strips)) if source.shape[-2] <= _TILE else _gather(strips, source.shape)
         write_atomically(path, lambda p: p.write_bytes(imagecodecs.png_encode(picture, level=4)), "heat map")
     elif path.suffix in (".tif", ".tiff"):
         write_atomically(path, _tiff_writer(strips, source.shape), "heat map")
@@ -52,8 +52,8 @@ def write_overlay(found: Explanation, path: str | Path, *, stored: bool = False,
         raise GigamorphError(f"{path}: the suffix of a heat map must be .png or .tif")
 
 
-def _gather(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    picture = np.empty((shape[1], shape[2], 3), np.uint8)
+def _gather(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    picture = np.empty((*shape[-2:], 3), np.uint8)
     top = 0
     for strip in strips:
         picture[top : top + len(strip)] = strip
@@ -61,22 +61,22 @@ def _gather(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, int, int]) ->
     return picture
 
 
-def _tiff_writer(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, int, int]) -> Callable[[Path], None]:
+def _tiff_writer(strips: Iterator[NDArray[np.uint8]], shape: tuple[int, ...]) -> Callable[[Path], None]:
     def tiles() -> Iterator[NDArray[np.uint8]]:
         for strip in strips:
-            for left in range(0, shape[2], _TILE):
+            for left in range(0, shape[-1], _TILE):
                 yield np.ascontiguousarray(strip[:, left : left + _TILE])
 
     def write(path: Path) -> None:
         tifffile.imwrite(
             path,
             tiles(),
-            shape=(shape[1], shape[2], 3),
+            shape=(*shape[-2:], 3),
             dtype=np.uint8,
             tile=(_TILE, _TILE),
             compression="zlib",
             photometric="rgb",
-            bigtiff=shape[1] * shape[2] > 2**30,
+            bigtiff=shape[-2] * shape[-1] > 2**30,
         )
 
     return write

@@ -63,11 +63,14 @@ def choose_images(
     with columns_named(columns or {}):
         records, target = _read(table, labels or Labels(), not skip_bad, warn, bad)
     if skip_bad:
-        records = _without_bad(images(records, channels, _settings(None, voi, 1, for_processing, white)), warn, bad)
+        given = _settings(None, voi, 1, for_processing, white, _are_volumes(records, target))
+        records = _without_bad(images(records, channels, given), warn, bad)
     return Chosen(records, target, bad)
 
 
-def _settings(normalize: Any, voi: str, downsample: int, for_processing: bool, white: White | None) -> dict[str, Any]:
+def _settings(
+    normalize: Any, voi: str, downsample: int, for_processing: bool, white: White | None, volume: bool
+) -> dict[str, Any]:
     return {
         "normalize": (normalize if isinstance(normalize, Normalize) else Normalize()).to_dict(),
         "voi": voi,
@@ -75,7 +78,23 @@ def _settings(normalize: Any, voi: str, downsample: int, for_processing: bool, w
         "downsample": downsample,
         **({"for_processing": True} if for_processing else {}),
         **({} if white is None else {"white": white}),
+        **({"volume": True} if volume else {}),
     }
+
+
+def _are_volumes(records: Sequence[Record], target: Target) -> bool:
+    """Whether the rows are volumes.
+
+    Raises:
+        DataError: if only some are, or masks are learnt.
+    """
+    volumes = [record for record in records if record.frame == "all"]
+    if volumes and len(volumes) < len(records):
+        other = next(record for record in records if record.frame != "all")
+        raise DataError(f"{other.path}: is an image, but {volumes[0].path} a volume (frame all); use one kind")
+    if volumes and target.kind == "masks":
+        raise DataError(f"{volumes[0].path}: is a volume (frame all), but masks are learnt of images; name a frame")
+    return bool(volumes)
 
 
 def training_data(
@@ -122,7 +141,8 @@ def training_data(
         how: dict[str, Any] = {"voi": voi, "for_processing": for_processing, "white": white, "columns": columns}
         chosen = choose_images(table, labels=labels, channels=channels, skip_bad=skip_bad, warn=warn, **how)
     read, target = chosen.records, chosen.target
-    preprocessing = _settings(normalize, voi, downsample, for_processing, white)
+    volume = _are_volumes(read, target)
+    preprocessing = _settings(normalize, voi, downsample, for_processing, white, volume)
     try:
         records = _split(read, fold, seed)
     except DataError as error:
@@ -248,6 +268,7 @@ def images(
         downsample=preprocessing["downsample"],
         for_processing=preprocessing.get("for_processing", False),
         white=preprocessing.get("white"),
+        volume=preprocessing.get("volume", False),
         augment=augment,
         seed=seed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,9 @@ def read_through(source: PixelSource, name: str) -> None:
     Raises:
         DataError: if it cannot be read, or has pixels that are NaN or infinite.
     """
-    for top in range(0, source.shape[1], _ROWS):
-        require_numbers(source.read(top, min(top + _ROWS, source.shape[1]), 0, source.shape[2]), f"{name}: ")
+    height, width = source.shape[-2:]
+    for top in range(0, height, _ROWS):
+        require_numbers(source.read(top, min(top + _ROWS, height), 0, width), f"{name}: ")
 
 
 def is_blank(source: PixelSource) -> bool:
@@ -39,12 +41,12 @@ def is_blank(source: PixelSource) -> bool:
     if found is None:
         return False
     stored = found.stored
-    _, height, width = stored.shape
+    height, width = stored.shape[-2:]
     value = None
     middle = height // 2
     for top, bottom in [(middle, min(middle + _FIRST, height)), *((t, t + _ROWS) for t in range(0, height, _ROWS))]:
         strip = np.asarray(stored.read(top, min(bottom, height), 0, width))
-        value = strip[:, :1, :1] if value is None else value
+        value = strip[..., :1, :1] if value is None else value
         if (strip != value).any():
             return False
     return True
@@ -67,16 +69,19 @@ def normalize_of(images: ImageDataset, count: int = SAMPLED_IMAGES) -> Normalize
     for number in chosen:
         try:
             source = images.opened(images.records[number], None)
-            _, height, width = source.shape
-            strips = [source.read(top, bottom, 0, width).double() for top, bottom in sample_rows(height)]
+            _, *slices, height, width = source.shape
+            strips = [
+                source.read(top, bottom, 0, width).flatten(1).double()
+                for top, bottom in sample_rows(height, math.prod(slices))
+            ]
         except DataError as found:  # the code that uses the image reports it
             error = found
             continue
         for strip in strips:
             require_numbers(strip, f"{images.records[number].path}: ")
-        pixels = sum(strip.shape[1] * strip.shape[2] for strip in strips)
-        means.append(sum(strip.sum((1, 2)) for strip in strips).numpy() / pixels)  # type: ignore[union-attr]
-        squares.append(sum((strip**2).sum((1, 2)) for strip in strips).numpy() / pixels)  # type: ignore[union-attr]
+        pixels = sum(strip.shape[1] for strip in strips)
+        means.append(sum(strip.sum(1) for strip in strips).numpy() / pixels)  # type: ignore[union-attr]
+        squares.append(sum((strip**2).sum(1) for strip in strips).numpy() / pixels)  # type: ignore[union-attr]
     if not means:
         raise DataError(f"cannot measure mean and std of the training images: {error or 'there are none'}")
     mean = np.mean(means, 0)

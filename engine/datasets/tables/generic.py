@@ -421,9 +421,9 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
     side = values.side(_known_cell(row, "laterality") or "")
     if _known_cell(row, "laterality") and side is None:
         raise DataError(f"{path}, {place}: laterality {row['laterality']!r} must be L or R")
-    frame = whole(_known_cell(row, "frame") or "")
-    if frame and not is_whole(frame):
-        raise DataError(f"{path}, {place}: frame {row['frame']!r} must be a number from 0")
+    frame = whole(_known_cell(row, "frame") or "").lower()
+    if frame not in ("", "all") and not is_whole(frame):
+        raise DataError(f"{path}, {place}: frame {row['frame']!r} must be a number from 0, or all for a volume")
     if row.get("chest_wall", "").lower() not in ("", "left", "right"):
         raise DataError(f"{path}, {place}: chest_wall {row['chest_wall']!r} must be left or right")
     folder = Path() if path.is_dir() else path.parent
@@ -445,7 +445,7 @@ def to_record(path: Path, place: str, row: dict[str, str], label: int) -> Record
         manufacturer=row.get("manufacturer") or None,
         labels=_labels(path, place, row),
         findings=_findings(path, place, row),
-        frame=int(frame) if frame else None,
+        frame="all" if frame == "all" else int(frame) if frame else None,
         white=_white(path, place, row),
         chest_wall=row.get("chest_wall", "").lower() or None,
     )
@@ -514,7 +514,7 @@ def _without_copies(path: Path, rows: list[tuple[str, dict[str, str]]]) -> list[
 
 
 def _refuse_duplicates(path: Path, rows: list[tuple[str, dict[str, str]]], records: list[Record]) -> None:
-    seen: dict[tuple[str, int | None], str] = {}
+    seen: dict[tuple[str, int | str | None], str] = {}
     twice = []
     for (place, _), record in zip(rows, records, strict=True):
         image = os.path.realpath(record.path), record.frame  # follows links

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import DataError
 from ...images.levels import White
@@ -94,8 +94,8 @@ class Record:
     labels: dict[str, float] = field(default_factory=dict, compare=False)
     """Label columns by name; unknown labels are absent."""
     findings: tuple[Finding, ...] = ()
-    frame: int | None = None
-    """The frame of a file with several frames, from 0."""
+    frame: int | Literal["all"] | None = None
+    """The frame of a file with several frames, from 0, or "all" for a volume of all frames."""
     white: White | None = None
     """The stored value of white, or "auto", as in `open_pixels`; None if the table has none."""
     patient_known: bool = field(default=True, compare=False)

@@ -73,7 +73,7 @@ def _is_there(files: Files, data_set: DataSet) -> bool:
 
 def _unique(path: str | Path, records: Records) -> list[Record]:
     """The records without duplicate images and findings; `DataError` if two rows of an image disagree."""
-    found: dict[tuple[Path, int | None], Record] = {}
+    found: dict[tuple[Path, int | str | None], Record] = {}
     for record in records:
         record = replace(record, findings=tuple(dict.fromkeys(record.findings)))
         first = found.setdefault((record.path, record.frame), record)

@@ -107,7 +107,7 @@ SCORES = ("largest_soft_label", "upper_soft_label", "largest_distance", "upper_d
 _UPPER = 0.95  # the quantile
 _BATCH = 64  # pairs of patches
 
-Key = tuple[Path, int | None]
+Key = tuple[Path, int | str | None]
 """Key of an image: its file and frame."""
 
 
