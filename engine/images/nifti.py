@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gzip
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from . import codecs
 from .rawfile import RawPixels, library_errors
+from .volumes import file_for_slices
 
 _MARKS = (b"n+1\0", 344), (b"n+2\0", 4)
 _GZIP = b"\x1f\x8b"
@@ -84,8 +85,9 @@ class NiftiPixels(RawPixels):
 
 
 def _unpacked(content: Any, offset: int, count: int, path: Path) -> Any:
-    """A temporary file with the `count` bytes from `offset` on; it is removed when it is closed."""
-    file = tempfile.NamedTemporaryFile(prefix="gigamorph-slices-")  # noqa: SIM115 (open while it is read)
+    """A temporary file with the `count` bytes from `offset` on."""
+    codecs.check_size(count, path.stat().st_size, str(path))
+    file = file_for_slices(count, str(path))
     content.seek(offset)
     while count:
         piece = content.read(min(count, _PIECE))

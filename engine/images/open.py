@@ -177,7 +177,9 @@ def _open_volume(path: Path, *, voi: str, for_processing: bool) -> StoredPixels:
 
             return ZarrPixels(path, volume=True)
         if folder:
-            files = sorted(one for one in path.iterdir() if one.is_file() and _first_bytes(one)[1])
+            files = sorted(
+                one for one in path.iterdir() if one.is_file() and one.name != "DICOMDIR" and _first_bytes(one)[1]
+            )
             if not files:
                 raise DataError(f"{path}: has no DICOM files; pass a list of its files in the order of the slices")
             return _open_slices(files, str(path), voi=voi, for_processing=for_processing)

@@ -178,14 +178,7 @@ class VolumePixels(StoredPixels):
         """Decode the slices in threads into a temporary file."""
         count, (height, width) = len(self.slices), self.shape[-2:]
         each = math.prod(self.shape) // count * self._stored_dtype.itemsize
-        folder = tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
-        if count * each > free:
-            raise DataError(
-                f"{self.name}: its slices take {count * each / 1e9:.1f} GB when decoded, but {folder} has "
-                f"{free / 1e9:.1f} GB free; set TMPDIR to a larger disk"
-            )
-        self._file = tempfile.NamedTemporaryFile(prefix="gigamorph-slices-")  # noqa: SIM115 (open while it is read)
+        self._file = file_for_slices(count * each, self.name)
         path = Path(self._file.name)
 
         def store(number: int) -> None:
@@ -212,6 +205,22 @@ class VolumePixels(StoredPixels):
 
     def flips(self) -> tuple[bool, bool]:
         return self.slices[len(self.slices) // 2].flips()
+
+
+def file_for_slices(count: int, name: str) -> Any:
+    """A temporary file for `count` bytes of decoded slices; it is removed when it is closed.
+
+    Raises:
+        DataError: if the disk has too little space; `name` is the volume's.
+    """
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if count > free:
+        raise DataError(
+            f"{name}: its slices take {count / 1e9:.1f} GB when decoded, but {folder} has {free / 1e9:.1f} GB free; "
+            "set TMPDIR to a larger disk"
+        )
+    return tempfile.NamedTemporaryFile(prefix="gigamorph-slices-")
 
 
 def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
