@@ -125,7 +125,7 @@ def check_images(
     if not any(problem.kind == "grey" for problem in problems):  # that problem also makes file types differ
         unlike = unlike_kinds(ImageDataset([r for r, f in good if not f.blank], channels=1, white=white))
         problems += [Problem(good[0][0].path, "written", text) for text in unlike]
-    advice = "and all were checked; a run reads one: name it in the column frame"
+    advice = "and all were checked; a run reads one: name it in the column frame, or write all for a volume"
     headers = [(record, fact.info) for record, fact in good if fact.info]
     problems += [
         Problem(r.path, "frames", f"has {info.frames} frames, {advice}") for r, info in headers if _are_frames(r, info)
