@@ -491,8 +491,8 @@ FAULTS = (
     Fault(
         "axes-of-a-map-exchanged",
         "engine/train/explanation.py",
-        "Affine.scale(self.source.shape[2] / width, self.source.shape[1] / height)",
-        "Affine.scale(self.source.shape[1] / height, self.source.shape[2] / width)",
+        "Affine.scale(self.source.shape[-1] / width, self.source.shape[-2] / height)",
+        "Affine.scale(self.source.shape[-2] / height, self.source.shape[-1] / width)",
         "tests/engine/train/test_heatmap.py tests/engine/explain/test_maps.py",
         "The heat map of an image that is not square lies at the wrong place.",
     ),

@@ -68,14 +68,10 @@ class ImageBatch:
         parameter = next(network.parameters(), torch.empty(0))
         if isinstance(x, Tensor):
             if x.dim() != 4 or x.is_complex():
-                remedies = {
-                    3: "; give one image as x[None]",
-                    5: "; bags of images go through the network's call alone: give their images, x.flatten(0, 1), to a "
-                    "network that takes images",
-                }
+                remedy = "; give one image as x[None]" if x.dim() == 3 else ""
                 raise GigamorphError(
                     f"the image batch must be a tensor (N, C, H, W) of real numbers, not {x.dtype} of shape "
-                    f"{tuple(x.shape)}{remedies.get(x.dim(), '')}"
+                    f"{tuple(x.shape)}{remedy}"
                 )
             if x.layout != torch.strided:
                 raise GigamorphError(f"the image batch must be a dense tensor, not {x.layout}; pass x.to_dense()")

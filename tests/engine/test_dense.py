@@ -408,3 +408,18 @@ def test_a_criterion_gets_the_object_that_the_network_also_keeps():
 
     ours = dense_loss(accelerate(net, tile=16), x, labels, criterion)
     torch.testing.assert_close(ours, criterion(stock(x), labels))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses_of_volumes(reduction: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 3, (1, 3, 3), padding=(0, 1, 1)))
+    network, fast = network.double(), accelerate(copy.deepcopy(network.double()), tile=16)
+    volume, labels = torch.randn(2, 1, 5, 37, 45, dtype=torch.float64), torch.randint(0, 3, (2, 5, 37, 45))
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    expected, found = criterion(network(volume), labels), dense_loss(fast, volume, labels, criterion)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    found.backward()
+    expected.backward()
+    for one, two in zip(fast.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-12, atol=1e-13 * float(expected.detach()))
