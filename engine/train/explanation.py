@@ -181,10 +181,13 @@ def _top_slice(source: PixelSource, values: Tensor) -> tuple[PixelSource, Tensor
 
     Args:
         source: the image or volume.
-        values: (h, w), or (d, h, w) with d parts of equal numbers of slices.
+        values: (h, w), or (d, h, w) with d parts of equal numbers of slices. A network that joins the slices has (h, w)
+            for a volume, too: its middle slice is shown.
     """
     if len(source.shape) == 3:
         return source, values
+    if values.dim() == 2:
+        return SliceSource(source, source.shape[1] // 2), values
     part = int(values.flatten(1).amax(1).argmax())
     number = int((part + 0.5) * source.shape[1] / len(values))
     return SliceSource(source, number), values[part]

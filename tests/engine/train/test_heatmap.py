@@ -18,7 +18,7 @@ from gigamorph.engine.images.pixels import Normalize, to_original
 from gigamorph.engine.mammography.phantom import write_phantoms
 from gigamorph.engine.predict.predictor import Classifier
 from gigamorph.engine.predict.run import PredictOptions, predict
-from gigamorph.engine.train.explanation import Explanation
+from gigamorph.engine.train.explanation import Explanation, explain_class
 from gigamorph.engine.train.heatmap import overlay_name, write_overlay
 
 
@@ -200,3 +200,34 @@ def test_evidence_of_a_cluster_lies_in_its_box_in_the_file(tmp_path):
         found[bar] = 0
         inside = found[top:bottom, left:right].sum()
         assert found.max() > 100 and inside > 0.95 * found.sum(), (record.path.stem, inside / found.sum())
+
+
+class _Joined(nn.Module):
+    """A network for volumes whose last maps are images: the mean of the slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.slices, self.image, self.head = nn.Conv3d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, volume):
+        return self.head(self.image(self.slices(volume).tanh().mean(2)).relu().mean((2, 3)))
+
+
+def test_volumes_are_explained_by_a_slice():
+    """The one with the most evidence; the middle one, with the whole map, of a network that joins the slices."""
+    torch.manual_seed(0)
+    pixels = torch.rand(6, 48, 40) * 0.1
+    pixels[4] += 1
+    volume = open_pixels(pixels, frame="all")
+    apart = nn.Sequential(
+        nn.Conv3d(1, 4, (1, 3, 3), padding=(0, 1, 1)), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten()
+    )
+    apart = nn.Sequential(apart, nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        apart[1].weight[1] = apart[1].weight[0].abs() + 1
+    found, _, _ = explain_class(accelerate(apart, tile=16), volume)
+    assert found.source.number == 4 and found.values.shape == (48, 40)
+    np.testing.assert_array_equal(found.source.read(0, 48, 0, 40)[0], pixels[4])
+    joined = _Joined().eval()
+    found, _, _ = explain_class(accelerate(joined, tile=16), volume)
+    assert found.source.number == 3 and found.values.shape == (46, 38)
