@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LINES = {
-    ("engine", "kernels"): 58111,
-    ("engine", "kernels", "cli", "benchmarks"): 65723,
+    ("engine", "kernels"): 58115,
+    ("engine", "kernels", "cli", "benchmarks"): 65727,
     ("benchmarks",): 4_160,
 }
 WORDS = {

@@ -76,7 +76,7 @@ class Arguments:
             held = swapped[id(first)] = _without_memory(volumes, device, dtype)
             roles[id(held)], regions[id(held)] = "map", volumes
             further.append(held)
-            image = torch.empty((), dtype=dtype, device=device).expand(1, 1, *volumes.shape[-2:])
+            image = _stand_in(None, [held])
         elif image is None and first is not None:
             image = as_batch(first)
             if not isinstance(first, Tensor) or first.device != device:

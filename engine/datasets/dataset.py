@@ -34,7 +34,7 @@ def open_record(
         flip: "auto" follows the table's column chest_wall if it has one.
         white: the white level of images without one in the table.
     """
-    if (record.frame == "all") > volume:
+    if record.frame == "all" and not volume:
         raise DataError(f"{record.path}: is a volume (frame all), but images are needed here; name a frame")
     if volume and record.frame not in (None, "all"):
         raise DataError(f"{record.path}: is one frame ({record.frame}), but volumes are needed here; set frame to all")

@@ -115,7 +115,6 @@ def find_evidence(forward: Forward, score: Score) -> Evidence:
     if not there:
         raise GigamorphError("no evidence: the score does not depend on the network's last pooling; use another score")
     last = there[-1][0].value
-    size = stage.maps.size(last)
     shape = staged.program.values[last].shape
     if shape[0] != len(outputs):
         raise GigamorphError(
@@ -123,10 +122,13 @@ def find_evidence(forward: Forward, score: Score) -> Evidence:
             "single images to a network of images"
         )
     slices = [shape[2]] if len(shape) == 5 and stage.maps.axes[last] == (3, 4) else []
-    there = [(r, grad) for r, grad in there if staged.program.values[r.value].shape[2:] == shape[2:] or not slices]
-    there = [(reduction, grad) for reduction, grad in there if stage.maps.size(reduction.value) == size]
+
+    def cells(value: int) -> tuple[int, ...]:
+        return tuple(staged.program.values[value].shape[2:] if slices else stage.maps.size(value))
+
+    there = [(reduction, grad) for reduction, grad in there if cells(reduction.value) == cells(last)]
     wide = torch.promote_types(leaves[0].dtype, torch.float32)
-    total = torch.zeros(len(outputs), *slices, *size, dtype=wide, device=scan.device)
+    total = torch.zeros(len(outputs), *slices, *stage.maps.size(last), dtype=wide, device=scan.device)
     observers: dict[int, list[Observer]] = {}
     for reduction, grad in there:
         observer = _observer(total, reduction, grad, stage.maps.axes[reduction.value])

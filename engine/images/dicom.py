@@ -81,7 +81,11 @@ def _open_dataset(
             return [SlidePixels(ds, info, locate(), voi=voi, plane=frame)]
         _check(info, int(ds.get("SamplesPerPixel", 1)), 0 if frame == "all" else frame, path)
         located, numbers = locate(), range(info.frames) if frame == "all" else [frame or 0]
-        return [DicomPixels(ds, info, located, voi=voi, frame=number) for number in numbers]
+        found = [DicomPixels(ds, info, located, voi=voi, frame=number) for number in numbers]
+        if frame == "all":
+            for number, one in enumerate(found):
+                one.place = SlicePlace.of(ds, number)
+        return found
 
 
 def _warn_of_contradictions(ds: Dataset, path: Path) -> None:
@@ -113,6 +117,8 @@ class DicomPixels(StoredPixels):
     """Stored pixels (`stored.StoredPixels`) of a frame of a DICOM file; created by `open_dicom`."""
 
     self_describing = True
+    place: SlicePlace | None = None
+    """Where a slice of a volume lies; None for images."""
 
     def __init__(self, ds: Dataset, info: DicomInfo, frames: StoredFrames, *, voi: str, frame: int) -> None:
         self.path, self.name = frames.path, str(frames.path)
@@ -127,7 +133,6 @@ class DicomPixels(StoredPixels):
             assert frames.offset is not None
             offset = frames.offset + frame * frames.frame.nbytes
             self._raw = RawPixels(self.path, offset, self.shape[1:], frames.stored_dtype, order=(0, 1))
-        self.place = SlicePlace.of(ds, frame)
         self._padding = grayscale.padding_patterns(ds)
         # The smallest and largest pixel are known after reading, which needs the header.
         self._header = ds if voi == "minmax" else None

@@ -183,15 +183,13 @@ def _open_volume(path: Path, *, voi: str, for_processing: bool) -> StoredPixels:
             if not files:
                 raise DataError(f"{path}: has no DICOM files; pass a list of its files in the order of the slices")
             return _open_slices(files, str(path), voi=voi, for_processing=for_processing)
-        head, is_dicom = _first_bytes(path) if path.is_file() else (b"", False)
+        head = _first_bytes(path)[0] if path.is_file() else b""
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         from .tiff import TiffPixels
         from .volumes import VolumePixels
 
         first = TiffPixels(path, 0)
         return VolumePixels([first, *(TiffPixels(path, number) for number in range(1, first.planes))], str(path))
-    if is_dicom or isinstance(path, Instance):
-        return _open_slices([path], str(path), voi=voi, for_processing=for_processing)
     if head.startswith(b"\x93NUMPY"):
         from .rawfile import open_npy
 
@@ -217,10 +215,12 @@ def _open_slices(paths: Sequence[Path], name: str, *, voi: str, for_processing: 
             slices += open_frames(path, voi=voi, for_processing=for_processing)
         else:
             slices.append(_open_file(path, voi=voi, frame=None, for_processing=for_processing))
-    name = name or f"{paths[0]} and {len(paths) - 1} more"
+    of_folder, name = bool(name) and len(paths) > 1, name or f"{paths[0]} and {len(paths) - 1} more"
     order, spacing = list(range(len(slices))), None
     places = [place for one in slices if (place := getattr(one, "place", None)) is not None]
     if len(places) == len(slices):
+        if of_folder and not all(place.known for place in places):
+            raise DataError(f"{name}: its files have no positions; pass a list of them in the order of the slices")
         order, spacing = in_order(places, name, len(paths) == 1)
     return VolumePixels([slices[number] for number in order], name, spacing)
 

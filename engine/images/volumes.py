@@ -58,6 +58,11 @@ class SlicePlace:
         return cls(_numbers(position, 3), _numbers(directions, 6), next(iter(between), None), series)
 
     @property
+    def known(self) -> bool:
+        """Whether the header has position and directions."""
+        return bool(self.position and self.directions)
+
+    @property
     def along(self) -> float:
         """The position along the normal of the slice, in mm."""
         return float(np.dot(np.cross(self.directions[:3], self.directions[3:]), self.position))
@@ -87,7 +92,7 @@ def in_order(places: Sequence[SlicePlace], name: str, of_one_file: bool) -> tupl
     as_given = list(range(len(places)))
     if len({place.series for place in places}) > 1:
         raise DataError(f"{name}: has slices of {len({p.series for p in places})} series; pass the files of one series")
-    if len(places) < 2 or not all(place.position and place.directions for place in places):
+    if len(places) < 2 or not all(place.known for place in places):
         return as_given, places[0].spacing
     turned = max(np.abs(np.subtract(place.directions, places[0].directions)).max() for place in places)
     if turned > _PARALLEL:
@@ -195,13 +200,6 @@ class VolumePixels(StoredPixels):
                 list(pool.map(store, range(count)))
         stored = (count, self.shape[0], height, width)
         return RawPixels(path, 0, stored, self._stored_dtype, order=(1, 0, 2, 3), full=1.0)
-
-    def close(self) -> None:
-        with self._lock:
-            self._decoded = None
-            if self._file is not None:
-                self._file.close()
-                self._file = None
 
     def flips(self) -> tuple[bool, bool]:
         return self.slices[len(self.slices) // 2].flips()

@@ -358,8 +358,10 @@ def test_frames_are_all_read(real_data: Path, tmp_path: Path) -> None:
     shutil.copy(path, tmp_path / "copy.dcm")
     found = problems([Record(path, 0, "a"), Record(tmp_path / "copy.dcm", 0, "a")])
     assert sorted(problem.kind for problem in found if problem.kind != "flag") == ["duplicate", "frames", "frames"]
-    told = "has 4 frames, and all were checked; a run reads one: name it in the column frame, or write all for a volume"
-    assert [problem.message for problem in found if problem.kind == "frames"] == [told, told]
+    advice = (
+        "has 4 frames, and all were checked; a run reads one: name it in the column frame, or write all for a volume"
+    )
+    assert [problem.message for problem in found if problem.kind == "frames"] == [advice, advice]
     assert not any("4 frames" in p.message for p in problems([Record(path, 0, "a", frame=1)]))
 
 

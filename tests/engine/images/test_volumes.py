@@ -102,7 +102,7 @@ def test_colour_and_channels(tmp_path: Path) -> None:
 
 def test_white_is_that_of_all_slices() -> None:
     pixels = np.zeros((3, 8, 8), np.uint16)
-    pixels[2] = 4000  # only the last slice tells that it has 12 bits
+    pixels[2] = 4000  # only the last slice shows 12 bits
     pixels[0] = 200
     assert whole(open_pixels(pixels, frame="all", white="auto")).max() == np.float32(4000 / 4095)
 
@@ -186,6 +186,17 @@ def test_a_series_is_ordered_by_positions_not_names(write_dicom: Write, tmp_path
     np.testing.assert_array_equal(stored(source)[0], pixels)
     assert source.stored.spacing == 3.0 and "5 slices, 3 mm apart" in source.steps[0]
     np.testing.assert_array_equal(stored(open_pixels(sorted(folder.glob("*.dcm")), frame="all", flip=False))[0], pixels)
+
+
+def test_a_folder_without_positions_is_refused_and_a_list_keeps_its_order(write_dicom: Write, tmp_path: Path) -> None:
+    pixels, folder = picture(12, SHAPE), tmp_path / "series"
+    folder.mkdir()
+    paths = [folder / f"{name}.dcm" for name in "cadeb"]
+    for path, own in zip(paths, pixels, strict=True):
+        write_dicom(own, SeriesInstanceUID="1.2").rename(path)
+    with pytest.raises(DataError, match="series: its files have no positions; pass a list"):
+        open_pixels(folder, frame="all")
+    np.testing.assert_array_equal(stored(open_pixels(paths, frame="all", flip=False))[0], pixels)
 
 
 @pytest.mark.parametrize(
